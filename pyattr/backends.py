@@ -1,0 +1,175 @@
+"""Which implementation of an op runs: every backend declares what it can do, and a refusal lists its reasons.
+
+``backend=None`` takes the first usable of cuda, triton, cpu, reference; a backend asked for by name never falls back.
+``PYATTR_BACKEND`` replaces None for the whole process, ``PYATTR_SIMD`` (scalar, avx2, avx512) caps the CPU level.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+NAMES = ("cuda", "triton", "cpu", "reference")  # the order of choice
+
+_REGISTRY: dict[str, tuple["Backend", ...]] = {}
+
+
+class BackendError(RuntimeError):
+    """No backend can run an op on the given inputs, or the one asked for cannot."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op.
+
+    Attributes:
+        name: one of :data:`NAMES`.
+        run: the implementation; takes what the op passes to :func:`choose`'s result.
+        unavailable: reasons why it cannot run on this machine at all; empty when it can.
+        unsupported: reasons why it cannot run on these inputs; same arguments as ``run``.
+    """
+
+    name: str
+    run: Callable
+    unavailable: Callable[[], list[str]]
+    unsupported: Callable[..., list[str]]
+
+
+def register(op: str, backends: Sequence[Backend]) -> None:
+    """Declare the backends of an op; they are kept in the order of :data:`NAMES`."""
+    _REGISTRY[op] = tuple(sorted(backends, key=lambda b: NAMES.index(b.name)))
+
+
+def choose(op: str, requested: str | None, *args, **kwargs) -> Backend:
+    """The backend that runs ``op`` on these arguments.
+
+    Raises:
+        ValueError: ``requested`` (or PYATTR_BACKEND) is not a backend's name.
+        BackendError: it cannot run these inputs, or none can; the message lists every reason.
+    """
+    source = "backend"
+    if requested is None and os.environ.get("PYATTR_BACKEND"):
+        requested, source = os.environ["PYATTR_BACKEND"], "PYATTR_BACKEND"
+    if requested is not None and requested not in NAMES:
+        raise ValueError(f"{op}: {source} must be one of {', '.join(NAMES)}, got {requested!r}")
+    refusals = []
+    for backend in _REGISTRY[op]:
+        if requested not in (None, backend.name):
+            continue
+        reasons = backend.unavailable() or backend.unsupported(*args, **kwargs)
+        if not reasons and requested is None and backend.name == "triton" and triton_interpreted():
+            reasons = ["Triton's interpreter (TRITON_INTERPRET=1) runs only when asked for by name"]
+        if not reasons:
+            return backend
+        refusals.append(f"{backend.name}: {'; '.join(reasons)}")
+    wanted = "no backend can" if requested is None else f"{source}={requested!r} cannot"
+    raise BackendError(f"{op}: {wanted} run on these inputs. " + ". ".join(refusals))
+
+
+def report() -> dict[str, dict[str, list[str]]]:
+    """For every op and backend, the reasons why it cannot run on this machine; an empty list means usable."""
+    from . import ops  # noqa: F401  (importing the ops registers them)
+
+    return {op: {b.name: b.unavailable() for b in backends} for op, backends in sorted(_REGISTRY.items())}
+
+
+@functools.cache
+def extension():
+    """The compiled module ``pyattr._C``, or the reason (a string) why there is none.
+
+    Only its absence is a reason; a module that is there and fails to load raises, since that is a broken build.
+    """
+    try:
+        return importlib.import_module("pyattr._C")
+    except ModuleNotFoundError as error:
+        if error.name != "pyattr._C":
+            raise
+        return "pyattr._C is not built: run `pip install .` from the source tree with a C++17 compiler"
+
+
+def cpu_unavailable(symbol: str) -> Callable[[], list[str]]:
+    """Reasons of a C++ CPU kernel."""
+
+    def reasons():
+        module = extension()
+        if isinstance(module, str):
+            return [module]
+        return [] if hasattr(module, symbol) else [f"pyattr._C has no {symbol}: rebuild it with `pip install .`"]
+
+    return reasons
+
+
+def cuda_unavailable(symbol: str) -> Callable[[], list[str]]:
+    """Reasons of a CUDA kernel."""
+
+    def reasons():
+        module = extension()
+        if isinstance(module, str):
+            return [module]
+        found = []
+        if not hasattr(module, symbol):
+            found.append("pyattr._C was built without CUDA: reinstall with PYATTR_CUDA=on and nvcc on PATH")
+        if not torch.cuda.is_available():
+            found.append("torch sees no CUDA device")
+        elif torch.cuda.get_device_capability() < (8, 0):
+            found.append(f"needs compute capability 8.0, the device has {torch.cuda.get_device_capability()}")
+        return found
+
+    return reasons
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton was asked to interpret its kernels, which runs them on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _triton_missing() -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return ["triton is not installed: install pyattr[gpu]"]
+    return []
+
+
+def triton_unavailable() -> list[str]:
+    """Reasons of any Triton kernel."""
+    if _triton_missing():
+        return _triton_missing()
+    if not triton_interpreted() and not torch.cuda.is_available():
+        return ["torch sees no CUDA device, and TRITON_INTERPRET=1 is not set"]
+    return []
+
+
+def always() -> list[str]:
+    """No reasons: the reference runs everywhere."""
+    return []
+
+
+def environment() -> dict[str, str]:
+    """Versions, SIMD level, threads and GPU, as ``python -m pyattr info`` prints them."""
+    from . import __version__
+
+    module = extension()
+    built = not isinstance(module, str)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    versions = {}
+    for name in ("numpy", "triton", "diffusers", "cupy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "pyattr": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **versions,
+        "extension": f"built {'with' if module.built_with_cuda else 'without'} CUDA" if built else module,
+        "SIMD level": f"{module.simd_level()} (of {', '.join(module.simd_levels())})" if built else "none",
+        "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
+        "GPU": ", ".join(gpus) or "none",
+    }

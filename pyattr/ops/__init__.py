@@ -1,0 +1,6 @@
+"""The kernels: one function per op, on every backend."""
+
+from .gaussian_project import gaussian_project, normal_matrix
+from .rademacher_project import rademacher_project, sign_matrix
+
+__all__ = ["gaussian_project", "normal_matrix", "rademacher_project", "sign_matrix"]

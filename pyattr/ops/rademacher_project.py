@@ -1,0 +1,74 @@
+"""Dense projection by a matrix of random signs that is never stored."""
+
+import torch
+
+from ..reference import rademacher_project as reference
+from ._projection import Projection, check_indices, check_key
+
+_PROJECT = Projection(
+    "rademacher_project",
+    reference.rademacher_project,
+    reference.rademacher_project_transpose,
+    max_columns=2**39,  # the Philox counter holds the column div 128 in 32 bits
+)
+
+
+def rademacher_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, scale=1.0, backend=None):
+    """Project each row onto ``proj_dim`` random sign vectors.
+
+    ``Y[b, j] = scale * sum_p S[j, column_offset + p] * grads[b, p]``, with S in {-1, +1} a function of (seed, stream, j,
+    column) alone: the same on every device, backend and batch. Unscaled by default, so that inner products grow by a factor
+    ``proj_dim``; ``scale=proj_dim ** -0.5`` keeps them in expectation.
+
+    Args:
+        grads: [B, P] float16, bfloat16, float32 or float64 (reference only); a torch tensor, NumPy array or CuPy array, any
+            strides.
+        proj_dim: D, 1 to 2^32.
+        seed: word 0 of the Philox key, in [0, 2^32).
+        stream: word 1 of the Philox key, in [0, 2^32); independent matrices of one seed.
+        column_offset: the column of S that multiplies ``grads[:, 0]``. Pieces of a gradient, each with its own offset, add up
+            to the projection of the whole (to rounding).
+        scale: multiplies the result.
+        backend: "reference", "cpu", "cuda", "triton", or None for the first usable.
+
+    Returns:
+        [B, D] float32 (float64 for float64 input), of the kind and on the device of ``grads``. On one backend the bits of a
+        row do not depend on the thread count, on the other rows, or on the run; the CPU gives the same bits at every SIMD
+        level. Between backends ``|Y - Y'| <= 2^-17 * |scale| * sum_p |grads[b, p]|``; the CPU alone stays within
+        ``(8 + P / 65536 + 512) * 2^-24`` of that sum, in practice far below since the signs are random. NaN and inf propagate
+        to the whole row. Differentiable in both modes and any order; under torch.compile in reverse mode.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        BackendError: the backend cannot take these inputs; the reasons are listed.
+
+    Extra memory: CPU, per thread at most 4 MB. CUDA, see ``csrc/cuda/rademacher_project.cu``. The transpose (reverse mode)
+    writes out 2^20 entries of S at a time.
+
+    Source: Philox4x32-10, Salmon et al., SC 2011; TRAK, Park et al., ICML 2023, section 3.2 (random projection of gradients).
+    """
+    return _PROJECT(grads, proj_dim, seed, stream, column_offset, scale, backend)
+
+
+def sign_matrix(rows, columns, seed, stream=0):
+    """Entries of the sign matrix that :func:`rademacher_project` multiplies by.
+
+    ``S[j, i]`` is +1 where bit (i mod 32) of word (i mod 128) div 32 of Philox4x32-10 with counter (i div 128, j, 0, 0) and
+    key (seed, stream) is set, else -1.
+
+    Args:
+        rows: [R] integers j in [0, 2^32).
+        columns: [C] integers i in [0, 2^39).
+        seed, stream: the key, each in [0, 2^32).
+
+    Returns:
+        [R, C] float32 tensor of +-1.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    Extra memory: about 100 bytes per entry.
+    """
+    rows = check_indices("sign_matrix", "rows", rows, 2**32)
+    columns = check_indices("sign_matrix", "columns", columns, 2**39)
+    return reference.sign_matrix(rows, columns, *check_key("sign_matrix", seed, stream)).to(torch.float32)

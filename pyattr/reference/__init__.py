@@ -1,0 +1,1 @@
+"""The definitions: plain PyTorch, float64-capable, no tricks. Also the backend "reference"."""

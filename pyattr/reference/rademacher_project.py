@@ -1,0 +1,57 @@
+"""Rademacher projection by definition: Y = scale * G S^T with the D x P sign matrix S written out in blocks of columns.
+
+S[j, i] is bit (i mod 32) of word (i mod 128) div 32 of Philox4x32-10 with counter (i div 128, j, 0, 0) and key (seed, stream);
+a set bit is +1, a clear one -1. Complexity: D * P Philox words, B * D * P multiply-adds.
+"""
+
+import torch
+
+from .philox import philox4x32_10
+
+BLOCK_ENTRIES = 1 << 20  # of the matrix written out at a time: 8 MB in float64
+
+
+def sign_matrix(rows, columns, seed, stream=0):  # [R], [C] -> [R, C] float64 of +-1
+    """See :func:`pyattr.ops.sign_matrix`."""
+    rows, columns = torch.as_tensor(rows, dtype=torch.int64), torch.as_tensor(columns, dtype=torch.int64)
+    blocks, inverse = torch.unique(columns // 128, return_inverse=True)  # one Philox call makes 128 columns
+    words = torch.stack(philox4x32_10((blocks, rows[:, None], 0, 0), (seed, stream)))  # [4, R, blocks]
+    word = words[columns % 128 // 32, :, inverse].T  # [R, C]
+    return ((word >> (columns % 32)) & 1).to(torch.float64) * 2 - 1
+
+
+def rademacher_project(grads, proj_dim, seed=0, stream=0, column_offset=0, scale=1.0):  # [B, P] -> [B, D]
+    return _project(sign_matrix, grads, proj_dim, seed, stream, column_offset, scale)
+
+
+def rademacher_project_transpose(coefficients, num_columns, seed=0, stream=0, column_offset=0, scale=1.0):  # [B, D] -> [B, P]
+    return _project_transpose(sign_matrix, coefficients, num_columns, seed, stream, column_offset, scale)
+
+
+def _blocks(num_columns, proj_dim):
+    step = max(128, BLOCK_ENTRIES // max(proj_dim, 1) // 128 * 128)
+    for start in range(0, num_columns, step):
+        yield start, min(start + step, num_columns)
+
+
+def _project(matrix, grads, proj_dim, seed, stream, column_offset, scale):
+    """Y = scale * G M^T, M generated a block of columns at a time, summed in float64."""
+    rows = torch.arange(proj_dim, device=grads.device)
+    out = torch.zeros(grads.shape[0], proj_dim, dtype=torch.float64, device=grads.device)  # [B, D]
+    for start, stop in _blocks(grads.shape[1], proj_dim):
+        columns = torch.arange(column_offset + start, column_offset + stop, device=grads.device)
+        out += grads[:, start:stop].to(torch.float64) @ matrix(rows, columns, seed, stream).T
+    return (out * scale).to(torch.float64 if grads.dtype == torch.float64 else torch.float32)
+
+
+def _project_transpose(matrix, coefficients, num_columns, seed, stream, column_offset, scale):
+    """X = scale * C M, the adjoint of :func:`_project`."""
+    device, proj_dim = coefficients.device, coefficients.shape[1]
+    rows = torch.arange(proj_dim, device=device)
+    dtype = torch.float64 if coefficients.dtype == torch.float64 else torch.float32
+    out = torch.empty(coefficients.shape[0], num_columns, dtype=dtype, device=device)  # [B, P]
+    for start, stop in _blocks(num_columns, proj_dim):
+        columns = torch.arange(column_offset + start, column_offset + stop, device=device)
+        block = matrix(rows, columns, seed, stream).to(dtype)  # [D, block]
+        out[:, start:stop] = coefficients.to(dtype) @ block * scale
+    return out
