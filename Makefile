@@ -1,0 +1,62 @@
+# Everything runs on one virtual environment, .venv, with an editable install of pyattr.
+PYTHON ?= python3
+# The release that the tests are run with. Its CPU build where the index in use has one.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+# One CUDA target is enough to know that the kernels compile.
+CUDA_TEST_TARGET ?= 80
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test bench bench-compare lint wheel sanitize cuda clean
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+define install
+	PYATTR_CUDA=$(1) PYATTR_CUDA_ARCHITECTURES=$(2) $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+endef
+
+# Dependencies change rarely and install slowly; the extension changes often and builds incrementally.
+.venv/.dependencies: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'pyattr needs Python 3.10 or newer')"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" ninja
+	PYATTR_CUDA=off $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,models,demo]"
+	touch $@
+
+# A GPU decides whether the demo waits for nvcc.
+.venv/.demo: .venv/.dependencies $(SOURCES)
+	$(if $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep GPU),$(call install,auto,native),$(call install,off,))
+	touch $@
+
+.venv/.test: .venv/.dependencies $(SOURCES)
+	$(call install,auto,$(CUDA_TEST_TARGET))
+	touch $@
+
+demo: .venv/.demo
+	$(BIN)/pyattr demo
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+bench: .venv/.test
+	$(BIN)/python -m bench
+
+bench-compare: .venv/.test
+	$(BIN)/python -m bench.compare
+
+lint: .venv/.dependencies
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+wheel: .venv/.dependencies
+	sh ci/wheel.sh
+
+sanitize: .venv/.dependencies
+	sh ci/sanitize.sh
+
+cuda: .venv/.dependencies
+	$(call install,on,all)
+
+clean:
+	rm -rf build dist .venv

@@ -1,0 +1,11 @@
+// One function per op: it adds the op's kernels to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+void bind_rademacher_project(pybind11::module_& m);
+void bind_gaussian_project(pybind11::module_& m);
+#if defined(PYATTR_WITH_CUDA)
+void bind_rademacher_project_cuda(pybind11::module_& m);
+void bind_gaussian_project_cuda(pybind11::module_& m);
+#endif

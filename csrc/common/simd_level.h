@@ -1,0 +1,20 @@
+// The instruction set that CPU kernels use, chosen once per process.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace pyattr {
+
+enum class SimdLevel { scalar = 0, avx2 = 1, avx512 = 2 };
+
+// The highest level that the processor, the operating system and PYATTR_SIMD allow. Throws std::runtime_error when PYATTR_SIMD
+// names no level or one that this machine lacks.
+SimdLevel simd_level();
+
+// Every level this machine can run, lowest first.
+std::vector<SimdLevel> simd_levels();
+
+const char* name(SimdLevel level);
+
+}  // namespace pyattr
