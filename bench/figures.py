@@ -1,0 +1,135 @@
+"""From pytest-benchmark's output to recorded figures: rates, ratios between contenders of one run, goals, merging."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+STATS = ("min", "max", "mean", "median", "stddev", "iqr", "rounds", "iterations")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a benchmark is meant to reach.
+
+    Attributes:
+        table: the table whose figures it reads.
+        text: the goal in words, with its number.
+        measure: from ``rate(row, column)`` (None where not measured) to the measured number, or None.
+        wanted: the smallest number that meets it.
+        missing: why it has no number when ``measure`` gives None.
+    """
+
+    table: str
+    text: str
+    measure: Callable[[Callable[[str, str], float | None]], float | None]
+    wanted: float
+    missing: str = "not measured in this run"
+
+
+def describe(seconds: float, *, work: float, unit: str, bytes: int, ceiling: tuple[str, float | None], ram: float | None) -> dict:
+    """Rates of a figure from its seconds per call, and how near they are to the machine's measured ceilings.
+
+    Args:
+        seconds: per call.
+        work: operations per call, counted in ``unit``.
+        unit: plural, such as "sign-adds".
+        bytes: least number of bytes that a call must move to and from memory.
+        ceiling: name and rate per second of the ceiling that bounds ``work``; None when it was not measured.
+        ram: the ceiling of memory, bytes per second.
+    """
+    figures = {"unit": unit, "work": work, "work_per_s": work / seconds, "bytes": bytes, "bytes_per_s": bytes / seconds}
+    name, rate = ceiling
+    if rate:
+        figures[f"percent_of_{name}"] = 100 * work / seconds / rate
+    if ram:
+        figures["percent_of_ram_read"] = 100 * bytes / seconds / ram
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in figures.items()}
+
+
+def add_ratios(benchmarks: list[dict]) -> None:
+    """Give each of our figures its ratio to every peer in the same table and column: 4.0 is four times the peer's rate."""
+    for figure in benchmarks:
+        info = figure["extra_info"]
+        if not info["ours"]:
+            continue
+        info["times_faster_than"] = {
+            other["extra_info"]["row"]: float(f"{info['work_per_s'] / other['extra_info']['work_per_s']:.4g}")
+            for other in benchmarks
+            if not other["extra_info"]["ours"]
+            and (other["extra_info"]["table"], other["extra_info"]["column"]) == (info["table"], info["column"])
+        }
+
+
+def check_goals(goals: Iterable[Goal], benchmarks: list[dict]) -> list[dict]:
+    """Each goal with what was measured, and whether that meets it (None: not measured)."""
+    checked = []
+    for goal in goals:
+        rates = {
+            (f["extra_info"]["row"], f["extra_info"]["column"]): f["extra_info"]["work_per_s"]
+            for f in benchmarks
+            if f["extra_info"]["table"] == goal.table
+        }
+        measured = goal.measure(lambda row, column, rates=rates: rates.get((row, column)))
+        entry = {"table": goal.table, "text": goal.text, "wanted": goal.wanted}
+        if measured is None:
+            entry |= {"measured": None, "met": None, "why": goal.missing}
+        else:
+            entry |= {"measured": float(f"{measured:.4g}"), "met": measured >= goal.wanted}
+        checked.append(entry)
+    return checked
+
+
+def trim(output: dict) -> dict:
+    """pytest-benchmark's output with only what is compared later; it can still be loaded by pytest-benchmark."""
+    benchmarks = []
+    for figure in output["benchmarks"]:
+        name = figure["name"].removeprefix("test_")
+        benchmarks.append(
+            {
+                "group": figure["group"],
+                "name": name,
+                "fullname": name,
+                "params": None,
+                "param": None,
+                "extra_info": figure["extra_info"],
+                "stats": {key: figure["stats"][key] for key in STATS},
+            }
+        )
+    kept = ("machine_info", "commit_info", "datetime", "version", "goals", "skipped")
+    return {**{key: output[key] for key in kept if key in output}, "benchmarks": benchmarks}
+
+
+def merge(recorded: dict | None, new: dict) -> dict:
+    """A new run over an earlier one of the same commit: the new run's tables replace the old ones, others stay."""
+    if recorded is None:
+        return new
+    fresh = {figure["extra_info"]["table"] for figure in new["benchmarks"]}
+    kept = [figure for figure in recorded["benchmarks"] if figure["extra_info"]["table"] not in fresh]
+    goals = [goal for goal in recorded.get("goals", []) if goal["table"] not in fresh]
+    skipped = [entry for entry in recorded.get("skipped", []) if entry["table"] not in fresh]
+    return {
+        **new,
+        "benchmarks": kept + new["benchmarks"],
+        "goals": goals + new.get("goals", []),
+        "skipped": skipped + new.get("skipped", []),
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with open(temporary, "w", encoding="utf8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_runs(folder: Path) -> list[tuple[Path, dict]]:
+    """Recorded runs under a folder, oldest first."""
+    runs = [(path, json.loads(path.read_text(encoding="utf8"))) for path in sorted(folder.glob("**/*.json"))]
+    return sorted(runs, key=lambda run: run[1]["machine_info"]["date"])
