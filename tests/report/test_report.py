@@ -1,0 +1,308 @@
+"""The page shows what the scores say, and nothing leaves the file."""
+
+import base64
+import dataclasses
+import io
+import re
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pyattr.datasets import ImageDataset
+from pyattr.report import Attribution, Report, ReportError, Timing, render, strongest, write
+from pyattr.report.histogram import BINS, HEIGHT, WIDTH, histogram
+from pyattr.report.page import score_text, seconds_text
+
+VOID = {"meta", "link", "img", "line", "rect", "polyline"}
+
+
+class Page(HTMLParser):
+    """The tree as nested (tag, attributes, children) lists."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.root = ("root", {}, [])
+        self.open = [self.root]
+        self.feed(text)
+        assert len(self.open) == 1, f"unclosed {self.open[-1][0]}"
+
+    def handle_starttag(self, tag, attributes):
+        node = (tag, dict(attributes), [])
+        self.open[-1][2].append(node)
+        if tag not in VOID:
+            self.open.append(node)
+
+    def handle_startendtag(self, tag, attributes):
+        self.open[-1][2].append((tag, dict(attributes), []))
+
+    def handle_endtag(self, tag):
+        assert self.open[-1][0] == tag, f"</{tag}> closes <{self.open[-1][0]}>"
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.open[-1][2].append(data)
+
+
+def find(node, tag, **attributes):
+    for child in node[2]:
+        if isinstance(child, str):
+            continue
+        wanted = {name.replace("_", "-").removesuffix("-"): value for name, value in attributes.items()}
+        if child[0] == tag and all(
+            value in child[1].get(name, "").split() if name == "class" else child[1].get(name) == value
+            for name, value in wanted.items()
+        ):
+            yield child
+        yield from find(child, tag, **attributes)
+
+
+def words(node):
+    return " ".join("".join(child if isinstance(child, str) else words(child) for child in node[2]).split())
+
+
+def pixels(node):
+    """[H, W] or [H, W, 3] of an <img>."""
+    head, data = node[1]["src"].split(",", 1)
+    assert head == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
+def dataset(count=40, channels=1, side=4, labels=True):
+    images = np.random.default_rng(1).integers(0, 256, (count, channels, side, side), np.uint8)
+    numbers = np.arange(count) % 3 if labels else None
+    return ImageDataset(
+        images, numbers, ("ant", "<bee>", "cow") if labels else (), tuple(map(str, range(count))), "toys"
+    )
+
+
+def example(**changes):
+    train = changes.pop("train", dataset())
+    rng = np.random.default_rng(2)
+    scores = rng.normal(size=(3, len(train))).astype(np.float32)
+    other = rng.random(size=(3, len(train))).astype(np.float32)
+    whole = Report(
+        title="Who made <these>?",
+        queries=rng.integers(0, 256, (3, *train.shape), np.uint8),
+        query_names=["first", "second", "third"],
+        train=train,
+        attributions=[Attribution("D-TRAK", scores, True, "gradients"), Attribution("Cosine", other, False, "pixels")],
+        settings=[("Data", [("source", "toys & co")])],
+        timings=[Timing("Training", 65.0), Timing("Scores", 0.25, "from an earlier run")],
+        caveats=["Few timesteps."],
+        losses=[1.0, 0.5, 0.25],
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+# What is shown
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_image_score_and_label_is_the_one_of_the_scores(channels):
+    report = example(train=dataset(channels=channels))
+    page = Page(render(report)).root
+    articles = list(find(page, "article"))
+    assert [int(a[1]["data-query"]) for a in articles] == [0, 1, 2]
+    seen = 0
+    for q, article in enumerate(articles):
+        assert words(next(find(article, "h2"))) == report.query_names[q]
+        shown = pixels(next(find(next(find(article, "figure")), "img")))
+        assert np.array_equal(shown, report.queries[q].transpose(1, 2, 0).squeeze())
+        sections = list(find(article, "section", class_="method"))
+        assert [s[1]["data-method"] for s in sections] == ["D-TRAK", "Cosine"]
+        for attribution, section in zip(report.attributions, sections, strict=True):
+            row = attribution.scores[q]
+            for kind, order in (("proponent", np.argsort(-row)), ("opponent", np.argsort(row))):
+                tiles = list(find(section, "li", class_=kind))
+                if kind == "opponent" and not attribution.signed:
+                    assert tiles == []
+                    continue
+                assert [int(t[1]["data-index"]) for t in tiles] == order[:10].tolist()
+                for tile, n in zip(tiles, order, strict=False):
+                    assert float(tile[1]["data-score"]) == row[n]
+                    assert words(next(find(tile, "span", class_="value"))) == score_text(row[n])
+                    assert words(next(find(tile, "b", class_="label"))) == report.train.label_name(n)
+                    assert f"#{n}" in words(tile)
+                    expected = report.train.images[n].transpose(1, 2, 0).squeeze()
+                    assert np.array_equal(pixels(next(find(tile, "img"))), expected)
+                    seen += 1
+    assert seen == 3 * (10 + 10 + 10)
+
+
+def test_dots_mark_what_the_first_method_shows_too():
+    report = example()
+    top = set(np.argsort(-report.attributions[0].scores[0])[:10].tolist())
+    article = next(find(Page(render(report)).root, "article"))
+    first, other = find(article, "section", class_="method")
+    assert not list(find(first, "span", class_="dot"))
+    dotted = {int(t[1]["data-index"]) for t in find(other, "li") if list(find(t, "span", class_="dot"))}
+    own = set(np.argsort(-report.attributions[1].scores[0])[:10].tolist())
+    assert dotted == own & top
+    assert f"{len(own & top)} of 10 shared" in words(next(find(other, "h3")))
+
+
+def test_labels_of_the_proponents_are_counted():
+    scores = np.zeros((1, 6), np.float32)
+    scores[0, [0, 3, 1]] = [3, 2, 1]  # ant, ant, <bee>
+    report = example(train=dataset(6), queries=np.zeros((1, 1, 4, 4), np.uint8), query_names=["q"],
+                     attributions=[Attribution("A", scores, True, "s")], top=3)  # fmt: skip
+    page = Page(render(report)).root
+    text = words(next(find(page, "p", class_="labels"))).replace("\N{NO-BREAK SPACE}", " ")
+    assert text == "Labels of its proponents: ant (2 of 3), <bee> (1)"
+
+
+def test_few_training_images_are_never_both_proponent_and_opponent():
+    for count in (1, 2, 3, 7, 20):
+        scores = np.arange(count, dtype=np.float32)[None]
+        report = example(train=dataset(count), queries=np.zeros((1, 1, 4, 4), np.uint8), query_names=["q"],
+                         attributions=[Attribution("A", scores, True, "s")])  # fmt: skip
+        article = next(find(Page(render(report)).root, "article"))
+        rows = [
+            [int(t[1]["data-index"]) for t in find(article, "li", class_=kind)] for kind in ("proponent", "opponent")
+        ]
+        expected = max(1, min(10, count // 2))
+        assert rows == [list(range(count))[::-1][:expected], list(range(count))[:expected]]
+
+
+def test_settings_timings_caveats_and_sign_convention_are_told():
+    text = words(Page(render(example())).root)
+    for told in ("toys & co", "1 min 05 s", "0.2 s", "from an earlier run", "Few timesteps.", "raised the likelihood",
+                 "largest positive scores", "Opponents have the most negative", "Who made <these>?"):  # fmt: skip
+        assert told in text, told
+
+
+def test_unlabelled_unsigned_queries_that_were_given():
+    train = dataset(labels=False)
+    scores = np.random.default_rng(0).random((3, 40)).astype(np.float32)
+    report = example(train=train, attributions=[Attribution("DAS", scores, False, "s")], generated=False, losses=())
+    page = Page(render(report)).root
+    text = words(page)
+    assert "without a direction" in text and "Opponents" not in text and "Labels of" not in text
+    assert "3 query images" in text and "generated" not in text and "Training loss" not in text
+
+
+def test_large_images_are_reduced_and_said_so():
+    report = example(train=dataset(6, side=200), queries=np.zeros((3, 1, 200, 200), np.uint8))
+    page = Page(render(report)).root
+    assert pixels(next(find(next(find(page, "article")), "li"))[2][1]).shape == (128, 128)
+    assert "shown reduced" in words(page)
+    assert "shown reduced" not in words(Page(render(example())).root)
+    assert not list(find(page, "img", class_="pixels")) and list(
+        find(Page(render(example())).root, "img", class_="pixels")
+    )
+
+
+def test_the_page_is_self_contained():
+    page = render(example())
+    tree = Page(page).root
+    assert not list(find(tree, "script"))
+    for _, attributes, _ in (*find(tree, "img"), *find(tree, "link")):
+        assert attributes.get("src", attributes.get("href")).startswith("data:")
+    assert all(a[1]["href"].startswith("#") for a in find(tree, "a"))
+    assert not re.search(r"https?:|url\(|@import|\son\w+=", page)
+    policy = next(find(tree, "meta", http_equiv="Content-Security-Policy"))[1]["content"]
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    for medium in ("prefers-color-scheme: dark", "max-width: 760px", "@media print"):
+        assert medium in page
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attributions": []}, "report: attributions must hold at least one method, got none"),
+        ({"top": 0}, "report: top must be at least 1, got 0"),
+        ({"query_names": ["a"]}, "report: query_names must have 3 entries, got 1"),
+        ({"queries": np.zeros((3, 1, 4, 4), np.float32)},
+         "report: queries must be uint8 [Q, C, H, W] with C 1 or 3, got float32 [3, 1, 4, 4]"),
+        ({"attributions": [Attribution("X", np.zeros((3, 39), np.float32), True, "")]},
+         "report: scores of X must have shape [3, 40], got [3, 39]"),
+        ({"attributions": [Attribution("X", np.full((3, 40), np.nan, np.float32), True, "")]},
+         "report: scores of X must be finite, got 120 NaN or infinite of 120"),
+    ],
+)  # fmt: skip
+def test_refusals(tmp_path, changes, message):
+    with pytest.raises(ReportError, match=f"^{re.escape(message)}$"):
+        write(tmp_path / "report.html", example(**changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_jinja2_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ReportError, match=r"^report: needs the package jinja2: install pyattr\[report\]$"):
+        render(example())
+
+
+def test_write_is_the_rendered_page(tmp_path):
+    write(tmp_path / "report.html", example())
+    assert (tmp_path / "report.html").read_text("utf-8") == render(example())
+
+
+# Ranking, histogram, numbers
+
+
+def test_strongest_by_hand():
+    scores = np.array([[1.0, 3.0, -2.0, 3.0], [0.0, 0.0, 0.0, 0.0]], np.float32)
+    assert strongest(scores, 3).tolist() == [[1, 3, 0], [0, 1, 2]]  # ties by lowest index
+    assert strongest(scores, 2, largest=False).tolist() == [[2, 0], [0, 1]]
+    assert strongest(scores, 0).shape == (2, 0) and strongest(scores, 1).dtype == np.int64
+    with pytest.raises(ValueError, match=r"^strongest: count must be in 0\.\.4, got 5$"):
+        strongest(scores, 5)
+
+
+def test_histogram_by_hand():
+    scores = np.array([-1.0, 0.0, 0.0, 0.0, 3.0], np.float32)
+    chart = histogram(scores, np.array([4]), np.array([0]))
+    step = WIDTH / BINS
+    # Bins over [-1, 3]: 70 of width 4/70; 0 lies in bin 17 (17.5).
+    unit = HEIGHT * np.log(2) / np.log(4)
+    expected = [
+        (0, HEIGHT - unit, step - 1, unit),
+        (17 * step, 0, step - 1, HEIGHT),
+        (69 * step, HEIGHT - unit, step - 1, unit),
+    ]
+    np.testing.assert_allclose(chart.bars, expected, atol=0.006)
+    assert (chart.proponents, chart.opponents, chart.zero) == ([WIDTH], [0.0], WIDTH / 4)
+    assert (chart.low, chart.high, chart.tallest) == (-1.0, 3.0, 3)
+
+
+def test_histogram_of_equal_and_of_one_sided_scores():
+    flat = histogram(np.full(5, 2.0, np.float32), np.array([0]), np.array([], np.int64))
+    assert len(flat.bars) == 1 and flat.proponents == [WIDTH / 2] and flat.zero is None
+    assert histogram(np.array([1.0, 2.0], np.float32), np.array([1]), np.array([0])).zero is None
+
+
+@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=60))
+def test_histogram_stays_inside_its_frame(values):
+    scores = np.array(values, np.float32)
+    order = strongest(scores[None], len(scores))[0]
+    chart = histogram(scores, order[:3], order[-3:])
+    assert all(0 <= x <= WIDTH and 0 <= y < HEIGHT and abs(y + h - HEIGHT) < 0.02 for x, y, _, h in chart.bars)
+    assert all(0 <= x <= WIDTH for x in chart.proponents + chart.opponents)
+    assert chart.proponents == sorted(chart.proponents, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.0123456, "+0.0123"), (-4.5678, "−4.57"), (123.456, "+123"), (-98765.0, "−98765"),
+     (0.001, "+0.00100"), (0.0000120, "+1.20e−5"), (-3.4e12, "−3.40e12"),
+     (2.5e-12, "+2.50e−12"), (0.99999, "+1.00"), (5.0, "+5.00")],
+)  # fmt: skip
+def test_score_text(value, text):
+    assert score_text(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 00 s"),
+     (185.2, "3 min 05 s"), (7800, "2 h 10 min")],
+)  # fmt: skip
+def test_seconds_text(seconds, text):
+    assert seconds_text(seconds) == text
