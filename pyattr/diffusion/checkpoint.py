@@ -1,0 +1,86 @@
+"""Models on disk: the weights together with what it takes to build the network again."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from torch import nn
+
+from .presets import PatchUNet, diffusers
+from .storage import load_tensors, save_tensors
+
+_NAME = re.compile(r"checkpoint-(\d{8})\.safetensors")
+
+
+def checkpoints(directory: str | os.PathLike) -> dict[int, Path]:
+    """The checkpoints in a directory by step, oldest first; empty when there are none or there is no directory."""
+    if not Path(directory).is_dir():
+        return {}
+    found = ((_NAME.fullmatch(path.name), path) for path in sorted(Path(directory).iterdir()))
+    return {int(match[1]): path for match, path in found if match}
+
+
+def architecture(model: nn.Module) -> dict | None:
+    """The class and configuration of a network that :func:`load_model` can build; None for any other."""
+    kind = type(model)
+    if kind is PatchUNet:
+        return {"class": "PatchUNet", "patch": model.patch, "unet": architecture(model.unet)}
+    if kind.__name__ == "UNet2DModel" and kind.__module__.startswith("diffusers."):
+        # Names with an underscore are where and by which version a configuration was saved.
+        config = {name: value for name, value in dict(model.config).items() if not name.startswith("_")}
+        return {"class": "UNet2DModel", "config": json.loads(json.dumps(config))}
+    return None
+
+
+def build(described: dict) -> nn.Module:
+    """A network from :func:`architecture`'s description, with random weights."""
+    if described["class"] == "PatchUNet":
+        return PatchUNet(build(described["unet"]), described["patch"])
+    return diffusers().UNet2DModel.from_config(described["config"])
+
+
+def save_model(path: str | os.PathLike, model: nn.Module) -> None:
+    """Write a model's weights and architecture into one safetensors file, whole or not at all.
+
+    Extra memory: the weights once more.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_tensors(path, tensors, {"kind": "model", "model": architecture(model)})
+
+
+def load_model(path: str | os.PathLike, *, average: bool = True, into: nn.Module | None = None) -> nn.Module:
+    """Read a model from a file of :func:`save_model`, a training checkpoint, or a folder of checkpoints.
+
+    Args:
+        path: the file, or the folder, whose newest checkpoint is taken.
+        average: take the moving average of the weights where a checkpoint has one.
+        into: the network to load into; needed where the file does not describe one that can be built (a network that is
+            neither a diffusers UNet2DModel nor a preset).
+
+    Returns:
+        The model, on the CPU (or ``into`` where it lies), in eval mode.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no checkpoint in the folder.
+        DamagedFileError: the bytes changed since they were written.
+        ValueError: the file does not hold a model, or ``into`` is missing.
+        ImportError: diffusers is needed and missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = checkpoints(path)
+        if not found:
+            raise FileNotFoundError(f"{path} holds no checkpoint: train a model into it first")
+        path = found[max(found)]
+    tensors, record = load_tensors(path)
+    if record.get("kind") not in ("model", "checkpoint"):
+        raise ValueError(f"load_model: {path} does not hold a model")
+    if into is None and record["model"] is None:
+        raise ValueError(f"load_model: {path} does not say how to build its network: give one with into=")
+    model = build(record["model"]) if into is None else into
+    state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    if average:
+        state |= {name.removeprefix("average."): t for name, t in tensors.items() if name.startswith("average.")}
+    model.load_state_dict(state)
+    return model.eval()

@@ -1,0 +1,171 @@
+"""Networks with known settings: the two U-Nets of the D-TRAK benchmarks, and a small one for a few minutes on a CPU."""
+
+import importlib
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def diffusers() -> types.ModuleType:
+    """The diffusers package.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        return importlib.import_module("diffusers")
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
+            raise
+        raise ImportError("U-Nets need the package diffusers: install pyattr[models]") from None
+
+
+class PatchUNet(nn.Module):
+    """A U-Net on patches: each p x p square of pixels becomes one position with p^2 times the channels.
+
+    ``y = shuffle(unet(unshuffle(x), t))``. Most of a small U-Net's time goes into its finest level, which this removes.
+
+    Args:
+        unet: a network on [B, p^2 C, H / p, W / p].
+        patch: p.
+    """
+
+    def __init__(self, unet: nn.Module, patch: int):
+        super().__init__()
+        self.unet, self.patch = unet, patch
+
+    @property
+    def config(self) -> dict:
+        """``in_channels`` and ``sample_size`` of the images, as a diffusers model has them."""
+        inner = self.unet.config
+        return {
+            "in_channels": inner["in_channels"] // self.patch**2,
+            "sample_size": inner["sample_size"] * self.patch,
+        }
+
+    def forward(self, images: Tensor, timesteps: Tensor) -> Tensor:  # [B, C, H, W], [B] -> [B, C, H, W]
+        patches = F.pixel_unshuffle(images, self.patch)
+        return F.pixel_shuffle(self.unet(patches, timesteps).sample, self.patch)
+
+
+def _levels(kind: str, count: int, attention: tuple[int, ...]) -> tuple[str, ...]:
+    plain, attending = {"down": ("DownBlock2D", "AttnDownBlock2D"), "up": ("UpBlock2D", "AttnUpBlock2D")}[kind]
+    order = range(count) if kind == "down" else reversed(range(count))
+    return tuple(attending if level in attention else plain for level in order)
+
+
+def _unet(channels: int, size: int, widths: tuple[int, ...], attention: tuple[int, ...], **settings) -> nn.Module:
+    return diffusers().UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=widths,
+        down_block_types=_levels("down", len(widths), attention),
+        up_block_types=_levels("up", len(widths), attention),
+        resnet_time_scale_shift="scale_shift",
+        # Without it recent diffusers leave the middle attention unnormalised under scale_shift, unlike those of D-TRAK.
+        attn_norm_num_groups=settings.get("norm_num_groups", 32),
+        **settings,
+    )
+
+
+def _cifar(channels: int, size: int, dropout: float) -> nn.Module:
+    # One attention head of full width; attention at half resolution and in the middle.
+    return _unet(
+        channels,
+        size,
+        (128, 256, 256, 256),
+        (1,),
+        layers_per_block=2,
+        dropout=dropout,
+        attention_head_dim=None,
+        norm_eps=1e-6,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    )
+
+
+def _celeba(channels: int, size: int, dropout: float) -> nn.Module:
+    return _unet(
+        channels,
+        size,
+        (128, 128, 256, 256, 512, 512),
+        (4,),
+        layers_per_block=2,
+        dropout=dropout,
+        attention_head_dim=8,
+        norm_eps=1e-5,
+        downsample_padding=1,
+        flip_sin_to_cos=True,
+        freq_shift=0,
+    )
+
+
+def _mnist_small(channels: int, size: int, dropout: float) -> nn.Module:
+    unet = _unet(
+        4 * channels,
+        size // 2,
+        (32, 64),
+        (),
+        layers_per_block=1,
+        dropout=dropout,
+        norm_num_groups=8,
+        add_attention=False,
+    )
+    return PatchUNet(unet, 2)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A network and the images that it was made for.
+
+    Attributes:
+        build: ``(channels, size, dropout) -> model``.
+        channels, size: of the images.
+        divisor: what a size must be a multiple of.
+    """
+
+    build: Callable[[int, int, float], nn.Module]
+    channels: int
+    size: int
+    divisor: int
+
+
+PRESETS = {
+    "cifar": Preset(_cifar, 3, 32, 8),
+    "celeba": Preset(_celeba, 3, 64, 32),
+    "mnist-small": Preset(_mnist_small, 1, 28, 4),
+}
+
+
+def unet(name: str, *, channels: int | None = None, size: int | None = None, dropout: float = 0.0) -> nn.Module:
+    """A U-Net with random weights; seed torch first to get the same ones again.
+
+    ``cifar`` and ``celeba`` are the networks of the D-TRAK benchmarks on CIFAR and CelebA (38,307,203 and 118,795,011
+    parameters); ``mnist-small`` is made for 28 x 28 grey digits and minutes on two cores (689,668 parameters).
+
+    Args:
+        name: one of :data:`PRESETS`.
+        channels, size: of the images, where they differ from what the network was made for.
+        dropout: probability in every residual block while training; D-TRAK trains with 0.1.
+
+    Raises:
+        ValueError: an unknown name, or a size that the network cannot halve often enough.
+        ImportError: diffusers is missing: install pyattr[models].
+
+    Source: Zheng et al., ICLR 2024 (D-TRAK), appendix A, and its published configuration files.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unet: name must be one of {', '.join(PRESETS)}, got {name!r}")
+    preset = PRESETS[name]
+    channels, size = channels or preset.channels, size or preset.size
+    if channels < 1 or size < 1 or size % preset.divisor:
+        raise ValueError(
+            f"unet: {name} needs at least one channel and a size that is a multiple of {preset.divisor}, "
+            f"got {channels} channels of size {size}"
+        )
+    return preset.build(channels, size, dropout)

@@ -1,0 +1,81 @@
+"""The forward process: how much noise an image carries at each timestep."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear variance schedule of a DDPM.
+
+    ``beta_t`` runs linearly from ``beta_start`` to ``beta_end`` over t = 0..T-1, ``abar_t = prod_{s<=t} (1 - beta_s)``, and
+    ``x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps`` with eps standard normal.
+
+    Args:
+        num_timesteps: T, at least 1.
+        beta_start, beta_end: 0 < beta_start <= beta_end < 1.
+
+    Raises:
+        ValueError: an argument is not as above.
+
+    Source: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, section 4 (their t is ours + 1).
+    """
+
+    num_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+    def __post_init__(self):
+        if self.num_timesteps < 1:
+            raise ValueError(f"Schedule: num_timesteps must be at least 1, got {self.num_timesteps}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"Schedule: betas must satisfy 0 < beta_start <= beta_end < 1, got {self.beta_start}, {self.beta_end}"
+            )
+
+    @functools.cached_property
+    def betas(self) -> Tensor:
+        """[T] float64, on the CPU."""
+        return torch.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=torch.float64)
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """abar, [T] float64, on the CPU."""
+        return (1 - self.betas).cumprod(0)
+
+    def add_noise(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """``x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps``.
+
+        Args:
+            images: x, [*B, C, H, W] floating point.
+            noise: eps, same shape.
+            timesteps: t, [*B] int64 in [0, T).
+
+        Returns:
+            x_t, [*B, C, H, W], in the dtype and on the device of ``images``.
+
+        Extra memory: one tensor of the size of ``images``.
+        """
+        abar = self.alphas_cumprod[timesteps.cpu()][..., None, None, None]  # [*B, 1, 1, 1] float64
+        signal, spread = (c.to(images.device, images.dtype) for c in (abar.sqrt(), (1 - abar).sqrt()))
+        return torch.addcmul(signal * images, spread, noise)
+
+    def elbo_weights(self, timesteps: Tensor) -> Tensor:
+        """Weight of the squared error at each timestep in the variational bound, with sigma_t^2 = beta_t.
+
+        ``w_t = beta_t / (2 (1 - beta_t) (1 - abar_t))``.
+
+        Args:
+            timesteps: t, any shape, int64 in [0, T).
+
+        Returns:
+            float64, on the CPU, of the shape of ``timesteps``.
+
+        Source: Ho et al. 2020, equation 12.
+        """
+        t = timesteps.cpu()
+        beta = self.betas[t]
+        return beta / (2 * (1 - beta) * (1 - self.alphas_cumprod[t]))
