@@ -29,6 +29,4 @@ def to_torch(array, op: str, argument: str) -> tuple[torch.Tensor, Callable]:
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
         return torch.from_dlpack(array), cupy.from_dlpack
-    raise TypeError(
-        f"{op}: {argument} must be a torch tensor, NumPy array or CuPy array, got {type(array).__name__}"
-    )
+    raise TypeError(f"{op}: {argument} must be a torch tensor, NumPy array or CuPy array, got {type(array).__name__}")

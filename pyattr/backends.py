@@ -156,7 +156,9 @@ def environment() -> dict[str, str]:
 
     module = extension()
     built = not isinstance(module, str)
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     versions = {}
     for name in ("numpy", "triton", "diffusers", "cupy"):
         try:

@@ -57,13 +57,11 @@ class Projection:
             self._integer("column_offset", column_offset, 0, self.max_columns - grads.shape[1]),
             float(scale),
         )
-        name = backends.choose(self.name, backend, grads, proj_dim, *matrix).name
         if torch.compiler.is_compiling():
             # Dynamo drops a custom Function's jvp, so compiled code sees the registered op, which has reverse mode only.
-            out = self.library_op(grads, proj_dim, *matrix, name)
-        else:
-            out = _Project.apply(grads, self, proj_dim, matrix, name)
-        return restore(out)
+            return restore(self.library_op(grads, proj_dim, *matrix, backend))
+        name = backends.choose(self.name, backend, grads, proj_dim, *matrix).name
+        return restore(_Project.apply(grads, self, proj_dim, matrix, name))
 
     def _integer(self, argument: str, value, low: int, high: int) -> int:
         try:
@@ -119,8 +117,8 @@ class Projection:
         getattr(import_module(f"pyattr.triton_kernels.{self.name}"), self.name)(grads, out, *matrix)
         return out
 
-    def run(self, grads, proj_dim, matrix: Matrix, backend: str):
-        """Run a backend that was already chosen."""
+    def run(self, grads, proj_dim, matrix: Matrix, backend: str | None):
+        """Choose the backend and run it."""
         return backends.choose(self.name, backend, grads, proj_dim, *matrix).run(grads, proj_dim, *matrix)
 
     def run_adjoint(self, coefficients, num_columns, matrix: Matrix):
@@ -131,7 +129,13 @@ class Projection:
         name = f"pyattr::{self.name}"
 
         def project(
-            grads: torch.Tensor, proj_dim: int, seed: int, stream: int, column_offset: int, scale: float, backend: str
+            grads: torch.Tensor,
+            proj_dim: int,
+            seed: int,
+            stream: int,
+            column_offset: int,
+            scale: float,
+            backend: str | None,
         ) -> torch.Tensor:
             return self.run(grads, proj_dim, Matrix(seed, stream, column_offset, scale), backend)
 

@@ -1,7 +1,5 @@
 """Dense projection by a matrix of standard normals that is never stored."""
 
-import torch
-
 from ..reference import gaussian_project as reference
 from ._projection import Projection, check_indices, check_key
 

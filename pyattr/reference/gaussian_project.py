@@ -28,5 +28,7 @@ def gaussian_project(grads, proj_dim, seed=0, stream=0, column_offset=0, scale=1
     return _project(normal_matrix, grads, proj_dim, seed, stream, column_offset, scale)
 
 
-def gaussian_project_transpose(coefficients, num_columns, seed=0, stream=0, column_offset=0, scale=1.0):  # [B, D] -> [B, P]
+def gaussian_project_transpose(
+    coefficients, num_columns, seed=0, stream=0, column_offset=0, scale=1.0
+):  # [B, D] -> [B, P]
     return _project_transpose(normal_matrix, coefficients, num_columns, seed, stream, column_offset, scale)

@@ -24,7 +24,9 @@ def rademacher_project(grads, proj_dim, seed=0, stream=0, column_offset=0, scale
     return _project(sign_matrix, grads, proj_dim, seed, stream, column_offset, scale)
 
 
-def rademacher_project_transpose(coefficients, num_columns, seed=0, stream=0, column_offset=0, scale=1.0):  # [B, D] -> [B, P]
+def rademacher_project_transpose(
+    coefficients, num_columns, seed=0, stream=0, column_offset=0, scale=1.0
+):  # [B, D] -> [B, P]
     return _project_transpose(sign_matrix, coefficients, num_columns, seed, stream, column_offset, scale)
 
 

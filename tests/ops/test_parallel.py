@@ -1,0 +1,53 @@
+"""CPU kernels beside torch's own threads, from several Python threads at once, and in forked children."""
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+
+from pyattr import testing
+from pyattr.ops import rademacher_project
+
+pytestmark = pytest.mark.skipif(
+    "cpu" not in testing.usable_backends("rademacher_project"), reason="the cpu backend is not built"
+)
+
+
+def project(seed=0):
+    return rademacher_project(testing.make_gradients(5, 3000, seed=seed), 300, backend="cpu")
+
+
+def _send_projection(connection):
+    connection.send_bytes(project().numpy().tobytes())
+
+
+def test_a_forked_child_computes_the_same_after_the_parent_used_threads():
+    """GNU OpenMP's pool does not survive a fork: a child that entered a parallel region would wait for ever."""
+    torch.set_num_threads(2)
+    expected = project().numpy().tobytes()
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_send_projection, args=(sender,))
+    child.start()
+    try:
+        assert receiver.poll(60), "the forked child hangs"
+        assert receiver.recv_bytes() == expected
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_python_threads_at_once():
+    expected = [project(seed) for seed in range(4)]
+    results = [None] * 4
+
+    def work(seed):
+        torch.randn(200, 200) @ torch.randn(200, 200)  # torch's own OpenMP region in the same thread
+        results[seed] = project(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(result, wanted) for result, wanted in zip(results, expected, strict=True))
