@@ -14,6 +14,7 @@
 #include "cpu/buffer.h"
 #include "cpu/philox_rows.h"
 #include "cpu/projection.h"
+#include "cpu/registers.h"
 #include "cpu/stage.h"
 
 namespace pyattr::cpu {
@@ -85,14 +86,16 @@ void generate(int64_t block, int64_t first_row, uint32_t seed, uint32_t stream, 
 // sums[k][l] += sum_c normals[c][l] * x[k][c], for kSamples rows of x.
 template <int kSamples>
 void multiply(const float (*normals)[kRows], const float* x, float* sums) {
-  typedef float vec __attribute__((vector_size(4 * kRows), aligned(4)));
-  vec sum[kSamples];
-  for (int k = 0; k < kSamples; ++k) sum[k] = vec{};
+  using reg = register_t<kRows>;
+  constexpr int V = kRegisters<kRows>;
+  reg sum[kSamples][V] = {};
   for (int64_t c = 0; c < kBlock; ++c) {
-    const vec z = *reinterpret_cast<const vec*>(normals[c]);
-    for (int k = 0; k < kSamples; ++k) sum[k] += z * x[k * kBlock + c];
+    const reg* z = reinterpret_cast<const reg*>(normals[c]);
+    for (int k = 0; k < kSamples; ++k)
+      for (int v = 0; v < V; ++v) sum[k][v] += z[v] * x[k * kBlock + c];
   }
-  for (int k = 0; k < kSamples; ++k) *reinterpret_cast<vec*>(sums + k * kRows) += sum[k];
+  for (int k = 0; k < kSamples; ++k)
+    for (int v = 0; v < V; ++v) reinterpret_cast<reg*>(sums + k * kRows)[v] += sum[k][v];
 }
 
 void project_slab(const ProjectTile& tile, int64_t sample_begin, int64_t sample_end) {
@@ -111,7 +114,7 @@ void project_slab(const ProjectTile& tile, int64_t sample_begin, int64_t sample_
       stage<1>(args, sample_begin + b, 1, begin - args.column_offset, end - args.column_offset,
                staged.get() + (i * samples + b) * kBlock + (begin - start));
   }
-  float normals[kBlock][kRows];
+  alignas(64) float normals[kBlock][kRows];
   auto sums = aligned_array<float>(samples * kRows);  // [samples][16]
   for (int64_t row = tile.row_begin; row < tile.row_end; row += kRows) {
     std::fill_n(sums.get(), samples * kRows, 0.0f);

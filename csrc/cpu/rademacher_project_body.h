@@ -14,6 +14,7 @@
 #include "cpu/buffer.h"
 #include "cpu/philox_rows.h"
 #include "cpu/projection.h"
+#include "cpu/registers.h"
 #include "cpu/stage.h"
 
 namespace pyattr::cpu {
@@ -28,29 +29,6 @@ constexpr int kLanes = 16;  // with AVX2, two registers an entry share the index
 #else
 constexpr int kLanes = 8;
 #endif
-
-// W samples as one register, or as several where W is wider than the machine's: an array of registers keeps the compiler from
-// lowering a too wide vector through memory.
-#if defined(__AVX512F__)
-constexpr int kRegisterLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kRegisterLanes = 8;
-#else
-constexpr int kRegisterLanes = 4;
-#endif
-
-template <int N>
-struct Register {
-  typedef float type __attribute__((vector_size(4 * N)));
-};
-template <>
-struct Register<1> {
-  using type = float;
-};
-template <int W>
-using register_t = typename Register<(W < kRegisterLanes ? W : kRegisterLanes)>::type;
-template <int W>
-constexpr int kRegisters = W < kRegisterLanes ? 1 : W / kRegisterLanes;
 
 inline uint64_t rotate_right(uint64_t x, int n) { return n == 0 ? x : x >> n | x << (64 - n); }
 
