@@ -1,6 +1,6 @@
 """Diffusion models: schedules, training, sampling with every random number kept, and gradient features."""
 
-from . import losses
+from . import features, losses
 from .checkpoint import checkpoints, load_model, save_model
 from .losses import Loss
 from .noise import noise
@@ -20,7 +20,7 @@ __all__ = [
     "Schedule",
     "Training",
     "checkpoints",
-
+    "features",
     "load_model",
     "losses",
     "noise",

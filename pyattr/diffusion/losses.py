@@ -81,7 +81,9 @@ class Loss:
         if self.name not in NAMES:
             raise ValueError(f"Loss: name must be one of {', '.join(NAMES)}, got {self.name!r}")
         if (self.name == "interpolate") != (self.eta is not None):
-            raise ValueError(f"Loss: eta goes with interpolate and with nothing else, got {self.name!r}, eta={self.eta}")
+            raise ValueError(
+                f"Loss: eta goes with interpolate and with nothing else, got {self.name!r}, eta={self.eta}"
+            )
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise ValueError(f"Loss: eta must lie in [0, 1], got {self.eta}")
 

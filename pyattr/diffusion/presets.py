@@ -157,7 +157,7 @@ def unet(name: str, *, channels: int | None = None, size: int | None = None, dro
         ValueError: an unknown name, or a size that the network cannot halve often enough.
         ImportError: diffusers is missing: install pyattr[models].
 
-    Source: Zheng et al., ICLR 2024 (D-TRAK), appendix A, and its published configuration files.
+    Source: Zheng et al., ICLR 2024 (D-TRAK), and its published configuration files.
     """
     if name not in PRESETS:
         raise ValueError(f"unet: name must be one of {', '.join(PRESETS)}, got {name!r}")

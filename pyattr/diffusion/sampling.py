@@ -208,7 +208,9 @@ def _kept(path: Path, ids: Tensor, settings: dict) -> Samples:
     if not torch.equal(kept.ids, ids):
         differ = differ or "the ids or the batch size differ"
     if differ:
-        raise ValueError(f"sample: directory {path.parent} holds samples made otherwise: {differ}; use another directory")
+        raise ValueError(
+            f"sample: directory {path.parent} holds samples made otherwise: {differ}; use another directory"
+        )
     return kept
 
 

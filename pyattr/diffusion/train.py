@@ -87,7 +87,7 @@ def train(
 
     Extra memory: gradients and three copies of the weights (four with ``ema``), one batch.
 
-    Source: Ho et al. 2020, algorithm 1; optimiser and schedule of D-TRAK (Zheng et al., ICLR 2024), appendix A.
+    Source: Ho et al. 2020, algorithm 1; the optimiser and its schedule as in D-TRAK (Zheng et al., ICLR 2024).
     """
     images = as_images(images, "train", "images")
     if len(images) == 0:

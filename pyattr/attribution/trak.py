@@ -1,0 +1,191 @@
+"""TRAK on a diffusion model: projected gradients of the training loss, weighed by a damped inverse kernel."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion import features
+from ..diffusion.features import FeatureMap, Features
+from ..diffusion.images import as_images, reference_parameter
+from ..diffusion.losses import Loss
+from ..diffusion.progress import Progress, silent
+from ..diffusion.sampling import Samples
+from ..diffusion.schedule import Schedule
+from ..diffusion.storage import model_hash, tensors_hash
+from .kernel import DampedKernel, choose_lambda
+
+# Training image n has noise id n. Queries start here, so that a query shares the noise of a training image only when its id
+# is given as that image's.
+QUERY_IDS = 1 << 40
+
+
+class TRAK:
+    """Which training images lower the loss of a query, by one Newton step in a random projection of the parameters.
+
+    ``tau(q, n) = phi_q^T (Phi^T Phi + lambda I)^{-1} phi_n``, with phi the projected gradient of the feature function
+    averaged over timesteps (:class:`~pyattr.diffusion.features.FeatureMap`) and Phi those of the training images.
+
+    Sign: with f the training loss, leaving image n out moves the minimiser by +H^{-1} grad f_n to first order, which changes
+    the query's loss by grad f_q^T H^{-1} grad f_n. So the raw number is positive where leaving n out raises the query's loss:
+    a proponent. No conversion is needed.
+
+    lambda is in the units of the unnormalised projected Gram matrix ``Phi^T Phi``: its published values for D = 32768 and
+    10 timesteps lie between 10 and 5000. Sums over training images, not means, so it grows with D and with the scale of f.
+    Where none is given it is the one at which the effective dimension sum_i w_i / (w_i + lambda), w the eigenvalues, is half
+    the number of eigenvalues: ``docs/attribution.md`` says why, and what that choice does not know.
+
+    Args:
+        model: the trained network; ``model(x_t, t)`` predicts the noise.
+        schedule: the one it was trained with.
+        proj_dim: D.
+        num_timesteps, strategy, num_noises, kind, noise_seed: see :class:`~pyattr.diffusion.features.FeatureMap`.
+        feature: f, a :class:`~pyattr.diffusion.Loss` or its name; None for the method's own.
+        lambda_: positive; or a grid, whose member nearest to the automatic choice is taken; None for that choice itself.
+        seed: of the projection.
+        batch_size: images whose gradients are taken together.
+        timesteps_per_pass: rows of one image that go through the model together.
+        directory: where features are kept as they are made and found again; None keeps them in memory.
+        progress: stages "features", "eigendecomposition", "query features".
+
+    Attributes:
+        lambda_: the one in use, after :meth:`fit`.
+        eigenvalues: of the Gram matrix, falling, after :meth:`fit`.
+        signed: True: negative scores mean opponents.
+
+    Raises:
+        ValueError: an argument is not as above.
+
+    Source: Park et al., "TRAK: Attributing Model Behavior at Scale", ICML 2023, section 3, with one model and Q = I; its form
+    for diffusion models, Zheng et al., ICLR 2024 (D-TRAK), section 3.
+    """
+
+    signed = True
+    default_feature = "simple"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        *,
+        proj_dim: int = 4096,
+        num_timesteps: int = 10,
+        strategy: str = "uniform",
+        feature: Loss | str | None = None,
+        num_noises: int = 1,
+        kind: str = "rademacher",
+        lambda_: float | Sequence[float] | None = None,
+        seed: int = 0,
+        noise_seed: int = 0,
+        batch_size: int = 16,
+        timesteps_per_pass: int = 32,
+        directory: str | os.PathLike | None = None,
+        progress: Progress = silent,
+    ):
+        self.feature_map = FeatureMap(
+            schedule=schedule,
+            loss=self.default_feature if feature is None else feature,
+            num_timesteps=num_timesteps,
+            strategy=strategy,
+            num_noises=num_noises,
+            proj_dim=proj_dim,
+            kind=kind,
+            seed=seed,
+            noise_seed=noise_seed,
+        )
+        if lambda_ is not None:
+            for value in [lambda_] if isinstance(lambda_, (int, float)) else lambda_:
+                self._check_lambda(value)
+        self.model, self.batch_size, self.timesteps_per_pass = model, batch_size, timesteps_per_pass
+        self.directory = None if directory is None else Path(directory)
+        self.progress = progress
+        self._asked_lambda = lambda_
+        self._kernel: DampedKernel | None = None
+        self._model_hash = ""
+        self._queries: tuple[str, Features] | None = None
+
+    def fit(self, train) -> "TRAK":
+        """Compute the features of the training images and decompose their kernel.
+
+        Args:
+            train: [N, C, H, W] uint8, or floating point in [-1, 1]; image n has noise id n.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError, DamagedFileError: see :func:`pyattr.diffusion.features.compute`; or the features are zero or not
+                finite.
+
+        Extra memory: that of the features and of :class:`~pyattr.attribution.kernel.DampedKernel`.
+        """
+        train = as_images(train, type(self).__name__, "train")
+        found = self._features(train, torch.arange(len(train)), "train", "features")
+        self.progress(0, 1, "eigendecomposition")
+        self._kernel = DampedKernel(found, reference_parameter(self.model, type(self).__name__).device)
+        self.eigenvalues = self._kernel.eigenvalues
+        self.lambda_ = choose_lambda(self.eigenvalues, self._asked_lambda)
+        self.progress(1, 1, "eigendecomposition")
+        self._model_hash, self._queries = model_hash(self.model), None
+        return self
+
+    def scores(self, queries, *, lambda_: float | None = None, ids=None) -> Tensor:
+        """Scores of all training images for each query; positive = proponent.
+
+        The features of the last queries are kept, so that asking again with another lambda is cheap.
+
+        Args:
+            queries: images [Q, C, H, W] (uint8, or floating point in [-1, 1]) or :class:`~pyattr.diffusion.Samples`.
+            lambda_: in place of the one chosen by :meth:`fit`.
+            ids: [Q] distinct noise ids. None: 2^40 + i for the i-th query, or 2^40 + its id for a sample, so that no query
+                shares its noise with a training image.
+
+        Returns:
+            [Q, N] float32.
+
+        Raises:
+            RuntimeError: :meth:`fit` was not called.
+            ValueError: an argument is not as above, or the model has changed since :meth:`fit`.
+
+        Extra memory: the queries' features, and :meth:`DampedKernel.scores`'s.
+        """
+        name = type(self).__name__
+        if self._kernel is None:
+            raise RuntimeError(f"{name}: fit must be called before scores")
+        if lambda_ is not None:
+            self._check_lambda(lambda_)
+        if isinstance(queries, Samples):
+            images, ids = queries.images, QUERY_IDS + queries.ids if ids is None else ids
+        else:
+            images = as_images(queries, name, "queries")
+            ids = QUERY_IDS + torch.arange(len(images)) if ids is None else ids
+        if len(images) == 0:
+            return torch.empty(0, len(self._kernel.features))
+        if model_hash(self.model) != self._model_hash:
+            raise ValueError(f"{name}: the model has changed since fit; fit again")
+        ids = torch.as_tensor(ids, dtype=torch.int64)
+        key = tensors_hash({"images": images, "ids": ids})
+        if self._queries is None or self._queries[0] != key:
+            self._queries = key, self._features(images, ids, f"queries-{key[:16]}", "query features")
+        phi = self._queries[1].tensor()  # [Q, D]
+        return self._kernel.scores(phi, self.lambda_ if lambda_ is None else lambda_)
+
+    def _features(self, images: Tensor, ids: Tensor, folder: str, stage: str) -> Features:
+        return features.compute(
+            self.model,
+            images,
+            self.feature_map,
+            ids=ids,
+            batch_size=self.batch_size,
+            timesteps_per_pass=self.timesteps_per_pass,
+            directory=None if self.directory is None else self.directory / folder,
+            progress=self.progress,
+            stage=stage,
+        )
+
+    def _check_lambda(self, value: float) -> None:
+        if not (0 < value < math.inf):
+            raise ValueError(f"{type(self).__name__}: lambda_ must be positive and finite, got {value}")

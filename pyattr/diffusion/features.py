@@ -1,0 +1,224 @@
+"""Per-sample gradient features of a diffusion model, saved as they are made."""
+
+import dataclasses
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import gradients, ops
+from .images import as_images, evaluating, predict_noise, reference_parameter, to_unit
+from .losses import Loss, as_loss
+from .noise import MAX_DRAWS, noise
+from .progress import Progress, silent
+from .schedule import Schedule
+from .storage import model_hash, tensors_hash
+from .store import FeatureDirectory, Features, open_features
+
+__all__ = ["STRATEGIES", "FeatureMap", "Features", "compute", "open_features"]
+
+STRATEGIES = ("uniform", "cumulative")
+KINDS = {"rademacher": ops.rademacher_project, "gaussian": ops.gaussian_project}
+_DEFINITION = 1  # of the features; a change that moves their values by more than rounding raises it
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """What a feature is: ``phi(x) = M (1 / K) sum_{t in S} grad_theta f(x_t, t)``.
+
+    ``x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps`` with eps a function of (noise_seed, sample id, t), M the D x P matrix of
+    the projection, unscaled: inner products come out D times those of the gradients. The average over timesteps (and draws
+    of the noise) is taken before projecting. The model is in eval mode; nothing is normalised.
+
+    Args:
+        schedule: gives abar_t and T.
+        loss: f, a :class:`~pyattr.diffusion.Loss` or its name.
+        num_timesteps: K, 1 to T.
+        strategy: S: "uniform" is {0, T div K, 2 (T div K), ...}, "cumulative" is {0..K-1}.
+        num_noises: independent draws of eps at each timestep.
+        proj_dim: D.
+        kind: "rademacher" or "gaussian".
+        seed: of the projection, in [0, 2^32).
+        noise_seed: in [0, 2^32).
+
+    Raises:
+        ValueError: an argument is not as above.
+
+    Source: Zheng et al., ICLR 2024 (D-TRAK), section 3; Park et al., ICML 2023 (TRAK), section 3.2.
+    """
+
+    schedule: Schedule
+    loss: Loss | str = "square"
+    num_timesteps: int = 10
+    strategy: str = "uniform"
+    num_noises: int = 1
+    proj_dim: int = 4096
+    kind: str = "rademacher"
+    seed: int = 0
+    noise_seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "loss", as_loss(self.loss))
+        limits = {
+            "num_timesteps": (1, self.schedule.num_timesteps),
+            "num_noises": (1, MAX_DRAWS),
+            "proj_dim": (1, 2**32),
+            "seed": (0, 2**32 - 1),
+            "noise_seed": (0, 2**32 - 1),
+        }
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"FeatureMap: {name} must lie in [{low}, {high}], got {getattr(self, name)}")
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"FeatureMap: strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+        if self.kind not in KINDS:
+            raise ValueError(f"FeatureMap: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+
+    def timesteps(self) -> Tensor:
+        """S, [K] int64, rising."""
+        stride = self.schedule.num_timesteps // self.num_timesteps if self.strategy == "uniform" else 1
+        return torch.arange(self.num_timesteps) * stride
+
+    def settings(self) -> dict:
+        """All fields, as they go into the manifest of a directory."""
+        return {**dataclasses.asdict(self), "definition": _DEFINITION}
+
+    def batch(self, model: nn.Module, images: Tensor, ids: Tensor, *, timesteps_per_pass: int = 32) -> Tensor:
+        """Features of a batch.
+
+        Args:
+            model: in eval mode.
+            images: [B, C, H, W] uint8, or floating point in [-1, 1].
+            ids: [B] int64.
+            timesteps_per_pass: rows of one image that go through the model together; changes rounding only.
+
+        Returns:
+            [B, D] float32 (float64 for a float64 model), on the model's device.
+
+        Extra memory: what :func:`pyattr.gradients.project_gradients` takes. With more than ``timesteps_per_pass`` rows
+        an image, whole gradients: 8 B P bytes in float32.
+        """
+        like = reference_parameter(model, "features")
+        x = to_unit(images, like)  # [B, C, H, W]
+        times = self.timesteps().repeat_interleave(self.num_noises)  # [R], R = K * num_noises
+        draws = torch.arange(self.num_noises).repeat(self.num_timesteps)  # [R]
+        loss = functools.partial(_values, loss=self.loss, schedule=self.schedule)
+        passes = list(zip(times.split(timesteps_per_pass), draws.split(timesteps_per_pass), strict=True))
+        sums: dict[str, Tensor] = {}
+        for t, draw in passes:
+            eps = noise(x.shape[1:], seed=self.noise_seed, ids=ids[:, None], timesteps=t, draws=draw).to(x)
+            t = t.to(x.device).expand(len(x), -1)  # [B, R']
+            batch = {"noisy": self.schedule.add_noise(x[:, None], eps, t), "noise": eps, "timesteps": t}
+            if len(passes) == 1:
+                return gradients.project_gradients(model, loss, batch, self.proj_dim, kind=self.kind, seed=self.seed)
+            for name, grad in gradients.per_sample_gradients(model, loss, batch).items():  # means over R'
+                weighted = grad * (t.shape[1] / len(times))
+                sums[name] = weighted if name not in sums else sums[name].add_(weighted)
+        return self._project(sums)
+
+    def _project(self, grads: dict[str, Tensor]) -> Tensor:
+        """The flat gradient's projection from its pieces, in ``named_parameters()`` order."""
+        total, offset = None, 0
+        for grad in grads.values():
+            flat = grad.flatten(1)  # [B, P of this parameter]
+            piece = KINDS[self.kind](flat, self.proj_dim, seed=self.seed, column_offset=offset)
+            total = piece if total is None else total + piece
+            offset += flat.shape[1]
+        return total
+
+
+def _values(model, batch, *, loss: Loss, schedule: Schedule) -> Tensor:  # -> [B, R]
+    noisy, eps, times = batch["noisy"], batch["noise"], batch["timesteps"]  # [B, R, C, H, W] twice, [B, R]
+    flat = times.flatten()
+    prediction = predict_noise(model, noisy.flatten(0, 1), flat)
+    return loss(prediction, eps.flatten(0, 1), flat, schedule).unflatten(0, times.shape)
+
+
+def compute(
+    model: nn.Module,
+    images,
+    feature_map: FeatureMap,
+    *,
+    ids=None,
+    batch_size: int = 16,
+    timesteps_per_pass: int = 32,
+    directory: str | os.PathLike | None = None,
+    shard_rows: int = 256,
+    progress: Progress = silent,
+    stage: str = "features",
+) -> Features:
+    """Features of many images, kept on disk as they are made when a directory is given.
+
+    An interrupted call that is made again goes on from the last shard it wrote; shards that were deleted are made again. The
+    result does not depend on ``batch_size``, ``timesteps_per_pass`` or the interruption but for rounding, and not at all for
+    the same ``batch_size`` and ``timesteps_per_pass`` on the same machine and thread count.
+
+    Args:
+        model: predicts the noise; evaluated in eval mode and left in its own.
+        images: [N, C, H, W] uint8, or floating point in [-1, 1].
+        ids: [N] distinct integers in [0, 2^63) that the noise is a function of; 0..N-1 if None.
+        batch_size: images whose gradients are taken together.
+        timesteps_per_pass: see :meth:`FeatureMap.batch`.
+        directory: where shards go; None keeps the features in memory.
+        shard_rows: rows in a shard: what an interruption may lose.
+        progress, stage: counts images.
+
+    Returns:
+        :class:`Features`.
+
+    Raises:
+        ValueError: an argument is not as above, or the directory was made with another model, other images or another
+            feature map; the message says what differs.
+        DamagedFileError: the directory's manifest cannot be read.
+
+    Extra memory: that of :meth:`FeatureMap.batch`, and one shard or all features.
+    """
+    images = as_images(images, "features", "images")
+    if len(images) == 0:
+        raise ValueError("features: images must hold at least one image, got none")
+    for name, value in (
+        ("batch_size", batch_size),
+        ("timesteps_per_pass", timesteps_per_pass),
+        ("shard_rows", shard_rows),
+    ):
+        if value < 1:
+            raise ValueError(f"features: {name} must be at least 1, got {value}")
+    ids = torch.arange(len(images)) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
+    if ids.shape != images.shape[:1] or len(ids.unique()) != len(ids):
+        raise ValueError(f"features: ids must be {len(images)} distinct integers, got shape {list(ids.shape)}")
+    total, done = len(images), 0
+
+    def rows(start: int, end: int) -> Tensor:  # -> [end - start, D]
+        nonlocal done
+        parts = []
+        for first in range(start, end, batch_size):
+            which = slice(first, min(first + batch_size, end))
+            part = feature_map.batch(model, images[which], ids[which], timesteps_per_pass=timesteps_per_pass)
+            parts.append(part.cpu())
+            done += len(part)
+            progress(done, total, stage)
+        return torch.cat(parts)
+
+    with evaluating(model):
+        if directory is None:
+            progress(0, total, stage)
+            return Features.from_tensor(rows(0, total), ids)
+        store = FeatureDirectory(
+            directory,
+            settings={
+                **feature_map.settings(),
+                "model": model_hash(model),
+                "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            },
+            data={"images and ids": tensors_hash({"images": images, "ids": ids})},
+            rows=total,
+            shard_rows=shard_rows,
+        )
+        todo = store.missing()
+        done = total - sum(end - start for start, end in todo)
+        progress(done, total, stage)
+        for start, end in todo:
+            store.write(start, rows(start, end), ids[start:end], batch_size)
+        return store.features()
