@@ -92,7 +92,7 @@ def measure(request, benchmark, ceilings, leave_out):
     """``measure(contender, check=..., table=..., row=..., column=..., ...)``: check the answer once, then time it.
 
     Args of the call:
-        contender: of bench/contenders.py; closed at the end.
+        contender: of bench/contenders.py.
         check: takes the first answer, raises AssertionError when it is wrong. Nothing wrong is timed.
         table, row, column: where the figure stands in a README table; ``row`` names the contender.
         ours: whether it is this project's code; peers get ratios.
@@ -128,13 +128,11 @@ def measure(request, benchmark, ceilings, leave_out):
             if ours:
                 raise
             leave_out(table, row, column, str(error))
-        finally:
-            contender.close()
         on_cpu = device == "cpu"
         benchmark.extra_info.update(
             {"table": table, "row": row, "column": column, "ours": ours, "note": note},
             **figures.describe(
-                benchmark.stats.stats.median,
+                benchmark.stats["median"],
                 work=work,
                 unit=unit,
                 bytes=bytes,

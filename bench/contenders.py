@@ -1,5 +1,6 @@
 """What is timed: a call in this process (CPU clock or CUDA events), or a worker in a process of its own."""
 
+import atexit
 import json
 import os
 import select
@@ -46,25 +47,18 @@ class Here:
         stop.synchronize()
         return start.elapsed_time(stop) / 1e3
 
-    def close(self) -> None:
-        """Nothing to give back."""
 
-
-class Worker:
-    """A contender of bench/worker.py under another interpreter or environment; it times itself.
+class Process:
+    """A running bench/worker.py under some interpreter and environment.
 
     Args:
-        contender: its name in worker.py.
-        inputs: [B, P] float32.
-        python: the interpreter that holds it.
+        python: the interpreter that holds the contenders.
         environment: variables set on top of this process's.
         seconds: how long one reply may take.
-        arguments: passed on to the contender.
     """
 
-    def __init__(self, contender, inputs, *, python, environment=None, seconds=300.0, **arguments):
-        self.contender, self.inputs, self.arguments, self.seconds = contender, inputs, arguments, seconds
-        self.about: dict = {}
+    def __init__(self, python, environment=None, seconds=300.0):
+        self.seconds = seconds
         self._stderr = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [str(python), str(WORKER)],
@@ -74,12 +68,87 @@ class Worker:
             env={**os.environ, **(environment or {})},
         )
 
+    def ask(self, **request) -> dict:
+        """Send a request, wait for its reply."""
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            ready, _, _ = select.select([self._process.stdout], [], [], self.seconds)
+        except BrokenPipeError:
+            ready = [self._process.stdout]
+        if not ready:
+            self._process.kill()
+            raise ContenderError(f"the worker gave no answer within {self.seconds:.0f} s")
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait(timeout=10)
+            self._stderr.seek(0)
+            said = self._stderr.read().decode(errors="replace").strip()[-500:]
+            raise ContenderError(f"the worker ended with status {self._process.returncode}: {said}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise ContenderError(reply["error"])
+        return reply
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End it."""
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass  # it ended first
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._stderr.close()
+
+
+_PROCESSES: dict[tuple, Process] = {}
+
+
+def process(python, environment: dict[str, str]) -> Process:
+    """The one process with this interpreter and environment: a peer's imports can take ten seconds, so it is kept."""
+    key = (str(python), *sorted(environment.items()))
+    if key in _PROCESSES and not _PROCESSES[key].alive:
+        _PROCESSES.pop(key).close()
+    if key not in _PROCESSES:
+        _PROCESSES[key] = Process(python, environment)
+    return _PROCESSES[key]
+
+
+@atexit.register
+def close_all() -> None:
+    """End every kept process."""
+    while _PROCESSES:
+        _PROCESSES.popitem()[1].close()
+
+
+class Worker:
+    """A contender of bench/worker.py; it times itself.
+
+    Args:
+        contender: its name in worker.py.
+        inputs: [B, P] float32.
+        process: where it runs.
+        arguments: passed on to the contender.
+    """
+
+    def __init__(self, contender: str, inputs: torch.Tensor, process: Process, **arguments):
+        self.contender, self.inputs, self.process, self.arguments = contender, inputs, process, arguments
+        self.about: dict = {}
+
     def first(self):
         """The answer and the seconds of the first run."""
         with tempfile.TemporaryDirectory() as folder:
             inputs, output = Path(folder, "inputs.npy"), Path(folder, "output.npy")
             np.save(inputs, self.inputs.numpy())
-            self.about = self._ask(
+            self.about = self.process.ask(
                 do="prepare",
                 contender=self.contender,
                 inputs=str(inputs),
@@ -91,36 +160,4 @@ class Worker:
 
     def round(self) -> float:
         """Seconds of one more run."""
-        return self._ask(do="round")["seconds"]
-
-    def close(self) -> None:
-        """End the worker."""
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-        self._stderr.close()
-
-    def _ask(self, **request) -> dict:
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-            ready, _, _ = select.select([self._process.stdout], [], [], self.seconds)
-        except BrokenPipeError:
-            ready = [self._process.stdout]
-        if not ready:
-            self._process.kill()
-            raise ContenderError(f"{self.contender}: no answer within {self.seconds:.0f} s")
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait(timeout=10)
-            self._stderr.seek(0)
-            said = self._stderr.read().decode(errors="replace").strip()[-500:]
-            raise ContenderError(f"{self.contender}: the worker ended with status {self._process.returncode}: {said}")
-        reply = json.loads(line)
-        if "error" in reply:
-            raise ContenderError(f"{self.contender}: {reply['error']}")
-        return reply
+        return self.process.ask(do="round")["seconds"]

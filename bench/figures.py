@@ -28,7 +28,9 @@ class Goal:
     missing: str = "not measured in this run"
 
 
-def describe(seconds: float, *, work: float, unit: str, bytes: int, ceiling: tuple[str, float | None], ram: float | None) -> dict:
+def describe(
+    seconds: float, *, work: float, unit: str, bytes: int, ceiling: tuple[str, float | None], ram: float | None
+) -> dict:
     """Rates of a figure from its seconds per call, and how near they are to the machine's measured ceilings.
 
     Args:
@@ -49,15 +51,18 @@ def describe(seconds: float, *, work: float, unit: str, bytes: int, ceiling: tup
 
 
 def add_ratios(benchmarks: list[dict]) -> None:
-    """Give each of our figures its ratio to every peer in the same table and column: 4.0 is four times the peer's rate."""
+    """Give each of our figures its ratio to every peer in the same table and column: 4.0 is four times the peer's rate.
+
+    A figure that was not timed through ``measure`` stands in no table and is left as it is.
+    """
     for figure in benchmarks:
         info = figure["extra_info"]
-        if not info["ours"]:
+        if not info.get("ours"):
             continue
         info["times_faster_than"] = {
             other["extra_info"]["row"]: float(f"{info['work_per_s'] / other['extra_info']['work_per_s']:.4g}")
             for other in benchmarks
-            if not other["extra_info"]["ours"]
+            if other["extra_info"].get("ours") is False
             and (other["extra_info"]["table"], other["extra_info"]["column"]) == (info["table"], info["column"])
         }
 
@@ -69,7 +74,7 @@ def check_goals(goals: Iterable[Goal], benchmarks: list[dict]) -> list[dict]:
         rates = {
             (f["extra_info"]["row"], f["extra_info"]["column"]): f["extra_info"]["work_per_s"]
             for f in benchmarks
-            if f["extra_info"]["table"] == goal.table
+            if f["extra_info"].get("table") == goal.table
         }
         measured = goal.measure(lambda row, column, rates=rates: rates.get((row, column)))
         entry = {"table": goal.table, "text": goal.text, "wanted": goal.wanted}
@@ -105,8 +110,8 @@ def merge(recorded: dict | None, new: dict) -> dict:
     """A new run over an earlier one of the same commit: the new run's tables replace the old ones, others stay."""
     if recorded is None:
         return new
-    fresh = {figure["extra_info"]["table"] for figure in new["benchmarks"]}
-    kept = [figure for figure in recorded["benchmarks"] if figure["extra_info"]["table"] not in fresh]
+    fresh = {figure["extra_info"].get("table") for figure in new["benchmarks"]}
+    kept = [figure for figure in recorded["benchmarks"] if figure["extra_info"].get("table") not in fresh]
     goals = [goal for goal in recorded.get("goals", []) if goal["table"] not in fresh]
     skipped = [entry for entry in recorded.get("skipped", []) if entry["table"] not in fresh]
     return {
@@ -129,7 +134,13 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
+def is_clean(run: dict) -> bool:
+    """Whether the run was of a commit, not of a tree that differs from it."""
+    return not run["machine_info"]["commit"].endswith("-dirty")
+
+
 def read_runs(folder: Path) -> list[tuple[Path, dict]]:
-    """Recorded runs under a folder, oldest first."""
-    runs = [(path, json.loads(path.read_text(encoding="utf8"))) for path in sorted(folder.glob("**/*.json"))]
+    """Recorded runs of commits under a folder, oldest first."""
+    runs = [(path, json.loads(path.read_text(encoding="utf8"))) for path in sorted(folder.glob("*/*.json"))]
+    runs = [run for run in runs if is_clean(run[1])]
     return sorted(runs, key=lambda run: run[1]["machine_info"]["date"])

@@ -123,7 +123,9 @@ def versions() -> dict[str, str]:
 
 def gpus() -> list[str]:
     """Names of the CUDA devices."""
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
 
 
 def describe() -> dict:

@@ -52,10 +52,11 @@ def bergson(x, proj_dim, kind, seed):
 
     Importing the bergson package imports its training stack too; a bare package with the same path imports this part alone.
     """
-    package = types.ModuleType("bergson")
-    package.__path__ = list(importlib.util.find_spec("bergson").submodule_search_locations)
-    package.__version__ = importlib.metadata.version("bergson")
-    sys.modules.setdefault("bergson", package)
+    if "bergson" not in sys.modules:
+        package = types.ModuleType("bergson")
+        package.__path__ = list(importlib.util.find_spec("bergson").submodule_search_locations)
+        package.__version__ = importlib.metadata.version("bergson")
+        sys.modules["bergson"] = package
     from bergson.collector.collector import project_global
 
     return lambda: project_global(bergson_identifier(seed), x, proj_dim, _THEIR_NAMES[kind])

@@ -1,0 +1,55 @@
+"""rademacher_project [B, P] -> [B, D] beside its peers, in sign-adds per second: B * P * D of them in a call."""
+
+import pytest
+
+from bench import projection
+from bench.figures import Goal
+
+CASES = projection.cases("rademacher", small=512)
+TABLE = "rademacher_project"
+
+
+def _ours(rate, column):
+    """The fastest CPU level."""
+    rates = [rate(f"pyattr cpu {level}", column) for level in ("avx512", "avx2", "scalar")]
+    return max((r for r in rates if r), default=None)
+
+
+def _ratio(above, below):
+    return above / below if above and below else None
+
+
+GOALS = [
+    Goal(
+        TABLE,
+        "B=16: at least 4 times torch.matmul on a matrix already in memory",
+        lambda rate: _ratio(_ours(rate, "B=16"), rate("torch.matmul, matrix in memory", "B=16")),
+        4,
+    ),
+    Goal(
+        TABLE,
+        "B=16: at least 100 times TRAK's BasicProjector",
+        lambda rate: _ratio(_ours(rate, "B=16"), rate("trak BasicProjector", "B=16")),
+        100,
+    ),
+    Goal(TABLE, "B=64: at least 180e9 sign-adds per second", lambda rate: _ours(rate, "B=64"), 180e9),
+    Goal(
+        TABLE,
+        "B=1: per sample at least an eighth as fast as B=64",
+        lambda rate: _ratio(_ours(rate, "B=1"), _ours(rate, "B=64")),
+        1 / 8,
+    ),
+    Goal(
+        TABLE,
+        "B=16: AVX2 at least 40% as fast as AVX-512",
+        lambda rate: _ratio(rate("pyattr cpu avx2", "B=16"), rate("pyattr cpu avx512", "B=16")),
+        0.4,
+        missing="this machine has no AVX-512",
+    ),
+]
+
+
+@pytest.mark.parametrize("batch", projection.BATCHES, ids=lambda batch: f"B{batch}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.row)
+def test_rademacher_project(case, batch, measure, leave_out, peer_python):
+    projection.run("rademacher", case, batch, measure, leave_out, peer_python)
