@@ -34,8 +34,8 @@ def rademacher_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, sc
     Returns:
         [B, D] float32 (float64 for float64 input), of the kind and on the device of ``grads``. On one backend the bits of a
         row do not depend on the thread count, on the other rows, or on the run; the CPU gives the same bits at every SIMD
-        level. Between backends ``|Y - Y'| <= 2^-17 * |scale| * sum_p |grads[b, p]|``; the CPU alone stays within
-        ``(8 + P / 65536 + 512) * 2^-24`` of that sum, in practice far below since the signs are random. NaN and inf propagate
+        level. Rounding is at most ``(523 + P / 32768) * 2^-24 * |scale| * sum_p |grads[b, p]|`` on the CPU (the longest chain of
+        sums); every backend is tested to 2^-17 of that sum against the float64 definition, the CPU to 2^-21. NaN and inf propagate
         to the whole row. Differentiable in both modes and any order; under torch.compile in reverse mode.
 
     Raises:
