@@ -6,7 +6,7 @@
 namespace pyattr::cuda {
 namespace {
 
-struct NormalMatrix {
+struct NormalMatrix : NormalSlots {
   static constexpr const char* kOp = "gaussian_project";
   static constexpr int kLimbs = 3;  // an entry is a full float32
   static constexpr int kStepsTogether = 1;
@@ -48,13 +48,6 @@ struct NormalMatrix {
       }
     }
   }
-
-  // stage_block: group 0 is step 2 quarter, group 1 the next; registers b0, b1 hold columns 0, 1 and 2, 3 of the lane's four.
-  __device__ __forceinline__ static constexpr int group_column(int lane, int quarter, int group) {
-    return 32 * quarter + 16 * group + 4 * lane;
-  }
-  __device__ __forceinline__ static constexpr int pair_group(int j, int) { return j / 2; }
-  __device__ __forceinline__ static constexpr int pair_element(int j, int e) { return 2 * (j % 2) + e; }
 };
 
 }  // namespace

@@ -5,7 +5,7 @@
 namespace pyattr::cuda {
 namespace {
 
-struct SignMatrix {
+struct SignMatrix : SignSlots {
   static constexpr const char* kOp = "rademacher_project";
   static constexpr int kLimbs = 1;            // a sign is exact in any type
   static constexpr int kStepsTogether = 2;
@@ -40,13 +40,6 @@ struct SignMatrix {
       }
     }
   }
-
-  // stage_block: register j = (step, half_register) of a quarter holds sign_slot_column for e = 0 and 1.
-  __device__ __forceinline__ static constexpr int group_column(int lane, int quarter, int group) {
-    return 32 * lane + 12 - 4 * quarter + 16 * group;
-  }
-  __device__ __forceinline__ static constexpr int pair_group(int, int e) { return e; }
-  __device__ __forceinline__ static constexpr int pair_element(int j, int) { return 3 - j; }
 
  private:
   // Swap `high` of the lane whose bit is clear with `low` of the lane whose bit is set.
