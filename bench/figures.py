@@ -124,11 +124,11 @@ def merge(recorded: dict | None, new: dict) -> dict:
 
 def write_json(path: Path, content: dict) -> None:
     """Whole or not at all."""
+    text = json.dumps(content, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with open(temporary, "w", encoding="utf8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

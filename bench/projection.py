@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyattr import backends, ops
+from pyattr import backends, ops, testing
 
 from . import machine
 from .contenders import Here, Worker, process
@@ -21,9 +21,9 @@ UNITS = {"rademacher": ("sign-adds", "adds_per_s"), "gaussian": ("multiply-adds"
 
 @functools.cache
 def gradients(batch: int, parameters: int, device: str = "cpu") -> torch.Tensor:
-    """Standard normal rows, the same for every contender.  # [B, P]"""
-    generator = torch.Generator().manual_seed(7)
-    return torch.randn(BATCHES[-1], PARAMETERS, generator=generator)[:batch, :parameters].contiguous().to(device)
+    """The same rows for every contender, B of 64 and the first P of their entries.  # [B, P]"""
+    rows = testing.make_gradients(BATCHES[-1], PARAMETERS, seed=7)
+    return rows[:batch, :parameters].contiguous().to(device)
 
 
 def matrix_rows(kind: str, rows: range, columns: int, seed: int = SEED, stream: int = 0) -> torch.Tensor:
@@ -140,12 +140,8 @@ def simd_levels() -> list[str]:
 
 def cases(kind: str, small: int) -> list[Case]:
     """Every contender that this machine could run. ``small`` is D for our scalar level."""
-    usable = [name for name, reasons in backends.report()[f"{kind}_project"].items() if not reasons]
-    found = [
-        Case(f"pyattr {name}", device="cuda")
-        for name in ("cuda", "triton")
-        if name in usable and torch.cuda.is_available()
-    ]
+    usable = testing.usable_backends(f"{kind}_project")
+    found = [Case(f"pyattr {name}", device="cuda") for name in usable if testing.device_of(name) == "cuda"]
     if "cuda" in [case.device for case in found]:
         found += [Case(f"torch.matmul {dtype}, matrix on the GPU", device="cuda") for dtype in ("float32", "bfloat16")]
     if "cpu" in usable:
@@ -155,7 +151,8 @@ def cases(kind: str, small: int) -> list[Case]:
         Case("torch.matmul, matrix in memory"),
         Case("trak BasicProjector", 200),  # it works in blocks of 100 columns, so whole blocks cost the same each
         Case("dattri random_project", 200),
-        Case("bergson project_global", parameters=BERGSON_BLOCK // PROJ_DIM),  # one block of its own
+        # one block of its own, or a quarter of one where each entry costs it a logarithm and a sine
+        Case("bergson project_global", parameters=BERGSON_BLOCK // PROJ_DIM // (1 if kind == "rademacher" else 4)),
         Case("scikit-learn GaussianRandomProjection", 256),
     ]
     return found

@@ -1,0 +1,116 @@
+"""Rates, ratios, goals and merging, on runs small enough to work out by hand."""
+
+import json
+
+import pytest
+
+from bench import figures
+
+
+def figure(row, column, rate, *, ours, table="op", seconds=1.0):
+    info = {"table": table, "row": row, "column": column, "ours": ours, "work_per_s": rate, "note": "", "unit": "sums"}
+    stats = dict.fromkeys(figures.STATS, seconds) | {"rounds": 3, "iterations": 1}
+    return {"group": f"{table} {column}", "name": f"test_{table}[{row}-{column}]", "extra_info": info, "stats": stats}
+
+
+def run(*benchmarks, commit="abc", date="2026-01-01", slug="2-core", **more):
+    machine = {"slug": slug, "commit": commit, "date": date}
+    return {"machine_info": machine, "benchmarks": list(benchmarks), "goals": [], "skipped": [], **more}
+
+
+def test_rates_and_shares_of_the_ceilings():
+    found = figures.describe(0.5, work=100, unit="adds", bytes=20, ceiling=("adds_per_s", 400.0), ram=80.0)
+    assert found == {
+        "unit": "adds", "work": 100, "work_per_s": 200.0, "bytes": 20, "bytes_per_s": 40.0,
+        "percent_of_adds_per_s": 50.0, "percent_of_ram_read": 50.0,
+    }  # fmt: skip
+
+
+def test_a_ceiling_that_was_not_measured_gives_no_share():
+    found = figures.describe(0.5, work=100, unit="adds", bytes=20, ceiling=("adds_per_s", None), ram=None)
+    assert not [key for key in found if key.startswith("percent")]
+
+
+def test_ratios_are_to_peers_of_the_same_table_and_column_only():
+    ours = figure("pyattr", "B=1", 40.0, ours=True)
+    benchmarks = [
+        ours,
+        figure("slow", "B=1", 10.0, ours=False),
+        figure("fast", "B=1", 80.0, ours=False),
+        figure("slow", "B=16", 1.0, ours=False),
+        figure("slow", "B=1", 1.0, ours=False, table="other"),
+        figure("pyattr reference", "B=1", 1.0, ours=True),
+    ]
+    figures.add_ratios(benchmarks)
+    assert ours["extra_info"]["times_faster_than"] == {"slow": 4.0, "fast": 0.5}
+    assert "times_faster_than" not in benchmarks[1]["extra_info"]
+
+
+def test_goals_are_met_missed_or_not_measured():
+    def ratio(rate):
+        above, below = rate("pyattr", "B=1"), rate("peer", "B=1")
+        return above / below if above and below else None
+
+    goals = [
+        figures.Goal("op", "twice", ratio, 2),
+        figures.Goal("op", "five times", ratio, 5),
+        figures.Goal("op", "elsewhere", lambda rate: rate("pyattr", "B=64"), 1, missing="no B=64"),
+    ]
+    benchmarks = [
+        figure("pyattr", "B=1", 8.0, ours=True),
+        figure("peer", "B=1", 4.0, ours=False),
+        figure("pyattr", "B=64", 9.0, ours=True, table="other"),
+    ]
+    checked = figures.check_goals(goals, benchmarks)
+    assert [(goal["met"], goal["measured"]) for goal in checked] == [(True, 2.0), (False, 2.0), (None, None)]
+    assert checked[2]["why"] == "no B=64"
+
+
+def test_trimmed_output_still_loads_in_pytest_benchmark(tmp_path):
+    from pytest_benchmark.logger import Logger
+    from pytest_benchmark.storage.file import FileStorage
+
+    full = figure("pyattr", "B=1", 8.0, ours=True)
+    full |= {"fullname": "bench/bench_op.py::x", "options": {}, "params": {}, "param": "x"}
+    full["stats"] = full["stats"] | {"data": [1.0] * 1000, "ld15iqr": 1.0}
+    trimmed = figures.trim({"benchmarks": [full], "machine_info": {}, "commit_info": {}, "version": "5", "junk": 1})
+    assert "junk" not in trimmed and "data" not in trimmed["benchmarks"][0]["stats"]
+    figures.write_json(tmp_path / "2-core" / "abc.json", trimmed)
+    storage = FileStorage(tmp_path, Logger(Logger.QUIET))
+    loaded = list(storage.load_benchmarks("2-core/*"))
+    assert [entry["fullname"] for entry in loaded] == ["op[pyattr-B=1]"]
+
+
+def test_a_partial_run_replaces_its_own_tables_and_keeps_the_others():
+    old = run(
+        figure("pyattr", "B=1", 1.0, ours=True),
+        figure("gone", "B=1", 1.0, ours=False),
+        figure("pyattr", "B=1", 5.0, ours=True, table="other"),
+        goals=[{"table": "op", "text": "old"}, {"table": "other", "text": "kept"}],
+        skipped=[{"table": "op", "row": "x"}],
+    )
+    new = run(figure("pyattr", "B=1", 2.0, ours=True), goals=[{"table": "op", "text": "new"}], date="2026-01-02")
+    merged = figures.merge(old, new)
+    assert {(f["extra_info"]["table"], f["extra_info"]["work_per_s"]) for f in merged["benchmarks"]} == {
+        ("op", 2.0),
+        ("other", 5.0),
+    }
+    assert [goal["text"] for goal in merged["goals"]] == ["kept", "new"]
+    assert merged["skipped"] == []
+    assert merged["machine_info"]["date"] == "2026-01-02"
+    assert figures.merge(None, new) is new
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "machine" / "abc.json"
+    figures.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        figures.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_runs_are_read_oldest_first_without_those_of_a_changed_tree(tmp_path):
+    for name, date in (("b", "2026-01-02"), ("a", "2026-01-03"), ("c-dirty", "2026-01-04"), ("d", "2026-01-01")):
+        figures.write_json(tmp_path / "2-core" / f"{name}.json", run(commit=name, date=date))
+    assert [found["machine_info"]["commit"] for _, found in figures.read_runs(tmp_path)] == ["d", "b", "a"]
