@@ -43,7 +43,8 @@ def rademacher_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, sc
         TypeError, ValueError: an argument is not as above.
         BackendError: the backend cannot take these inputs; the reasons are listed.
 
-    Extra memory: CPU, 0.4 MB per thread and, where D is under 64 per thread, 4 B D bytes per thread. CUDA, see ``csrc/cuda/rademacher_project.cu``. The transpose (reverse mode)
+    Extra memory: CPU, 0.4 MB per thread and, where D is under 64 per thread, 4 B D bytes per thread.
+    CUDA, see ``csrc/cuda/rademacher_project.cu``. The transpose (reverse mode)
     writes out 2^20 entries of S at a time.
 
     Source: Philox4x32-10, Salmon et al., SC 2011; TRAK, Park et al., ICML 2023, section 3.2 (random projection of gradients).
