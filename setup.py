@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -40,9 +40,9 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["pyattr", "pyattr.*"]), "pyattr.triton_kernels"],
+    packages=[*find_namespace_packages(include=["pyattr", "pyattr.*"]), "pyattr.triton_kernels"],
     package_dir={"pyattr.triton_kernels": "triton_kernels"},
-    package_data={"pyattr": ["report/templates/*"]},
+    package_data={"pyattr.report.templates": ["*"]},
     ext_modules=[Extension("pyattr._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )
