@@ -1,0 +1,7 @@
+"""Per-sample gradients of any module, whole or streamed into a projection."""
+
+from .fallback import FallbackWarning
+from .per_sample import per_sample_gradients
+from .project import project_gradients
+
+__all__ = ["FallbackWarning", "per_sample_gradients", "project_gradients"]

@@ -1,0 +1,143 @@
+"""Per-sample gradients streamed into a random projection, layer by layer, never all in memory."""
+
+import operator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .batch import Batch
+from .capture import Loss
+from .per_sample import Sources, empty, put_sources, result_dtype
+from .plan import Plan, Planner
+
+KINDS = {"rademacher": ops.rademacher_project, "gaussian": ops.gaussian_project}
+COPIES = 3  # of a block of gradients: itself, and one by a library in another layout and order
+BLOCK_BYTES = 16 << 20  # of a block of gradients at most: more gains nothing, and this stays in the cache longer
+TRANSIENTS = 3  # of the largest activation: its error, the error before it, a temporary
+GIB = 1 << 30
+
+
+def project_gradients(
+    module: nn.Module,
+    loss: Loss,
+    batch,
+    proj_dim: int,
+    *,
+    kind: str = "rademacher",
+    seed: int = 0,
+    memory: int = 2 * GIB,
+) -> Tensor:
+    """Random projections of per-sample gradients, computed layer by layer.
+
+    ``phi_b = M g_b`` with ``g_b`` [P] the flat gradient of sample b (`per_sample_gradients`, each parameter flattened
+    row by row, in ``named_parameters()`` order) and M [D, P] the matrix of `pyattr.ops.rademacher_project` or
+    `gaussian_project`, unscaled. A loss [B, T] is averaged over T first.
+
+    Args:
+        module, loss, batch: as in `per_sample_gradients`.
+        proj_dim: D.
+        kind: "rademacher" (entries +-1) or "gaussian" (standard normal).
+        seed: of the matrix, in [0, 2^32).
+        memory: bytes that the computation may take beside the model, the batch and the result. Samples are split into
+            sub-batches and weights into blocks of rows to stay within it; the result is the same to rounding. An
+            estimate from the tensors that autograd keeps for two samples; workspaces of the libraries come on top.
+
+    Returns:
+        [B, D] float32 (float64 for a model with float64 parameters), on the device of the parameters.
+
+    Raises:
+        TypeError, ValueError: as in `per_sample_gradients`, and for a ``memory`` too small for one sample.
+
+    Extra memory: at most ``memory``.
+
+    Source: Park et al., "TRAK: Attributing Model Behavior at Scale" (2023), section 3.2, for the projected gradients.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"project_gradients: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    for name, value in (("proj_dim", proj_dim), ("seed", seed), ("memory", memory)):
+        try:
+            operator.index(value)
+        except TypeError:
+            raise TypeError(f"project_gradients: {name} must be an integer, got {type(value).__name__}") from None
+    if proj_dim < 1:
+        raise ValueError(f"project_gradients: proj_dim must be at least 1, got {proj_dim}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"project_gradients: seed must lie in [0, 2^32), got {seed}")
+    batch = Batch.of(batch)
+    planner = Planner(module, loss, batch)
+    parts, start = [], 0
+    while start < batch.size:
+        size, block = split(planner.plan, planner.parameters, batch.size - start, memory)
+        make_receiver = partial(_Projected, planner.parameters, size, block, KINDS[kind], proj_dim, seed)
+        parts.append(planner.run(batch[start : start + size], make_receiver).out)
+        start += size
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def split(plan: Plan, parameters: dict[str, Tensor], batch_size: int, memory: int) -> tuple[int, int]:
+    """Samples in a sub-batch, and bytes for a block of gradients, so that both fit into the budget.
+
+    Half of the budget goes to the activations, unless one sample needs more.
+
+    Raises:
+        ValueError: if one sample and one row of a weight do not fit.
+    """
+    size_of = {name: p.numel() * result_dtype(p).itemsize for name, p in parameters.items()}
+    slow = sum(size_of[name] for name in plan.slow)
+    per_sample = plan.saved + plan.held + TRANSIENTS * plan.largest
+    if slow:  # torch.func: its own activations and errors, the gradients and a copy of them in one piece
+        per_sample = max(per_sample, 2 * plan.saved + TRANSIENTS * plan.largest + 2 * slow)
+    row = max((size_of[name] // p.shape[0] for name, p in parameters.items() if name not in plan.slow), default=0)
+    if per_sample + COPIES * row > memory:
+        raise ValueError(
+            f"project_gradients: memory must be at least {per_sample + COPIES * row} bytes for one sample, got {memory}"
+        )
+    size = min(batch_size, max(1, memory // 2 // max(1, per_sample)))
+    size = -(-batch_size // -(-batch_size // size))  # equal sub-batches
+    while size > 1 and size * (per_sample + COPIES * row) > memory:
+        size -= 1
+    return size, memory - size * per_sample
+
+
+class _Projected:
+    """Projects each gradient when it comes, at the place of its parameter in the flat gradient."""
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], batch_size: int, block: int, project, proj_dim: int, seed: int
+    ):
+        self.parameters, self.offsets, end = parameters, {}, 0
+        for name, parameter in self.parameters.items():
+            self.offsets[name] = end
+            end += parameter.numel()
+        self.block, self.project, self.seed = min(block // COPIES, BLOCK_BYTES), project, seed
+        self.buffer = torch.empty(0)
+        first = next(iter(self.parameters.values()))
+        dtypes = [result_dtype(parameter) for parameter in self.parameters.values()]
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self.out = torch.zeros(batch_size, proj_dim, dtype=dtype, device=first.device)
+
+    def from_rules(self, name: str, sources: Sources):
+        if not any(pairs for _, _, pairs in sources):
+            return
+        parameter, batch_size = self.parameters[name], self.out.shape[0]
+        count, dtype = parameter.shape[0], result_dtype(parameter)
+        width = parameter.numel() // count
+        step = min(count, max(1, self.block // (batch_size * width * dtype.itemsize)))
+        if self.buffer.numel() < batch_size * step * width or self.buffer.dtype != dtype:
+            self.buffer = empty((batch_size * step * width,), dtype, parameter.device)
+        for start in range(0, count, step):
+            rows = slice(start, min(start + step, count))
+            size = rows.stop - rows.start
+            grads = self.buffer[: batch_size * size * width].view(batch_size, size, *parameter.shape[1:])
+            put_sources(sources, rows, grads)
+            self._add(grads, self.offsets[name] + start * width)
+
+    def from_tensor(self, name: str, grads: Tensor):
+        self._add(grads.to(result_dtype(grads)), self.offsets[name])
+
+    def _add(self, grads: Tensor, offset: int):
+        flat = grads.reshape(self.out.shape[0], -1)
+        projected = self.project(flat, self.out.shape[1], seed=self.seed, column_offset=offset)
+        self.out += projected.to(self.out.device)
