@@ -208,7 +208,13 @@ class _opened:
 
 
 def _head(file: Path) -> tuple[tuple[int, int], bool]:
-    """(width, height) as it will be seen, and whether the image has colour, without decoding the pixels."""
+    """(width, height) as it will be seen, and whether the image has colour, without decoding the pixels.
+
+    Raises:
+        DataError: the file is no image, or its checksums do not match.
+    """
+    with _opened(file) as image:
+        image.verify()  # a PNG's checksums, which decoding does not compare; it uses the opened image up
     with _opened(file) as image:
         turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation: 5 to 8 exchange the sides
         width, height = image.size

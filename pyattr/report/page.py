@@ -17,7 +17,7 @@ from PIL import Image
 from ..datasets import ImageDataset
 from ..files import whole_file
 from .histogram import HEIGHT, WIDTH, Histogram, histogram
-from .ranking import strongest
+from .ranking import shown_count, strongest
 
 LARGEST_THUMBNAIL = 128  # pixels; larger training images are reduced to it
 PIXELATED_UP_TO = 96  # images this small are enlarged with visible pixels, larger ones smoothly
@@ -73,7 +73,7 @@ class Report:
         timings: stages in order.
         caveats: sentences.
         losses: mean training loss at even distances through the training; empty: no curve.
-        top: how many proponents, and opponents, of each query.
+        top: how many proponents, and opponents, of each query; fewer when there are less than twice as many images.
         generated: whether a model made the queries (else they were given).
     """
 
@@ -206,8 +206,7 @@ class _Query:
 
 
 def _queries(report: Report) -> list[_Query]:
-    # Below 2 top images, a proponent would be listed as an opponent too.
-    count = max(1, min(report.top, len(report.train) // 2))
+    count = shown_count(report.top, len(report.train))
     ranked = [
         (strongest(a.scores, count), strongest(a.scores, count if a.signed else 0, largest=False))
         for a in report.attributions

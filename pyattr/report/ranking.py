@@ -23,3 +23,8 @@ def strongest(scores: np.ndarray, count: int, *, largest: bool = True) -> np.nda
         raise ValueError(f"strongest: count must be in 0..{scores.shape[1]}, got {count}")
     order = np.argsort(-scores if largest else scores, axis=1, kind="stable")
     return order[:, :count].astype(np.int64)
+
+
+def shown_count(top: int, total: int) -> int:
+    """How many proponents, and opponents, are shown: `top`, but never an image as both unless it is the only one."""
+    return max(1, min(top, total // 2))

@@ -118,12 +118,14 @@ def test_folder_refusals(tmp_path):
         load(tmp_path / "file.txt")
 
 
-@pytest.mark.parametrize("kind", ["empty", "garbage", "truncated"])
+@pytest.mark.parametrize("kind", ["empty", "garbage", "truncated", "altered"])
 def test_a_corrupt_image_is_named(tmp_path, kind):
     save(tmp_path / "good.png", np.arange(400).reshape(20, 20) % 251)
     bad = tmp_path / "bad.png"
     whole = (tmp_path / "good.png").read_bytes()
-    bad.write_bytes({"empty": b"", "garbage": b"not an image at all", "truncated": whole[: len(whole) // 2]}[kind])
+    altered = whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:]  # in the checksum of the pixels
+    content = {"empty": b"", "garbage": b"not an image", "truncated": whole[: len(whole) // 2], "altered": altered}
+    bad.write_bytes(content[kind])
     with pytest.raises(DataError) as caught:
         load(tmp_path)
     assert re.fullmatch(

@@ -1,0 +1,79 @@
+"""`pyattr demo`: from real digits to a report in a few minutes on two processor cores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import report
+from .options import DataOptions, Machine, SampleOptions, ScoreOptions, TrainOptions
+from .results import TOP
+from .run import session
+from .stages import Sampling, Scoring, Training
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The demo's settings: a budget of minutes, spent mostly on training."""
+
+    train: TrainOptions
+    sample: SampleOptions
+    scores: tuple[ScoreOptions, ...]
+    limit: int | None = None
+
+
+FULL = Recipe(
+    TrainOptions(steps=600, batch_size=128, learning_rate=2e-3, ema=0.99),
+    SampleOptions(num_images=8, steps=50),
+    (
+        ScoreOptions("dtrak", num_timesteps=4, proj_dim=1024),
+        ScoreOptions("trak", num_timesteps=2, proj_dim=1024),
+    ),
+)
+# Every stage, at a size that takes seconds; its digits look like nothing.
+QUICK = Recipe(
+    TrainOptions(steps=4, batch_size=16, learning_rate=2e-3, ema=0.9),
+    SampleOptions(num_images=2, steps=4),
+    (
+        ScoreOptions("dtrak", num_timesteps=2, proj_dim=64),
+        ScoreOptions("trak", num_timesteps=1, proj_dim=64),
+    ),
+    limit=60,
+)
+
+
+def demo(out: Path, data: DataOptions, recipe: Recipe, machine: Machine) -> None:
+    """Train, generate, attribute by two methods, and report.
+
+    Args:
+        out: output folder.
+        data: where the training images come from.
+        recipe: :data:`FULL` or :data:`QUICK`.
+        machine: where to compute.
+    """
+    report.require()
+    with session(out, machine) as work:
+        images = work.load(data)
+        training = Training(work.workspace, images, recipe.train)
+        sampling = Sampling(work.workspace, training.stage.key, images.shape, recipe.sample)
+        scorings = [Scoring(work.workspace, training.stage.key, images, options) for options in recipe.scores]
+        count = recipe.sample.num_images
+        scoring_steps = [step for scoring in scorings for step in scoring.plan(sampling.stage.key, count)]
+        work.plan([training, sampling, *scoring_steps])
+        model = work.train(training)
+        queries = work.generate(sampling, model)
+        attributions = [work.score(scoring, model, queries) for scoring in scorings]
+        work.finish(
+            "Which training digits made these generated digits?"
+            if data.source == "mnist_5k"
+            else "Which training images made these generated images?",
+            images,
+            queries,
+            scorings,
+            attributions,
+            top=TOP,
+            caveats=[
+                "This is a demonstration made in minutes: a small network, trained briefly, "
+                "with few timesteps and a narrow projection."
+            ],
+        )

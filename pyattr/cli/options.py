@@ -1,0 +1,64 @@
+"""What can be chosen, and what is chosen when nobody does; free of torch, so that --help is instant."""
+
+from dataclasses import dataclass
+
+# name on the command line -> name for people
+METHODS = {"dtrak": "D-TRAK", "trak": "TRAK", "pixels": "Pixel cosine"}
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images: a source of :func:`pyattr.datasets.load`, resized to `size`, at most `limit` of them."""
+
+    source: str
+    size: int | None = None
+    limit: int | None = None
+    root: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """A network and how it is trained; see :func:`pyattr.diffusion.train`."""
+
+    network: str = "mnist-small"
+    steps: int = 2000
+    batch_size: int = 128
+    learning_rate: float = 1e-4
+    warmup: float = 0.1
+    flip: bool = False
+    dropout: float = 0.0
+    ema: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How images are generated; see :func:`pyattr.diffusion.sample`."""
+
+    num_images: int = 8
+    method: str = "ddim"
+    steps: int = 50
+    eta: float = 0.0
+    seed: int = 0
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """A method and its settings (see :class:`pyattr.attribution.TRAK`); "pixels", a baseline, has none."""
+
+    method: str = "dtrak"
+    num_timesteps: int = 10
+    strategy: str = "uniform"
+    proj_dim: int = 4096
+    lambda_: float | None = None
+    seed: int = 0
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where torch works: a device ("auto" takes a GPU when there is one) and processor threads (None: all)."""
+
+    device: str = "auto"
+    threads: int | None = None

@@ -1,0 +1,186 @@
+"""What a run leaves for people and programs: report.html and scores.npz."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import __version__
+from ..datasets import ImageDataset
+from ..report import Attribution, Report, shown_count, strongest, write
+from .options import METHODS
+from .stages import SCHEDULE, Queries, Scoring, Step, shape_text, write_npz
+
+TOP = 10
+
+
+def write_scores(
+    path: Path, data: ImageDataset, queries: Queries, attributions: Sequence[Attribution], settings: dict, top: int
+) -> None:
+    """Write scores.npz: the first method's scores and strongest images, and the other methods' scores.
+
+    Arrays: `scores` [Q, N] float32, `proponents` and `opponents` [Q, K] int64 as the report shows them (no opponents when
+    the method has no sign), `queries` [Q, C, H, W] uint8, `labels` [N] int64 (empty without labels),
+    `class_names`, `ids` [N] of the training images, `methods`, `settings` (JSON), and `scores_2`, ... for other methods.
+    """
+    main = attributions[0]
+    count = shown_count(top, len(data))
+    arrays = {
+        "scores": main.scores,
+        "proponents": strongest(main.scores, count),
+        "opponents": strongest(main.scores, count if main.signed else 0, largest=False),
+        "queries": queries.images,
+        "query_names": np.array(queries.names),
+        "labels": np.empty(0, np.int64) if data.labels is None else data.labels,
+        "class_names": np.array(data.class_names, str),
+        "ids": np.array(data.ids),
+        "methods": np.array([attribution.method for attribution in attributions]),
+        "settings": np.array(json.dumps(settings)),
+    }
+    arrays |= {f"scores_{number}": other.scores for number, other in enumerate(attributions[1:], 2)}
+    write_npz(path, arrays)
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    data: ImageDataset,
+    queries: Queries,
+    attributions: Sequence[Attribution],
+    scorings: Sequence[Scoring],
+    steps: Sequence[Step],
+    caveats: Sequence[str] = (),
+    top: int = TOP,
+) -> None:
+    """Write report.html from finished stages."""
+    losses = [loss for step in steps for loss in step.stage.record.get("losses", [])]
+    write(
+        path,
+        Report(
+            title=title,
+            queries=queries.images,
+            query_names=queries.names,
+            train=data,
+            attributions=attributions,
+            settings=settings_of(data, steps, scorings),
+            timings=[step.timing() for step in steps],
+            caveats=[*caveats, *caveats_of(scorings)],
+            losses=losses,
+            top=top,
+            generated=queries.generated,
+        ),
+    )
+
+
+def settings_of(
+    data: ImageDataset, steps: Sequence[Step], scorings: Sequence[Scoring]
+) -> list[tuple[str, list[tuple[str, str]]]]:
+    """All settings in words, by group, as the report shows them."""
+    groups = [
+        (
+            "Data",
+            [
+                ("source", data.name),
+                ("images", f"{len(data):,} of {shape_text(data.shape)}"),
+                ("SHA-256 of the pixels", data.fingerprint()[:16] + "…"),
+            ],
+        )
+    ]
+    for step in steps:
+        chosen = step.stage.settings
+        if step.stage.name == "train":
+            warmup = f"{chosen['learning_rate']:g}, warmup over {chosen['warmup']:.0%} of the steps, then a cosine"
+            weights = "those of the last step" if chosen["ema"] is None else f"moving average, decay {chosen['ema']:g}"
+            pairs = [
+                ("network", f"{chosen['network']}, {step.stage.record['parameters']:,} parameters"),
+                ("steps × batch", f"{chosen['steps']:,} × {chosen['batch_size']}"),
+                ("learning rate", warmup),
+                ("weights", weights),
+                ("dropout, flips", f"{chosen['dropout']:g}, {'yes' if chosen['flip'] else 'no'}"),
+                ("seed", str(chosen["seed"])),
+            ]
+            groups.append((step.title, pairs))
+        if step.stage.name == "generate":
+            method = chosen["method"].upper() + (f", eta {chosen['eta']:g}" if chosen["method"] == "ddim" else "")
+            pairs = [("sampler", f"{method}, {chosen['steps']} steps"), ("seed", str(chosen["seed"]))]
+            groups.append((step.title, pairs))
+    groups.append(
+        (
+            "Diffusion",
+            [
+                ("timesteps", f"{SCHEDULE.num_timesteps:,}"),
+                ("betas", f"linear, {SCHEDULE.beta_start:g} to {SCHEDULE.beta_end:g}"),
+            ],
+        )
+    )
+    for scoring in scorings:
+        if scoring.features is None:
+            continue
+        o, found = scoring.options, scoring.found()
+        times = scoring.timesteps()
+        shown = ", ".join(map(str, times[:4])) + (f", … {times[-1]}" if len(times) > 4 else "")
+        pairs = [
+            ("timesteps", f"{o.num_timesteps} of {SCHEDULE.num_timesteps:,}, {o.strategy}: {shown}"),
+            ("projection", f"random signs, to {o.proj_dim:,} numbers, seed {o.seed}"),
+            ("lambda", f"{found['lambda']:.4g}, {'chosen automatically' if o.lambda_ is None else 'given'}"),
+            ("effective dimension", f"{found['effective dimension']:.0f} of {min(o.proj_dim, len(data)):,}"),
+        ]
+        groups.append((scoring.name, pairs))
+    machine = [
+        ("pyattr", __version__),
+        ("torch", torch.__version__),
+        ("Python", platform.python_version()),
+        ("processor", f"{platform.machine()}, {torch.get_num_threads()} threads"),
+    ]
+    return [*groups, ("Machine of the last run", machine)]
+
+
+def caveats_of(scorings: Sequence[Scoring]) -> list[str]:
+    """What the settings mean for how far the scores can be trusted."""
+    main = scorings[0]
+    told = []
+    if main.features is not None:
+        o = main.options
+        told.append(
+            f"{main.name} averages gradients over {o.num_timesteps} of {SCHEDULE.num_timesteps:,} timesteps with one noise "
+            "draw each; published results use 10 to 1,000. More timesteps make the scores steadier."
+        )
+        if o.lambda_ is None:
+            told.append(
+                "Lambda, the damping, was chosen from the spectrum of the training features alone: half of the effective "
+                "dimension is kept. No retrained model was there to tune it on, so it is a reasonable value, not the best."
+            )
+        else:
+            told.append(f"Lambda, the damping, was given as {o.lambda_:g}.")
+        told.append(
+            f"The gradients of all parameters are compressed to {o.proj_dim:,} random combinations, "
+            "which adds noise to every score."
+        )
+    told.append(
+        "Scores are estimates for one trained model; no model was retrained without these images to confirm them."
+    )
+    return told
+
+
+def settings_dict(data: ImageDataset, steps: Sequence[Step], scorings: Sequence[Scoring]) -> dict:
+    """All settings for programs, as scores.npz keeps them."""
+    settings = {
+        "pyattr": __version__,
+        "data": {"source": data.name, "images": len(data), "sha256": data.fingerprint()},
+        "schedule": dataclasses.asdict(SCHEDULE),
+        "methods": [
+            {"name": METHODS[scoring.options.method], **dataclasses.asdict(scoring.options), **scoring.found()}
+            for scoring in scorings
+        ],
+    }
+    for step in steps:
+        if step.stage.name in ("train", "generate"):
+            settings[step.stage.name] = step.stage.settings
+    return settings

@@ -1,0 +1,249 @@
+"""What each command does: plan the stages, check for room, run them in order, say where the results are."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .. import report
+from ..datasets import ImageDataset
+from ..report.page import seconds_text
+from .display import Display
+from .options import DataOptions, Machine, SampleOptions, ScoreOptions, TrainOptions
+from .results import settings_dict, write_report, write_scores
+from .stages import (
+    Checkpoint,
+    Queries,
+    Sampling,
+    Scoring,
+    Step,
+    Training,
+    load_data,
+    queries_of_data,
+    queries_of_samples,
+    shape_text,
+)
+from .workspace import Workspace, WorkspaceError
+
+PAGE_BYTES = 20e6  # room for the report and the scores' settings, generously
+
+
+class Session:
+    """One command at work in one output folder.
+
+    Args:
+        workspace: the folder.
+        display: where progress goes.
+        device: where models run.
+    """
+
+    def __init__(self, workspace: Workspace, display: Display, device: torch.device):
+        self.workspace, self.display, self.device = workspace, display, device
+        self.steps: list[Step] = []
+
+    def load(self, options: DataOptions) -> ImageDataset:
+        """The images, told about."""
+        data = load_data(options)
+        classes = f", {len(data.class_names)} classes" if data.labels is not None else ""
+        self.display.say(f"{len(data):,} images of {shape_text(data.shape)}{classes} from {data.name}")
+        return data
+
+    def plan(self, steps: Sequence[Step]) -> None:
+        """Show what is to be done, and refuse when the disk has no room for it.
+
+        Raises:
+            WorkspaceError: too little room.
+        """
+        self.steps = list(steps)
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        for number, step in enumerate(steps, 1):
+            table.add_row(f"{number}/{len(steps)}", step.title, step.detail, Text(step.status, "dim"))
+        self.display.console.print(table)
+        size = sum(step.size for step in steps if not step.stage.finished)
+        self.workspace.need_space(int(size + PAGE_BYTES), "what is to be done")
+
+    def begin(self, step: Step, label: str = "") -> None:
+        """Progress from here on belongs to this step of the plan."""
+        self.display.stage(f"{self.steps.index(step) + 1}/{len(self.steps)} {label}")
+
+    def train(self, training: Training) -> torch.nn.Module:
+        """The trained model."""
+        self.begin(training)
+        model = training.run(self.display, self.device)
+        self.workspace.remember("train", {"stage": training.stage.key})
+        return model
+
+    def generate(self, sampling: Sampling, model: torch.nn.Module) -> Queries:
+        """Generated images as queries."""
+        self.begin(sampling)
+        samples = sampling.run(model, self.display)
+        self.workspace.remember("generate", {"stage": sampling.stage.key})
+        return queries_of_samples(samples, sampling.stage.key)
+
+    def score(self, scoring: Scoring, model: torch.nn.Module, queries: Queries) -> report.Attribution:
+        """One method's scores."""
+        return scoring.run(model, queries, self.display, lambda step: self.begin(step, f"{scoring.name} "))
+
+    def finish(
+        self,
+        title: str,
+        data: ImageDataset,
+        queries: Queries,
+        scorings: Sequence[Scoring],
+        attributions: Sequence[report.Attribution],
+        *,
+        earlier: Sequence[Step] = (),
+        top: int,
+        page: bool = True,
+        caveats: Sequence[str] = (),
+    ) -> None:
+        """Write scores.npz and report.html, and say so."""
+        folder = self.workspace.folder
+        steps = [*earlier, *self.steps]
+        settings = settings_dict(data, steps, scorings)
+        write_scores(folder / "scores.npz", data, queries, attributions, settings, top)
+        if page:
+            write_report(
+                folder / "report.html",
+                title=title,
+                data=data,
+                queries=queries,
+                attributions=attributions,
+                scorings=scorings,
+                steps=steps,
+                caveats=caveats,
+                top=top,
+            )
+        total = sum(step.timing().seconds for step in steps)
+        self.display.say(f"done; {seconds_text(total)} of computing in all")
+        self.display.say(f"scores  {folder / 'scores.npz'}")
+        if page:
+            self.display.say(f"report  {folder / 'report.html'}")
+
+
+@contextlib.contextmanager
+def session(out: Path, machine: Machine) -> Iterator[Session]:
+    """Hold the output folder and show progress while a command runs.
+
+    Raises:
+        WorkspaceError: the folder cannot be used, or the device is not there.
+    """
+    device = device_of(machine.device)
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    with Workspace(out) as workspace, Display(Console()) as display:
+        yield Session(workspace, display, device)
+
+
+def device_of(name: str) -> torch.device:
+    """The torch device of this name; "auto" takes a GPU when there is one.
+
+    Raises:
+        WorkspaceError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise WorkspaceError(f"--device must be auto, cpu, cuda or cuda:NUMBER, got {name}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise WorkspaceError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs: use --device cpu")
+    return device
+
+
+def train(out: Path, data: DataOptions, options: TrainOptions, machine: Machine) -> None:
+    """Train a model in an output folder."""
+    with session(out, machine) as work:
+        images = work.load(data)
+        training = Training(work.workspace, images, options)
+        work.plan([training])
+        work.train(training)
+        work.workspace.remember("data", dataclasses.asdict(data))
+        losses = training.stage.record["losses"]
+        work.display.say(f"done; training loss {losses[0]:.3g} at first, {losses[-1]:.3g} at last")
+        work.display.say(f"model  {training.stage.folder}")
+
+
+def generate(out: Path, checkpoint: Path | None, options: SampleOptions, machine: Machine) -> None:
+    """Generate images in an output folder."""
+    with session(out, machine) as work:
+        model_at, _ = _model(work.workspace, checkpoint)
+        model = model_at.run(work.device)
+        sampling = Sampling(work.workspace, model_at.key, _shape_of(model), options)
+        work.plan([sampling])
+        work.generate(sampling, model)
+        work.display.say(f"done; images  {sampling.stage.folder}")
+
+
+def attribute(
+    out: Path,
+    data: DataOptions | None,
+    checkpoint: Path | None,
+    queries: DataOptions | None,
+    options: Sequence[ScoreOptions],
+    machine: Machine,
+    *,
+    top: int,
+    page: bool,
+) -> None:
+    """Score training images for generated or given images in an output folder."""
+    if page:
+        report.require()
+    with session(out, machine) as work:
+        model_at, trained = _model(work.workspace, checkpoint)
+        generated = work.workspace.existing(work.workspace.recall("generate").get("stage", "."))
+        if queries is None and (generated is None or generated.settings["model"] != model_at.key):
+            raise WorkspaceError(
+                f"no images of this model in {out} to attribute: give --queries, or run `pyattr generate --out {out}` first"
+            )
+        if data is None:
+            remembered = work.workspace.recall("data")
+            if not remembered:
+                raise WorkspaceError("the training images are not known: give --data")
+            data = DataOptions(**remembered)
+        images = work.load(data)
+        model = model_at.run(work.device)
+        earlier = [Step("Training", "", trained, 0)] if trained is not None else []
+        if queries is None:
+            # Reads what lies there; the images of an earlier `generate` are not made again.
+            settings = {name: generated.settings[name] for name in SampleOptions.__dataclass_fields__}
+            sampling = Sampling(work.workspace, model_at.key, images.shape, SampleOptions(**settings))
+            asked = queries_of_samples(sampling.run(model, work.display), sampling.stage.key)
+            earlier.append(sampling)
+        else:
+            size = images.shape[1] if images.shape[1] == images.shape[2] else None
+            asked = queries_of_data(work.load(dataclasses.replace(queries, size=size)), images)
+        scorings = [Scoring(work.workspace, model_at.key, images, each) for each in options]
+        work.plan([step for scoring in scorings for step in scoring.plan(asked.key, len(asked.images))])
+        attributions = [work.score(scoring, model, asked) for scoring in scorings]
+        title = "Which training images made these images?"
+        work.finish(title, images, asked, scorings, attributions, earlier=earlier, top=top, page=page)
+
+
+def _model(workspace: Workspace, checkpoint: Path | None):
+    """The checkpoint asked for or the one trained in the folder, and the stage that trained it where that is known."""
+    if checkpoint is not None:
+        return Checkpoint(checkpoint), None
+    trained = workspace.existing(workspace.recall("train").get("stage", "."))
+    if trained is None:
+        raise WorkspaceError(
+            f"no trained model in {workspace.folder}: run `pyattr train --data ... --out {workspace.folder}` first, "
+            "or give --checkpoint"
+        )
+    return Checkpoint(trained.folder, trained.key), trained
+
+
+def _shape_of(model: torch.nn.Module) -> tuple[int, int, int]:
+    size = model.config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return model.config["in_channels"], height, width

@@ -1,0 +1,349 @@
+"""The stages of the work, each bound to its place in an output folder: training, generating, scoring."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from .. import attribution, diffusion
+from ..attribution.kernel import effective_dimension
+from ..datasets import DataError, ImageDataset, load
+from ..diffusion.features import FeatureMap
+from ..files import whole_file
+from ..report import Attribution, Timing
+from .display import Display
+from .options import METHODS, DataOptions, SampleOptions, ScoreOptions, TrainOptions
+from .workspace import Stage, Workspace, WorkspaceError
+
+SCHEDULE = diffusion.Schedule()  # of every model made here
+
+
+SUMMARIES = {
+    "dtrak": "Compares gradients of the squared norm of the model’s noise prediction, averaged over timesteps, projected "
+    "at random, and weighed by the damped inverse of their Gram matrix over all training images.",
+    "trak": "The same with gradients of the training loss in place of the squared norm.",
+    "pixels": "A baseline that knows nothing of the model: the cosine of the angle between the pixel values, "
+    "after the mean training image is taken off. It shows what looks alike, not what had an influence.",
+}
+
+
+def load_data(options: DataOptions) -> ImageDataset:
+    """The images that the options name."""
+    data = load(options.source, size=options.size, root=options.root)
+    return data if options.limit is None else data.spread(options.limit)
+
+
+class Step:
+    """One line of the plan: a stage, what to call it, and what it will cost.
+
+    Args:
+        title: its name, for people.
+        detail: what it does, for people.
+        stage: where its results lie.
+        size: bytes that it will write, about.
+    """
+
+    def __init__(self, title: str, detail: str, stage: Stage, size: int):
+        self.title, self.detail, self.stage, self.size = title, detail, stage, size
+        self.reused = stage.finished
+
+    @property
+    def status(self) -> str:
+        """found, partly done, or to do."""
+        if self.stage.finished:
+            return "found"
+        return "partly done" if self.stage.begun else "to do"
+
+    def working(self) -> contextlib.AbstractContextManager[dict[str, Any]]:
+        """:meth:`Stage.work`, unless the stage is finished and its results need only be read."""
+        return contextlib.nullcontext({}) if self.stage.finished else self.stage.work()
+
+    def timing(self) -> Timing:
+        """The time that the finished stage took."""
+        record = self.stage.record
+        notes = [f"in {record['runs']} runs"] if record["runs"] > 1 else []
+        if self.reused:
+            notes.append("from an earlier run")
+        return Timing(self.title, record["seconds"], ", ".join(notes))
+
+
+class Training(Step):
+    """Trains a model on the data, or finds it trained.
+
+    Raises:
+        WorkspaceError, ValueError, ImportError: the network does not fit the images, or cannot be built.
+    """
+
+    def __init__(self, workspace: Workspace, data: ImageDataset, options: TrainOptions):
+        self.data, self.options = data, options
+        _, height, width = data.shape
+        divisor = diffusion.PRESETS[options.network].divisor if options.network in diffusion.PRESETS else 1
+        if height != width or height % divisor:
+            fitting = max(divisor, min(height, width) // divisor * divisor)
+            raise WorkspaceError(
+                f"the network {options.network} needs square images whose side is a multiple of {divisor}, "
+                f"got {height}x{width}: give --size {fitting}"
+            )
+        with torch.device("meta"):  # only to count, and to fail before the work
+            self.parameters = sum(p.numel() for p in self._network().parameters())
+        settings = {"data": data.fingerprint(), "schedule": dataclasses.asdict(SCHEDULE), **dataclasses.asdict(options)}
+        super().__init__(
+            "Training",
+            f"{options.network} ({self.parameters:,} parameters), {options.steps:,} steps of {options.batch_size} images",
+            workspace.stage("train", settings),
+            # Weights, two moments and perhaps an average, in two checkpoints and the one being written.
+            3 * 4 * self.parameters * (3 if options.ema is None else 4),
+        )
+
+    def _network(self) -> nn.Module:
+        options, (channels, size, _) = self.options, self.data.shape
+        return diffusion.unet(options.network, channels=channels, size=size, dropout=options.dropout)
+
+    def run(self, display: Display, device: torch.device) -> nn.Module:
+        """The trained model."""
+        options = dataclasses.asdict(self.options)
+        for name in ("network", "dropout"):
+            del options[name]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.options.seed)
+            model = self._network().to(device)
+        with self.working() as notes:
+            outcome = diffusion.train(
+                model,
+                torch.from_numpy(self.data.images),
+                schedule=SCHEDULE,
+                checkpoint_directory=self.stage.folder,
+                progress=display.progress,
+                **options,
+            )
+            notes["parameters"] = self.parameters
+            # Two hundred means are enough to draw the curve.
+            notes["losses"] = [float(part.mean()) for part in np.array_split(outcome.losses.numpy(), 200) if len(part)]
+        return outcome.model
+
+
+class Checkpoint:
+    """A model that lies in a file or a folder of checkpoints.
+
+    Args:
+        path: the file or folder.
+        key: what tells this model from others; by default a hash of the file.
+
+    Raises:
+        WorkspaceError: there is none.
+    """
+
+    def __init__(self, path: str | os.PathLike, key: str | None = None):
+        self.path = Path(path)
+        found = diffusion.checkpoints(self.path) if self.path.is_dir() else {0: self.path}
+        file = found[max(found)] if found else self.path
+        if not file.is_file():
+            raise WorkspaceError(
+                f"no checkpoint at {self.path}: give a file or folder that `pyattr train` wrote, or train a model first"
+            )
+        self.key = key or sha256(file)
+
+    def run(self, device: torch.device) -> nn.Module:
+        """The model."""
+        return diffusion.load_model(self.path).to(device)
+
+
+class Sampling(Step):
+    """Generates images from a model, or finds them generated."""
+
+    def __init__(self, workspace: Workspace, model_key: str, shape: tuple[int, int, int], options: SampleOptions):
+        self.options, self.shape = options, shape
+        settings = {"model": model_key, "schedule": dataclasses.asdict(SCHEDULE), **dataclasses.asdict(options)}
+        numbers = options.num_images * int(np.prod(shape))
+        noises = options.steps if options.method == "ddpm" or options.eta else 1
+        super().__init__(
+            "Generating",
+            f"{options.num_images} images by {options.method.upper()} in {options.steps} steps",
+            workspace.stage("generate", settings),
+            2 * 4 * numbers * (1 + noises),
+        )
+
+    def run(self, model: nn.Module, display: Display) -> diffusion.Samples:
+        """The samples; each image also lies in the stage's folder as a PNG."""
+        options = dataclasses.asdict(self.options)
+        with self.working():
+            samples = diffusion.sample(
+                model, SCHEDULE, shape=self.shape, directory=self.stage.folder, progress=display.progress, **options
+            )
+            for number, pixels in zip(samples.ids.tolist(), samples.uint8().numpy(), strict=True):
+                with whole_file(self.stage.folder / f"image-{number:05d}.png") as stream:
+                    picture = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
+                    Image.fromarray(picture).save(stream, "PNG")
+        return samples
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The images to attribute.
+
+    Args:
+        images: [Q, C, H, W] uint8.
+        ids: [Q] int64, the noise ids; None: the method's own.
+        names: Q, for people.
+        key: what tells these queries from others.
+        generated: whether a model made them.
+    """
+
+    images: np.ndarray
+    ids: torch.Tensor | None
+    names: tuple[str, ...]
+    key: str
+    generated: bool
+
+
+def queries_of_samples(samples: diffusion.Samples, key: str) -> Queries:
+    """Generated images as 8-bit files would hold them."""
+    images = samples.uint8().numpy()
+    names = tuple(f"Generated image {number}" for number in samples.ids.tolist())
+    return Queries(images, attribution.QUERY_IDS + samples.ids, names, key, True)
+
+
+def queries_of_data(data: ImageDataset, train: ImageDataset) -> Queries:
+    """Images that the user gave."""
+    if data.shape != train.shape:
+        raise DataError(
+            f"data: queries are {shape_text(data.shape)} and training images {shape_text(train.shape)}: "
+            "they must have the same size and channels"
+        )
+    return Queries(data.images, None, data.ids, data.fingerprint(), False)
+
+
+class Scoring:
+    """Scores every training image for every query by one method: features that any query can use, then scores."""
+
+    def __init__(self, workspace: Workspace, model_key: str, data: ImageDataset, options: ScoreOptions):
+        self.workspace, self.data, self.options = workspace, data, options
+        self.name = METHODS[options.method]
+        shared = {"model": model_key, "data": data.fingerprint(), "schedule": dataclasses.asdict(SCHEDULE)}
+        settings = {name: value for name, value in dataclasses.asdict(options).items() if name != "lambda_"}
+        self.base = {**shared, **settings} if options.method != "pixels" else {"data": data.fingerprint()}
+        self.features: Step | None = None
+        if options.method != "pixels":
+            self.features = Step(
+                f"{self.name} features",
+                f"{len(data):,} images, {options.num_timesteps} timesteps, {options.proj_dim:,} numbers each",
+                workspace.stage(f"{options.method}-features", self.base),
+                4 * options.proj_dim * len(data),
+            )
+
+    def plan(self, queries_key: str, count: int) -> list[Step]:
+        """The steps for `count` queries."""
+        settings = {**self.base, "queries": queries_key, "lambda": self.options.lambda_}
+        self.step = Step(
+            f"{self.name} scores",
+            f"{count} queries × {len(self.data):,} images",
+            self.workspace.stage(f"{self.options.method}-scores", settings),
+            4 * count * (len(self.data) + self.options.proj_dim),
+        )
+        return [self.step] if self.features is None else [self.features, self.step]
+
+    def run(self, model: nn.Module, queries: Queries, display: Display, begin: Callable[[Step], None]) -> Attribution:
+        """The scores, computed or found; `begin` is told which step the progress belongs to."""
+        path = self.step.stage.folder / "scores.npz"
+        if not self.step.stage.finished:
+            fitted = None
+            if self.features is not None and not self.features.stage.finished:
+                begin(self.features)
+                with self.features.stage.work():
+                    fitted = self._fit(model, display)
+            begin(self.step)
+            with self.step.stage.work() as notes:
+                if self.features is None:
+                    scores = pixel_cosine(queries.images, self.data.images)
+                else:
+                    # Features that were found still have to be decomposed.
+                    fitted = fitted or self._fit(model, display)
+                    scores = fitted.scores(torch.from_numpy(queries.images), ids=queries.ids).numpy()
+                    notes["lambda"] = fitted.lambda_
+                    notes["effective dimension"] = effective_dimension(fitted.eigenvalues, fitted.lambda_)
+                write_npz(path, {"scores": scores})
+        scores = read_npz(path)["scores"]
+        return Attribution(self.name, scores, self.options.method != "pixels", SUMMARIES[self.options.method])
+
+    def _fit(self, model: nn.Module, display: Display) -> attribution.TRAK:
+        kind = {"dtrak": attribution.DTRAK, "trak": attribution.TRAK}[self.options.method]
+        options = {name: value for name, value in dataclasses.asdict(self.options).items() if name != "method"}
+        method = kind(model, SCHEDULE, directory=self.features.stage.folder, progress=display.progress, **options)
+        return method.fit(torch.from_numpy(self.data.images))
+
+    def found(self) -> dict[str, float]:
+        """What the finished scores were computed with: lambda and the effective dimension; nothing for a baseline."""
+        record = self.step.stage.record
+        return {name: record[name] for name in ("lambda", "effective dimension") if name in record}
+
+    def timesteps(self) -> list[int]:
+        """Those that the gradients are averaged over."""
+        options = self.options
+        return FeatureMap(SCHEDULE, num_timesteps=options.num_timesteps, strategy=options.strategy).timesteps().tolist()
+
+
+def pixel_cosine(queries: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Cosine of the angle between pixel values, after the mean image is taken off.
+
+    Args:
+        queries: [Q, C, H, W].
+        images: [N, C, H, W].
+
+    Returns:
+        [Q, N] float32; 0 where an image equals the mean.
+
+    Extra memory: 8 N C H W bytes.
+    """
+    flat = images.reshape(len(images), -1).astype(np.float64)  # [N, C H W]
+    mean = flat.mean(0)
+    flat -= mean
+    wanted = queries.reshape(len(queries), -1) - mean  # [Q, C H W]
+    norms = np.linalg.norm(wanted, axis=1)[:, None] * np.linalg.norm(flat, axis=1)  # [Q, N]
+    dots = wanted @ flat.T
+    return np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0).astype(np.float32)
+
+
+def write_npz(path: Path, arrays: dict[str, Any]) -> None:
+    """Write an .npz file, whole or not at all."""
+    with whole_file(path) as stream:
+        np.savez(stream, **arrays)
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Read a file of :func:`write_npz`; the archive's own checksums are verified.
+
+    Raises:
+        WorkspaceError: it is missing or damaged.
+    """
+    try:
+        # np.load leaves a file open that it opened itself and found to be no archive.
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise WorkspaceError(f"{path} is damaged or missing: delete the folder {path.parent} and run again") from error
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """1×28×28."""
+    return "×".join(map(str, shape))
