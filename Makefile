@@ -24,14 +24,15 @@ endef
 	PYATTR_CUDA=off $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,models,demo]"
 	touch $@
 
-# A GPU decides whether the demo waits for nvcc.
+# A GPU decides whether the demo waits for nvcc. An extension built for the tests or by `make cuda` serves the demo as well.
 .venv/.demo: .venv/.dependencies $(SOURCES)
+	rm -f .venv/.test
 	$(if $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep GPU),$(call install,auto,native),$(call install,off,))
 	touch $@
 
 .venv/.test: .venv/.dependencies $(SOURCES)
 	$(call install,auto,$(CUDA_TEST_TARGET))
-	touch $@
+	touch $@ .venv/.demo
 
 demo: .venv/.demo
 	$(BIN)/pyattr demo
@@ -57,6 +58,7 @@ sanitize: .venv/.dependencies
 
 cuda: .venv/.dependencies
 	$(call install,on,all)
+	touch .venv/.test .venv/.demo
 
 clean:
 	rm -rf build dist .venv
