@@ -109,7 +109,7 @@ class Pass:
         sites: the layers to tap.
         batch_size: B.
         admit: ``(site, rows per sample)``, called for each call of a layer (0 rows: not a multiple of B); raises
-            NotSeparable, or returns whether the call is to be tapped.
+            NotSeparable, or returns whether to receive it.
         receive: ``(site, acts [B, K, ...] or None, errs [B, K, ...])``, called during the backward pass.
     """
 
@@ -117,6 +117,11 @@ class Pass:
         self.sites, self.batch_size, self.admit, self.receive = list(sites), batch_size, admit, receive
         self.calls = {site: 0 for site in self.sites}  # tapped calls of the forward pass
         self._backward = False
+
+    def forward(self, module: nn.Module, loss: Loss, batch: Batch) -> Tensor:
+        """The forward pass alone, with its graph: the losses [B]."""
+        with torch.enable_grad(), self._hooks():
+            return check_values(loss(module, batch.tree()), self.batch_size)
 
     def run(self, module: nn.Module, loss: Loss, batch: Batch, watch: list[Tensor], weights: Tensor | None = None):
         """Run the loss and its backward pass.
@@ -160,11 +165,15 @@ class Pass:
         inputs = []
 
         def before(module, args, kwargs):
+            if torch._C._are_functorch_transforms_active():
+                raise NotSeparable(None, "the loss uses torch.func transforms")
             inputs.append(args[0] if args else kwargs.get("input"))
             for parameter in _own(site):
                 parameter.requires_grad_(False)
 
         def after(module, args, output):
+            if not inputs:  # the call failed before it came to us
+                return None
             for parameter in _own(site):
                 parameter.requires_grad_(True)
             given = inputs.pop()
@@ -181,14 +190,12 @@ class Pass:
         )
 
     def _tap(self, site: Site, inputs: Tensor, output: Tensor) -> Tensor | None:
-        if torch._C._are_functorch_transforms_active():
-            raise NotSeparable(None, "the loss uses torch.func transforms")
         rows = 0
         if isinstance(inputs, Tensor) and site.rule.has_batch(site.module, inputs):
             rows, rest = divmod(inputs.shape[0], self.batch_size)
             rows = 0 if rest else rows
         if not self.admit(site, rows):
-            return None
+            return _Tap.apply(output, self._anchor, None, lambda acts, errs: None)
         if not self._backward:  # not a checkpoint's recomputation, whose taps only bring the activations back
             self.calls[site] += 1
         acts = inputs.detach() if site.needs_acts else None

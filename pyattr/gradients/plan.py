@@ -28,9 +28,9 @@ class Plan:
 
     rows: dict[str, set[int]] = field(default_factory=dict)  # site -> rows per sample, as seen; 0 where they are mixed
     slow: dict[str, str] = field(default_factory=dict)  # parameters for torch.func -> why
-    saved: int = 0  # bytes per sample that the forward pass keeps for the backward pass
-    largest: int = 0  # bytes per sample of the largest of these tensors
     held: int = 0  # bytes per sample of the errors of layers that are called more than once
+    whole: str = ""  # why the rules hold for no layer at all
+    activations: tuple[int, int] | None = None  # bytes per sample, see Planner.activations
 
     def exclude(self, names, reason: str):
         for name in names:
@@ -84,6 +84,21 @@ class Planner:
                 else:  # the model or the loss has changed: look again before giving a layer up
                     self._look_again(batch)
 
+    def activations(self, batch: Batch) -> tuple[int, int]:
+        """Memory that the forward pass keeps for the backward pass: bytes per sample, of all and of the largest tensor.
+
+        Measured with two samples. Not known (zero) for a loss that uses torch.func itself, which allows no look inside.
+        """
+        if self.plan.activations is None and self.plan.whole:
+            self.plan.activations = (0, 0)
+        elif self.plan.activations is None:
+            sample = batch[:2].copy()
+            saved, sites = _SavedBytes(self.module), find_sites(self.module, self.parameters)
+            with _same_random_numbers(sample, self.parameters), saved:
+                Pass(sites, sample.size, lambda site, rows: True, None).forward(self.module, self.loss, sample)
+            self.plan.activations = (saved.total // sample.size, saved.largest // sample.size)
+        return self.plan.activations
+
     def _look_again(self, batch: Batch):
         self._new, found = True, make_plan(self.module, self.parameters, self.loss, batch)
         for site, rows in self.plan.rows.items():
@@ -95,9 +110,13 @@ class Planner:
         for site in sites:
             site.parameters = {local: name for local, name in site.parameters.items() if name not in self.plan.slow}
         sites = [site for site in sites if site.parameters]
-        values = self._from_rules(sites, batch, receiver) if sites else self._values(batch)
         if self.plan.slow:
             announce(self.module, self.plan.slow)
+        if sites:
+            values = self._from_rules(sites, batch, receiver)
+        else:
+            values = check_values(self.loss(self.module, batch.tree()), batch.size).detach()
+        if self.plan.slow:
             grads = vmap_gradients(self.module, self.loss, batch, list(self.plan.slow), values)
             for name in self.plan.slow:
                 receiver.from_tensor(name, grads.pop(name))
@@ -117,10 +136,6 @@ class Planner:
             raise NotSeparable(outside, OUTSIDE)
         gatherer.flush()
         return values
-
-    def _values(self, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            return check_values(self.loss(self.module, batch.tree()), batch.size)
 
 
 def make_plan(module: nn.Module, parameters: dict[str, nn.Parameter], loss: Loss, batch: Batch) -> Plan:
@@ -144,20 +159,24 @@ def make_plan(module: nn.Module, parameters: dict[str, nn.Parameter], loss: Loss
     one_run = Pass(sites, sample.size, admit, receive)
     only_first = torch.zeros(sample.size, device=sample.tensors[0].device)
     only_first[0] = 1
-    devices = {tensor.device for tensor in (*sample.tensors, *module.parameters()) if tensor.device.type == "cuda"}
-    saved = _SavedBytes(module)
-    with torch.random.fork_rng(sorted(devices, key=str)), saved:
+    with _same_random_numbers(sample, parameters):
         try:
             _, found = one_run.run(module, loss, sample, [parameters[name] for name in ruled], only_first)
         except NotSeparable as refusal:
+            plan.whole = refusal.reason
             plan.exclude(parameters, refusal.reason)
             found = [None] * len(ruled)
     plan.exclude([name for name, grad in zip(ruled, found, strict=True) if grad is not None], OUTSIDE)
     mixed = [site for site in sites if 0 in plan.rows.get(site.name, ())]
     plan.exclude([name for site in mixed for name in site.parameters.values()], ROWS)
-    plan.saved, plan.largest = saved.total // sample.size, saved.largest // sample.size
     plan.held = sum(size for site, size in errors.items() if one_run.calls[site] > 1)
     return plan
+
+
+def _same_random_numbers(sample: Batch, parameters: dict[str, nn.Parameter]):
+    """A context that leaves the random state as it found it."""
+    devices = {tensor.device for tensor in (*sample.tensors, *parameters.values()) if tensor.device.type == "cuda"}
+    return torch.random.fork_rng(sorted(devices, key=str))
 
 
 class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):

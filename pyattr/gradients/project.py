@@ -69,14 +69,16 @@ def project_gradients(
     planner = Planner(module, loss, batch)
     parts, start = [], 0
     while start < batch.size:
-        size, block = split(planner.plan, planner.parameters, batch.size - start, memory)
+        size, block = split(planner.plan, planner.activations(batch), planner.parameters, batch.size - start, memory)
         make_receiver = partial(_Projected, planner.parameters, size, block, KINDS[kind], proj_dim, seed)
         parts.append(planner.run(batch[start : start + size], make_receiver).out)
         start += size
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def split(plan: Plan, parameters: dict[str, Tensor], batch_size: int, memory: int) -> tuple[int, int]:
+def split(
+    plan: Plan, activations: tuple[int, int], parameters: dict[str, Tensor], batch_size: int, memory: int
+) -> tuple[int, int]:
     """Samples in a sub-batch, and bytes for a block of gradients, so that both fit into the budget.
 
     Half of the budget goes to the activations, unless one sample needs more.
@@ -86,9 +88,10 @@ def split(plan: Plan, parameters: dict[str, Tensor], batch_size: int, memory: in
     """
     size_of = {name: p.numel() * result_dtype(p).itemsize for name, p in parameters.items()}
     slow = sum(size_of[name] for name in plan.slow)
-    per_sample = plan.saved + plan.held + TRANSIENTS * plan.largest
+    saved, largest = activations
+    per_sample = saved + plan.held + TRANSIENTS * largest
     if slow:  # torch.func: its own activations and errors, the gradients and a copy of them in one piece
-        per_sample = max(per_sample, 2 * plan.saved + TRANSIENTS * plan.largest + 2 * slow)
+        per_sample = max(per_sample, 2 * saved + TRANSIENTS * largest + 2 * slow)
     row = max((size_of[name] // p.shape[0] for name, p in parameters.items() if name not in plan.slow), default=0)
     if per_sample + COPIES * row > memory:
         raise ValueError(

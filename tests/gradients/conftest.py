@@ -1,11 +1,10 @@
 """The definition of a per-sample gradient: differentiate the loss of each sample alone, one after the other."""
 
-import numpy
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyattr.gradients import fallback, per_sample_gradients, plan
+from pyattr.gradients import fallback, per_sample, per_sample_gradients, plan, project
 
 
 def by_definition(module, loss, batch):
@@ -51,7 +50,12 @@ def check():
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Nothing learnt or announced by the test before; NumPy's uninitialised memory is NaN, as torch's is."""
+    """Nothing learnt or announced by the test before; memory for gradients starts as NaN.
+
+    One thread: these problems are tiny, and threads that wait for each other on a busy machine take most of the time.
+    """
+    torch.set_num_threads(1)
     monkeypatch.setattr(fallback, "_announced", set())
     monkeypatch.setattr(plan, "_plans", type(plan._plans)())
-    monkeypatch.setattr(numpy, "empty", lambda shape, dtype=float: numpy.full(shape, numpy.nan, dtype))
+    for module in (per_sample, project):
+        monkeypatch.setattr(module, "empty", lambda *args, empty=module.empty: empty(*args).fill_(torch.nan))

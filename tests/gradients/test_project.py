@@ -1,0 +1,238 @@
+"""Streamed projection: the projection of the whole flat gradient, in whatever pieces the budget allows."""
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyattr import ops
+from pyattr.gradients import FallbackWarning, per_sample_gradients, project, project_gradients
+
+B, D = 6, 19
+PROJECT = {"rademacher": ops.rademacher_project, "gaussian": ops.gaussian_project}
+
+
+class Network(nn.Module):
+    """Every kind of rule, a tied weight, a layer that runs twice, a parameter without a rule, frozen and unused ones."""
+
+    def __init__(self, scaled=True):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(5)) if scaled else None
+        self.embed = nn.Embedding(9, 5)
+        self.conv = nn.Conv1d(5, 8, 3, padding=1, groups=1)
+        self.grouped = nn.Conv1d(8, 8, 3, padding="same", groups=2)
+        self.up = nn.ConvTranspose1d(8, 8, 2, stride=2)
+        self.norm = nn.GroupNorm(2, 8)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.twice = nn.Linear(8, 8)
+        self.tied = nn.Linear(8, 8, bias=False)
+        self.tied.weight = self.twice.weight
+        self.unused = nn.Linear(3, 2)
+        self.last = nn.LayerNorm(8)
+
+    def forward(self, ids, noise):
+        h = self.embed(ids) + noise
+        h = h * self.scale if self.scale is not None else h
+        h = self.up(self.grouped(torch.tanh(self.conv(h.transpose(1, 2)))))
+        h = self.frozen(self.norm(h).transpose(1, 2))
+        return self.last(self.tied(torch.sigmoid(self.twice(torch.tanh(self.twice(h))))))
+
+
+def loss(module, batch):
+    return module(batch["ids"], batch["noise"]).pow(3).flatten(1).mean(1)
+
+
+def over_time(module, batch):
+    """[B, T]"""
+    return torch.stack([t * loss(module, batch) for t in range(1, 4)], 1)
+
+
+def make_batch(dtype=torch.float64, size=B):
+    return {"ids": torch.randint(0, 9, (size, 7)), "noise": torch.randn(size, 7, 5, dtype=dtype)}
+
+
+def flat(grads):
+    return torch.cat([grad.flatten(1) for grad in grads.values()], 1)
+
+
+def smallest(module, loss, batch):
+    """The least memory that project_gradients accepts, as its own message says."""
+    with pytest.raises(ValueError, match="memory must be at least") as refusal:
+        project_gradients(module, loss, batch, D, memory=1)
+    return int(str(refusal.value).split("at least ")[1].split()[0])
+
+
+@pytest.mark.filterwarnings("ignore::pyattr.gradients.FallbackWarning")
+@pytest.mark.parametrize("loss", [loss, over_time])
+@pytest.mark.parametrize("kind", PROJECT)
+def test_equals_the_projection_of_the_flat_gradient(kind, loss, definition):
+    module, batch = Network().double(), make_batch()
+    expected = PROJECT[kind](flat(definition(module, loss, batch)), D, seed=11)
+    got = project_gradients(module, loss, batch, D, kind=kind, seed=11)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
+    single = project_gradients(module.float(), loss, make_batch(torch.float32) | {"ids": batch["ids"]}, D, kind=kind)
+    assert single.dtype == torch.float32
+
+
+def test_signs_sit_where_named_parameters_put_them():
+    """A linear layer on one-hot inputs: the projection is a sum of named columns of the sign matrix."""
+    module = nn.Sequential(nn.Linear(3, 2)).double()
+    batch = torch.eye(3, dtype=torch.float64)
+    got = project_gradients(module, lambda module, x: module(x) @ torch.tensor([1.0, 10.0]).double(), batch, D, seed=4)
+    signs = ops.sign_matrix(range(D), range(8), 4).double()  # weight [2, 3] row by row, then the bias [2]
+    expected = [signs[:, i] + 10 * signs[:, 3 + i] + signs[:, 6] + 10 * signs[:, 7] for i in range(3)]
+    assert torch.equal(got, torch.stack(expected))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 1.5, 2.1, 4.0, 7.0, 100.0])
+def test_any_budget_gives_the_same(scaled, factor, monkeypatch):
+    module, batch = Network(scaled).double(), make_batch()
+    calls = []
+    monkeypatch.setitem(
+        project.KINDS, "rademacher", lambda g, *a, **k: calls.append(len(g)) or ops.rademacher_project(g, *a, **k)
+    )
+    if scaled:
+        with pytest.warns(FallbackWarning):
+            expected = project_gradients(module, loss, batch, D, seed=2)
+    else:
+        expected = project_gradients(module, loss, batch, D, seed=2)
+    whole = len(calls)
+    calls.clear()
+    memory = int(smallest(module, loss, batch) * factor)
+    got = project_gradients(module, loss, batch, D, seed=2, memory=memory)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
+    if factor == 1:
+        assert set(calls) == {1} and len(calls) > B * whole  # single samples, and weights in blocks
+    if factor == 100:
+        assert set(calls) == {B} and len(calls) == whole
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most memory that tensors made under this mode held at one time."""
+
+    def __init__(self, ignore):
+        super().__init__()
+        self.ignore = {t.untyped_storage().data_ptr() for t in ignore}
+        self.live, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.ignore:
+                storage = tensor.untyped_storage()
+                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return out
+
+
+def wide():
+    """Gradients much larger than activations."""
+    return nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)), torch.randn(8, 64)
+
+
+def deep():
+    """Activations much larger than gradients."""
+    blocks = [layer for _ in range(6) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU())]
+    return nn.Sequential(*blocks), torch.randn(8, 4, 24, 24)
+
+
+def recurrent():
+    """One layer that runs many times, whose errors wait for each other."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x):
+            for _ in range(8):
+                x = torch.tanh(self.layer(x))
+            return x
+
+    return Recurrent(), torch.randn(8, 10, 32)
+
+
+def without_rules():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 64))
+
+        def forward(self, x):
+            return torch.tanh(x @ self.weight)
+
+    return nn.Sequential(Scale(), nn.Linear(64, 64)), torch.randn(8, 8, 64)
+
+
+@pytest.mark.filterwarnings("ignore::pyattr.gradients.FallbackWarning")
+@pytest.mark.parametrize("make", [wide, deep, recurrent, without_rules])
+@pytest.mark.parametrize("factor", [1.0, 3.0, 8.0])
+def test_memory_stays_within_the_budget(make, factor):
+    module, batch = make()
+
+    def loss(module, batch):
+        return module(batch).square().flatten(1).mean(1)
+
+    expected = project_gradients(module, loss, batch, D)
+    memory = int(smallest(module, loss, batch) * factor)
+    live = LiveBytes([*module.parameters(), batch])
+    with live:
+        got = project_gradients(module, loss, batch, D, memory=memory)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert live.peak <= memory + 3 * got.nbytes  # results in the making: of a sub-batch, of a block, of the whole
+
+
+def test_a_smaller_budget_takes_less_memory():
+    """The measurement above can tell budgets apart."""
+    module, batch = wide()
+
+    def loss(module, batch):
+        return module(batch).square().mean(1)
+
+    peaks = []
+    for memory in (smallest(module, loss, batch), 1 << 30):
+        live = LiveBytes([*module.parameters(), batch])
+        with live:
+            project_gradients(module, loss, batch, D, memory=memory)
+        peaks.append(live.peak)
+    assert peaks[1] > 5 * peaks[0]
+    assert peaks[0] < per_sample_gradients(module, loss, batch)["0.weight"].nbytes / 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"kind": "sparse"}, ValueError, "kind must be one of rademacher, gaussian, got 'sparse'"),
+        ({"proj_dim": 0}, ValueError, "proj_dim must be at least 1, got 0"),
+        ({"proj_dim": 1.5}, TypeError, "proj_dim must be an integer, got float"),
+        ({"seed": 2**32}, ValueError, r"seed must lie in \[0, 2\^32\), got 4294967296"),
+        ({"seed": -1}, ValueError, "seed must lie in"),
+        ({"memory": "2G"}, TypeError, "memory must be an integer, got str"),
+        ({"memory": 0}, ValueError, "memory must be at least [0-9]+ bytes for one sample, got 0"),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    arguments = {"proj_dim": 4, **arguments}
+    with pytest.raises(error, match=message):
+        project_gradients(nn.Linear(3, 2), lambda module, x: module(x).sum(1), torch.ones(2, 3), **arguments)
+
+
+def test_a_bad_loss_is_named():
+    with pytest.raises(ValueError, match="loss must return"):
+        project_gradients(nn.Linear(3, 2), lambda module, x: module(x).sum(), torch.ones(2, 3), 4)
+
+
+def test_a_loss_without_parameters_of_some_layers():
+    module = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(300, 200)})
+    batch = torch.randn(2, 3)
+
+    def loss(module, x):
+        return module["used"](x).square().sum(1)
+
+    got = project_gradients(module, loss, batch, D)
+    torch.testing.assert_close(got, ops.rademacher_project(flat(per_sample_gradients(module, loss, batch)), D))
