@@ -16,6 +16,7 @@ from .machine import ROOT
 
 RESULTS = ROOT / "bench" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+NAMES = {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")}
 _SCALES = ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "), (1.0, ""))
 
 
@@ -87,15 +88,16 @@ def fill(page: str, runs: list[tuple[Path, dict]]) -> str:
     """The page with everything between its markers made anew.
 
     Raises:
-        ValueError: a marker names a table that no run holds, or is not closed.
+        ValueError: a marker names a table that is none, or is not closed.
     """
 
     def bench(match):
         name = match.group(1)
         found = newest(runs, name)
-        if not found:
-            raise ValueError(f"no recorded run holds the table {name!r}")
-        return f"<!-- bench:{name} -->\n" + "\n\n".join(table(run, name) for run in found) + "\n<!-- /bench -->"
+        if not found and name not in NAMES:
+            raise ValueError(f"no benchmark and no recorded run has a table {name!r}")
+        text = "\n\n".join(table(run, name) for run in found) or "Not measured yet."
+        return f"<!-- bench:{name} -->\n{text}\n<!-- /bench -->"
 
     for opened, closed in (("<!-- bench:", "<!-- /bench -->"), ("<!-- backends -->", "<!-- /backends -->")):
         if page.count(opened) != page.count(closed):

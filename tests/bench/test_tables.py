@@ -61,6 +61,12 @@ def test_fill_keeps_the_text_around_and_is_idempotent():
     assert tables.fill(filled, runs) == filled
 
 
+def test_a_table_without_a_run_says_so():
+    page = "<!-- bench:rademacher_project --> old <!-- /bench -->"
+    wanted = "<!-- bench:rademacher_project -->\nNot measured yet.\n<!-- /bench -->"
+    assert tables.fill(page, []) == wanted
+
+
 def test_the_newest_run_of_each_machine_counts():
     runs = [
         (None, make_run(commit="old", date="2026-01-01")),
@@ -74,7 +80,7 @@ def test_the_newest_run_of_each_machine_counts():
 @pytest.mark.parametrize(
     ("page", "message"),
     [
-        ("<!-- bench:nothing -->\n<!-- /bench -->", "no recorded run holds the table 'nothing'"),
+        ("<!-- bench:nothing -->\n<!-- /bench -->", "no benchmark and no recorded run has a table 'nothing'"),
         ("<!-- bench:op -->\n", "1 times '<!-- bench:' but 0 times"),
         ("<!-- /backends -->\n", "0 times '<!-- backends -->' but 1 times"),
     ],
