@@ -116,5 +116,5 @@ def differences(made: dict, asked: dict) -> str:
 
 
 def _short(value) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value, sort_keys=True)
     return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"

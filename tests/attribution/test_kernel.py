@@ -1,0 +1,79 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyattr.attribution.kernel import DampedKernel, balanced_lambda, choose_lambda, effective_dimension
+from pyattr.diffusion.features import Features
+
+
+def kernel(phi):
+    return DampedKernel(Features.from_tensor(phi, torch.arange(len(phi))))
+
+
+def by_definition(queries, phi, lambda_):
+    queries, phi = queries.double(), phi.double()
+    gram = phi.T @ phi
+    return queries @ torch.linalg.inv(gram + lambda_ * torch.eye(len(gram), dtype=torch.float64)) @ phi.T
+
+
+def test_by_hand():
+    """Phi = diag(1, 2), lambda = 1: (G + I)^-1 = diag(1/2, 1/5)."""
+    scores = kernel(torch.tensor([[1.0, 0.0], [0.0, 2.0]])).scores(torch.tensor([[3.0, 5.0]]), 1.0)
+    torch.testing.assert_close(scores, torch.tensor([[1.5, 2.0]]))
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 4), st.floats(-3, 3), st.integers(0, 99))
+def test_both_forms_are_the_definition(count, dim, num_queries, exponent, seed):
+    generator = torch.Generator().manual_seed(seed)
+    phi = torch.randn(count, dim, generator=generator, dtype=torch.float64)
+    queries = torch.randn(num_queries, dim, generator=generator, dtype=torch.float64)
+    lambda_ = 10.0**exponent
+    made = kernel(phi)
+    assert made.dual == (count < dim)
+    assert len(made.eigenvalues) == min(count, dim)
+    scores = made.scores(queries, lambda_)
+    assert scores.dtype == torch.float32 and scores.shape == (num_queries, count)
+    expected = by_definition(queries, phi, lambda_)
+    torch.testing.assert_close(scores.double(), expected, atol=1e-6 * (1 + float(expected.abs().sum())), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [30, 150])  # primal, dual
+def test_blocks_on_disk_change_nothing(monkeypatch, dim):
+    monkeypatch.setattr("pyattr.attribution.kernel._COLUMNS", 64)  # several pieces of the columns too
+    phi, queries = torch.randn(100, dim), torch.randn(7, dim)
+    pieces = phi.split(33)
+    starts = [0, 33, 66, 99]
+    blocks = Features(torch.arange(100), dim, torch.float32, lambda start: pieces[start // 33], starts)
+    scores = DampedKernel(blocks).scores(queries, 10.0)
+    torch.testing.assert_close(scores.double(), by_definition(queries, phi, 10.0), atol=1e-4, rtol=1e-4)
+
+
+def test_a_dominant_direction_leaves_the_others_resolved():
+    """Eigenvalues 1e9 and about 1, lambda 0.1: float32 would see only the first."""
+    common = torch.ones(20, 1, dtype=torch.float64) * torch.randn(1, 40, dtype=torch.float64) * 1e3
+    phi = common + 0.1 * torch.randn(20, 40, dtype=torch.float64)
+    queries = common[:2] + 0.1 * torch.randn(2, 40, dtype=torch.float64)
+    expected = by_definition(queries, phi, 0.1)
+    torch.testing.assert_close(kernel(phi).scores(queries, 0.1).double(), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_eigenvalues_fall_and_are_those_of_the_gram_matrix():
+    phi = torch.randn(6, 9, dtype=torch.float64)
+    expected = torch.linalg.svdvals(phi) ** 2
+    torch.testing.assert_close(kernel(phi).eigenvalues, expected)
+    torch.testing.assert_close(kernel(phi.T.contiguous()).eigenvalues, expected)
+
+
+def test_effective_dimension_is_the_sum_of_leverages():
+    phi = torch.randn(6, 9, dtype=torch.float64)
+    leverages = by_definition(phi, phi, 2.5).diagonal().sum()
+    assert effective_dimension(kernel(phi).eigenvalues, 2.5) == pytest.approx(float(leverages), rel=1e-12)
+    assert effective_dimension(torch.tensor([3.0, 1.0]), 1.0) == pytest.approx(1.25)
+
+
+def test_features_that_are_not_finite_are_refused():
+    phi = torch.randn(4, 3)
+    phi[2, 1] = torch.nan
+    with pytest.raises(ValueError, match="values that are not finite"):
+        kernel(phi)

@@ -1,0 +1,268 @@
+import json
+
+import pytest
+import torch
+
+from pyattr.diffusion import DamagedFileError, Loss, Schedule, features, noise
+from pyattr.diffusion.features import FeatureMap
+from pyattr.ops import normal_matrix, sign_matrix
+
+
+def feature_map(**others):
+    return FeatureMap(
+        **{"schedule": Schedule(), "num_timesteps": 4, "proj_dim": 32, "seed": 3, "noise_seed": 9, **others}
+    )
+
+
+def by_definition(model, images, which, ids):
+    """One flat gradient at a time by autograd, averaged, then times the dense matrix, in float64."""
+    schedule, rows = which.schedule, []
+    parameters = list(model.parameters())
+    width = sum(p.numel() for p in parameters)
+    entries = sign_matrix if which.kind == "rademacher" else normal_matrix
+    matrix = entries(range(which.proj_dim), range(width), which.seed).double()
+    for image, i in zip(images, ids, strict=True):
+        x = image.double() / 127.5 - 1
+        total = torch.zeros(width, dtype=torch.float64)
+        count = 0
+        for t in which.timesteps().tolist():
+            for draw in range(which.num_noises):
+                eps = noise(x.shape, seed=which.noise_seed, ids=int(i), timesteps=t, draws=draw).double()
+                abar = schedule.alphas_cumprod[t]
+                noisy = abar.sqrt() * x + (1 - abar).sqrt() * eps
+                out = model(noisy[None], torch.tensor([t]))
+                out = out if isinstance(out, torch.Tensor) else out.sample
+                value = which.loss(out, eps[None], torch.tensor([t]), schedule)[0]
+                total += torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
+                count += 1
+        rows.append(matrix @ (total / count))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"loss": "simple", "kind": "gaussian"},
+        {"loss": "elbo", "strategy": "cumulative", "num_noises": 2},
+        {"loss": Loss("interpolate", 0.3), "num_timesteps": 1},
+        {"loss": "l1"},
+        {"loss": "l2"},
+        {"loss": "linf"},
+        {"loss": "avg"},
+    ],
+    ids=str,
+)
+def test_features_by_definition(tiny_unet, images, others):
+    model, which = tiny_unet().double(), feature_map(**others)
+    ids = torch.tensor([4, 1 << 41])
+    expected = by_definition(model, images[:2], which, ids)
+    ours = features.compute(model, images[:2], which, ids=ids).tensor()
+    assert ours.dtype == torch.float64
+    torch.testing.assert_close(ours, expected, atol=1e-9 * float(expected.abs().max()), rtol=1e-9)
+    single = features.compute(tiny_unet(), images[:2], which, ids=ids).tensor()
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), expected, atol=2e-4 * float(expected.abs().max()), rtol=0)
+
+
+def test_timesteps():
+    assert feature_map(num_timesteps=10).timesteps().tolist() == list(range(0, 1000, 100))
+    assert feature_map(num_timesteps=3).timesteps().tolist() == [0, 333, 666]
+    assert feature_map(num_timesteps=5, strategy="cumulative").timesteps().tolist() == [0, 1, 2, 3, 4]
+    assert feature_map(num_timesteps=1000).timesteps().tolist() == list(range(1000))
+
+
+@pytest.mark.parametrize("chunks", [{"batch_size": 1}, {"batch_size": 4}, {"timesteps_per_pass": 3}])
+def test_chunking_changes_rounding_only(tiny_unet, images, chunks):
+    model, which = tiny_unet(), feature_map(num_noises=2)
+    whole = features.compute(model, images, which, batch_size=16).tensor()
+    other = features.compute(model, images, which, **chunks).tensor()
+    torch.testing.assert_close(whole, other, atol=1e-4 * float(whole.abs().max()), rtol=0)
+
+
+def test_a_row_depends_on_image_and_id_alone(tiny_unet, images):
+    model = tiny_unet().double()
+    whole = features.compute(model, images, feature_map()).tensor()
+    order = torch.tensor([7, 0, 3])
+    part = features.compute(model, images[order], feature_map(), ids=order).tensor()
+    torch.testing.assert_close(whole[order], part, atol=1e-9, rtol=1e-9)
+    moved = features.compute(model, images[order], feature_map()).tensor()  # other ids, other noise
+    assert not torch.isclose(part[0], moved[0]).any()
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stops", [[2], [4], [6, 6, 11], [2, 4, 6, 8, 10]])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, tiny_unet, images, stops):
+    model, which = tiny_unet(), feature_map()
+    chunks = {"batch_size": 2, "shard_rows": 4}
+    # A shard ends a batch, so that batches fall as they do here.
+    whole = features.compute(model, images, which, directory=tmp_path / "whole", **chunks)
+    for stop in stops:
+
+        def progress(done, total, stage, stop=stop):
+            if done >= stop:
+                raise Stop
+
+        with pytest.raises(Stop):
+            features.compute(model, images, which, directory=tmp_path / "parts", progress=progress, **chunks)
+    calls = []
+    resumed = features.compute(
+        model, images, which, directory=tmp_path / "parts", progress=lambda *call: calls.append(call), **chunks
+    )
+    assert torch.equal(whole.tensor(), resumed.tensor())
+    assert torch.equal(resumed.ids, torch.arange(11))
+    assert calls[0] == ((max(stops) - 1) // 4 * 4, 11, "features")  # the shards that were whole when it stopped
+    assert calls[-1] == (11, 11, "features") and [c[0] for c in calls] == sorted(c[0] for c in calls)
+
+
+def test_memory_and_disk_agree_bit_for_bit(tmp_path, tiny_unet, images):
+    model, which = tiny_unet(), feature_map()
+    on_disk = features.compute(model, images, which, directory=tmp_path, batch_size=4, shard_rows=4)
+    in_memory = features.compute(model, images, which, batch_size=4)
+    assert torch.equal(on_disk.tensor(), in_memory.tensor())
+    assert [(start, len(block)) for start, block in on_disk.blocks()] == [(0, 4), (4, 4), (8, 3)]
+    assert (len(on_disk), on_disk.dim, on_disk.dtype) == (11, 32, torch.float32)
+
+
+def test_finished_features_are_opened_without_the_model(tmp_path, tiny_unet, images):
+    made = features.compute(tiny_unet(), images, feature_map(), directory=tmp_path, shard_rows=5)
+    opened, manifest = features.open_features(tmp_path)
+    assert torch.equal(made.tensor(), opened.tensor())
+    assert manifest["settings"]["loss"] == {"name": "square", "eta": None}
+    assert manifest["settings"]["schedule"] == {"num_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+    assert [shard["rows"] for shard in manifest["shards"]] == [5, 5, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"loss": "simple"}, 'loss was {"eta": null, "name": "square"}, now {"eta": null, "name": "simple"}'),
+        ({"num_timesteps": 5}, "num_timesteps was 4, now 5"),
+        ({"strategy": "cumulative"}, 'strategy was "uniform", now "cumulative"'),
+        ({"proj_dim": 33}, "proj_dim was 32, now 33"),
+        ({"seed": 4}, "seed was 3, now 4"),
+        ({"noise_seed": 8}, "noise_seed was 9, now 8"),
+        ({"kind": "gaussian"}, 'kind was "rademacher", now "gaussian"'),
+        ({"num_noises": 2}, "num_noises was 1, now 2"),
+    ],
+)
+def test_other_settings_are_refused_by_name(tmp_path, tiny_net, images, change, named):
+    features.compute(tiny_net(), images, feature_map(), directory=tmp_path)
+    with pytest.raises(ValueError) as error:
+        features.compute(tiny_net(), images, feature_map(**change), directory=tmp_path)
+    assert f"was made otherwise: {named}; use another directory" in str(error.value)
+
+
+def test_other_model_images_ids_and_number_are_refused(tmp_path, tiny_net, images):
+    features.compute(tiny_net(), images, feature_map(), directory=tmp_path)
+    with pytest.raises(ValueError, match="model was "):
+        features.compute(tiny_net(seed=1), images, feature_map(), directory=tmp_path)
+    changed = images.clone()
+    changed[10, 0, 7, 7] ^= 1
+    with pytest.raises(ValueError, match="images and ids was "):
+        features.compute(tiny_net(), changed, feature_map(), directory=tmp_path)
+    with pytest.raises(ValueError, match="images and ids was "):
+        features.compute(tiny_net(), images, feature_map(), ids=torch.arange(1, 12), directory=tmp_path)
+    with pytest.raises(ValueError, match="rows was 11, now 10"):
+        features.compute(tiny_net(), images[:10], feature_map(), directory=tmp_path)
+
+
+def test_damaged_shard_is_refused_and_made_again_once_deleted(tmp_path, tiny_unet, images):
+    arguments = {"directory": tmp_path, "batch_size": 2, "shard_rows": 4}
+    whole = features.compute(tiny_unet(), images, feature_map(), **arguments).tensor()
+    shard = tmp_path / "shard-000000000004.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DamagedFileError, match=r"shard-000000000004\.safetensors is damaged"):
+        features.open_features(tmp_path)[0].tensor()
+    shard.unlink()
+    with pytest.raises(ValueError, match="is not complete: 1 shards are missing"):
+        features.open_features(tmp_path)
+    calls = []
+    again = features.compute(
+        tiny_unet(), images, feature_map(), progress=lambda *call: calls.append(call[:2]), **arguments
+    )
+    assert calls == [(7, 11), (9, 11), (11, 11)]
+    assert torch.equal(again.tensor(), whole) and shard.read_bytes() == content
+    shard.unlink()
+    with pytest.raises(DamagedFileError, match="is missing"):
+        again.tensor()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("{", DamagedFileError, "is damaged"),
+        ("[]", ValueError, "is not a manifest"),
+        ('{"format": "other"}', ValueError, "is not a manifest"),
+        ('{"format": "pyattr-features", "version": 2}', ValueError, "has version 2, this pyattr reads version 1"),
+    ],
+)
+def test_foreign_manifests_are_refused(tmp_path, tiny_net, images, text, error, message):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(error, match=message):
+        features.compute(tiny_net(), images, feature_map(), directory=tmp_path)
+    assert (tmp_path / "manifest.json").read_text() == text
+
+
+def test_manifest_lists_checksums_of_the_files(tmp_path, tiny_net, images):
+    import hashlib
+
+    features.compute(tiny_net(), images, feature_map(), directory=tmp_path, shard_rows=6, batch_size=3)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert [s["first_row"] for s in manifest["shards"]] == [0, 6]
+    for shard in manifest["shards"]:
+        content = (tmp_path / shard["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == shard["sha256"] and len(content) == shard["bytes"]
+        assert (shard["dtype"], shard["dim"], shard["batch_size"]) == ("float32", 32, 3)
+
+
+def test_dropout_is_off_and_modes_are_left_alone(tiny_net, images):
+    model = tiny_net(dropout=0.5).train()
+    one = features.compute(model, images, feature_map()).tensor()
+    assert model.training and model.drop.training
+    assert torch.equal(one, features.compute(model, images, feature_map()).tensor())
+
+
+def test_bytes_and_floats_of_the_same_pixels_agree(tiny_net, images):
+    as_floats = images.float() / 127.5 - 1
+    one, two = (features.compute(tiny_net(), x, feature_map()).tensor() for x in (images, as_floats))
+    torch.testing.assert_close(one, two, atol=1e-5 * float(one.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"num_timesteps": 0}, r"num_timesteps must lie in \[1, 1000\], got 0"),
+        ({"num_timesteps": 1001}, "num_timesteps must lie"),
+        ({"strategy": "random"}, "strategy must be one of uniform, cumulative"),
+        ({"kind": "sparse"}, "kind must be one of rademacher, gaussian"),
+        ({"num_noises": 0}, "num_noises must lie"),
+        ({"proj_dim": 0}, "proj_dim must lie"),
+        ({"seed": 1 << 32}, "seed must lie"),
+        ({"noise_seed": -1}, "noise_seed must lie"),
+        ({"loss": "huber"}, "name must be one of"),
+    ],
+)
+def test_errors_of_the_map(others, message):
+    with pytest.raises(ValueError, match=message):
+        feature_map(**others)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"timesteps_per_pass": 0}, "timesteps_per_pass must be at least 1"),
+        ({"shard_rows": 0}, "shard_rows must be at least 1"),
+        ({"ids": [1, 2]}, "ids must be 11 distinct integers"),
+        ({"ids": [1] * 11}, "ids must be 11 distinct integers"),
+    ],
+)
+def test_errors_come_before_anything_is_written(tmp_path, tiny_net, images, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        features.compute(tiny_net(), images, feature_map(), directory=tmp_path / "new", **arguments)
+    assert not (tmp_path / "new").exists()
