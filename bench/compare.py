@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import __main__ as bench
 from . import figures, machine, tables
@@ -70,7 +71,8 @@ def show(rows: list[dict], console: Console) -> None:
     for row in sorted(rows, key=lambda row: (not row["ours"], row["speed"])):
         speed = f"{row['speed']:.2f}" + (" SLOWER" if row["slower"] and row["ours"] else "")
         ratios = "\n".join(f"{peer}: {a:.3g} -> {b:.3g}" for peer, (a, b) in row["peers"].items())
-        table.add_row(row["name"], speed, ratios, f"{row['before']:.4g} -> {row['now']:.4g}")
+        # A name holds brackets, which rich would take for markup.
+        table.add_row(Text(row["name"]), speed, ratios, f"{row['before']:.4g} -> {row['now']:.4g}")
     console.print(table)
 
 

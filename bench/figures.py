@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-STATS = ("min", "max", "mean", "median", "stddev", "iqr", "rounds", "iterations")
+STATS = ("min", "max", "mean", "median", "stddev", "iqr", "outliers", "ops", "rounds", "iterations")
 
 
 @dataclass(frozen=True)

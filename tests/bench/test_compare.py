@@ -49,12 +49,12 @@ def test_the_last_run_is_of_this_kind_of_machine_and_of_another_commit():
 
 def test_what_is_shown():
     console = Console(width=160, record=True, file=io.StringIO())
-    new = run(figure("fast[B1]", 1.0, 1.0, torch=4.0), figure("slow[B1]", 2.0, 2.0), adds_per_s=50.0)
-    old = run(figure("fast[B1]", 2.0, 2.0, torch=2.0), figure("slow[B1]", 1.0, 1.0), adds_per_s=100.0)
+    new = run(figure("fast[cpu-B1]", 1.0, 1.0, torch=4.0), figure("slow[cpu-B1]", 2.0, 2.0), adds_per_s=50.0)
+    old = run(figure("fast[cpu-B1]", 2.0, 2.0, torch=2.0), figure("slow[cpu-B1]", 1.0, 1.0), adds_per_s=100.0)
     compare.show(compare.compare(new, old), console)
     compare.show_machine(new, old, console)
     lines = console.export_text().splitlines()
-    slow, fast = (next(line for line in lines if name in line) for name in ("slow[B1]", "fast[B1]"))
-    assert "0.50 SLOWER" in slow and "1 -> 2" in slow
+    slow, fast = (next(line for line in lines if name in line) for name in ("slow[cpu-B1]", "fast[cpu-B1]"))
+    assert "slow[cpu-B1]" in slow and "0.50 SLOWER" in slow and "1 -> 2" in slow
     assert "2.00" in fast and "torch: 2 -> 4" in fast and "SLOWER" not in fast
     assert any("adds_per_s 100 -> 50, 0.50 of before" in line for line in lines)

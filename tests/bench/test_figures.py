@@ -1,6 +1,7 @@
 """Rates, ratios, goals and merging, on runs small enough to work out by hand."""
 
 import json
+import sys
 
 import pytest
 
@@ -9,7 +10,7 @@ from bench import figures
 
 def figure(row, column, rate, *, ours, table="op", seconds=1.0):
     info = {"table": table, "row": row, "column": column, "ours": ours, "work_per_s": rate, "note": "", "unit": "sums"}
-    stats = dict.fromkeys(figures.STATS, seconds) | {"rounds": 3, "iterations": 1}
+    stats = dict.fromkeys(figures.STATS, seconds) | {"rounds": 3, "iterations": 1, "outliers": "0;0"}
     return {"group": f"{table} {column}", "name": f"test_{table}[{row}-{column}]", "extra_info": info, "stats": stats}
 
 
@@ -66,19 +67,23 @@ def test_goals_are_met_missed_or_not_measured():
     assert checked[2]["why"] == "no B=64"
 
 
-def test_trimmed_output_still_loads_in_pytest_benchmark(tmp_path):
-    from pytest_benchmark.logger import Logger
-    from pytest_benchmark.storage.file import FileStorage
+def test_trimmed_output_is_still_compared_by_pytest_benchmark(tmp_path, capsys, monkeypatch):
+    from pytest_benchmark.cli import main
 
     full = figure("pyattr", "B=1", 8.0, ours=True)
     full |= {"fullname": "bench/bench_op.py::x", "options": {}, "params": {}, "param": "x"}
-    full["stats"] = full["stats"] | {"data": [1.0] * 1000, "ld15iqr": 1.0}
+    full["stats"] = full["stats"] | {"data": [1.0] * 1000, "ld15iqr": 1.0, "outliers": "0;0"}
     trimmed = figures.trim({"benchmarks": [full], "machine_info": {}, "commit_info": {}, "version": "5", "junk": 1})
     assert "junk" not in trimmed and "data" not in trimmed["benchmarks"][0]["stats"]
-    figures.write_json(tmp_path / "2-core" / "abc.json", trimmed)
-    storage = FileStorage(tmp_path, Logger(Logger.QUIET))
-    loaded = list(storage.load_benchmarks("2-core/*"))
-    assert [entry["fullname"] for entry in loaded] == ["op[pyattr-B=1]"]
+    paths = [tmp_path / "2-core" / f"{name}.json" for name in ("abc", "def")]
+    for path in paths:
+        figures.write_json(path, trimmed)
+    options = ["--columns=min,median,iqr,rounds", "--sort=name"]
+    command = ["pytest-benchmark", f"--storage=file://{tmp_path}", "compare", *map(str, paths), *options]
+    monkeypatch.setattr(sys, "argv", command)
+    main()
+    printed = capsys.readouterr().out
+    assert "op[pyattr-B=1] (" in printed and "2 tests" in printed
 
 
 def test_a_partial_run_replaces_its_own_tables_and_keeps_the_others():
