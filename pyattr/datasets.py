@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
@@ -60,18 +59,9 @@ class ImageDataset:
         """(C, H, W) of every image."""
         return tuple(self.images.shape[1:])
 
-    def tensor(self) -> torch.Tensor:
-        """The images as float32 [N, C, H, W] in [-1, 1], x / 127.5 - 1; extra memory 4 N C H W bytes."""
-        return torch.from_numpy(self.images).to(torch.float32).div_(127.5).sub_(1.0)
-
     def label_name(self, index: int) -> str | None:
         """The label of image `index` in words, or None."""
         return None if self.labels is None else self.class_names[int(self.labels[index])]
-
-    def first(self, count: int) -> ImageDataset:
-        """The first `count` images; all of them when there are fewer."""
-        labels = None if self.labels is None else self.labels[:count]
-        return ImageDataset(self.images[:count], labels, self.class_names, self.ids[:count], self.name)
 
     def spread(self, count: int) -> ImageDataset:
         """`count` images at even distances through the whole, so that a set sorted by class keeps all its classes."""

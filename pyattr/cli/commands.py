@@ -97,7 +97,8 @@ def demo(
 
 @app.command()
 def train(
-    data: Data,
+    source: Annotated[str | None, typer.Argument(metavar="SOURCE", show_default=False, help=DATA_HELP)] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="SOURCE", help="The same, as an option.")] = None,
     out: Out = RUN,
     size: Size = None,
     limit: Limit = None,
@@ -119,6 +120,8 @@ def train(
     """Train a diffusion model on images of one size; an interrupted training goes on where it was."""
     from . import run
 
+    if (source is None) == (data is None):
+        raise typer.BadParameter("give the training images once", param_hint="SOURCE")
     options = TrainOptions(
         network=network,
         steps=steps,
@@ -130,7 +133,7 @@ def train(
         ema=ema,
         seed=seed,
     )
-    run.train(out, _data(data, size, limit, data_root), options, Machine(device, threads))
+    run.train(out, _data(source or data, size, limit, data_root), options, Machine(device, threads))
 
 
 @app.command()

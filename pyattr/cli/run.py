@@ -237,7 +237,7 @@ def _model(workspace: Workspace, checkpoint: Path | None):
     trained = workspace.existing(workspace.recall("train").get("stage", "."))
     if trained is None:
         raise WorkspaceError(
-            f"no trained model in {workspace.folder}: run `pyattr train --data ... --out {workspace.folder}` first, "
+            f"no trained model in {workspace.folder}: run `pyattr train SOURCE --out {workspace.folder}` first, "
             "or give --checkpoint"
         )
     return Checkpoint(trained.folder, trained.key), trained

@@ -180,6 +180,7 @@ class _Shown:
     index: int
     score: float
     label: str | None
+    id: str
     picture: str
     shared: bool  # also among the main method's images of the same kind
 
@@ -236,7 +237,9 @@ def _queries(report: Report) -> list[_Query]:
 
 
 def _shown(train: ImageDataset, row: np.ndarray, n: int, shared: bool) -> _Shown:
-    return _Shown(n, float(row[n]), train.label_name(n), _picture(train.images[n], LARGEST_THUMBNAIL), shared)
+    return _Shown(
+        n, float(row[n]), train.label_name(n), train.ids[n], _picture(train.images[n], LARGEST_THUMBNAIL), shared
+    )
 
 
 def _labels_in_words(train: ImageDataset, indices: np.ndarray) -> str:

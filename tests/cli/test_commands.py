@@ -81,7 +81,7 @@ def images(tmp_path_factory):
 def finished(images, tmp_path_factory):
     """An output folder after train, generate and attribute."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    succeeds("train", "--data", images, "--out", out, *TRAIN)
+    succeeds("train", images, "--out", out, *TRAIN)
     succeeds("generate", "--out", out, "-n", 3, "--steps", 2, "--device", "cpu")
     succeeds("attribute", "--out", out, "--top", 4, "-m", "dtrak", "-m", "pixels", *SCORE)
     return out
@@ -292,7 +292,7 @@ def test_images_that_do_not_fit_the_network(tmp_path):
 
 def test_what_is_missing_is_said_with_what_to_do(tmp_path, images, finished):
     out = tmp_path / "out"
-    told = f"no trained model in {out}: run `pyattr train --data ... --out {out}` first, or give --checkpoint"
+    told = f"no trained model in {out}: run `pyattr train SOURCE --out {out}` first, or give --checkpoint"
     fails(told, "generate", "--out", out)
     fails(told, "attribute", "--out", out)
     fails(f"no checkpoint at {tmp_path}/nothing: give a file or folder that `pyattr train` wrote, or train a model first",
@@ -338,7 +338,8 @@ def test_damaged_scores_are_named(out):
             ["attribute", "--method", "magic"],
             "Invalid value for --method: must be one of dtrak, trak, pixels, got magic",
         ),
-        (["train"], "Missing option '--data'."),
+        (["train"], "Invalid value for SOURCE: give the training images once"),
+        (["train", "a", "--data", "b"], "Invalid value for SOURCE: give the training images once"),
     ],
 )
 def test_wrong_use(arguments, line):

@@ -6,7 +6,6 @@ import types
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from pyattr import datasets
@@ -371,18 +370,11 @@ def record(count):
     return ImageDataset(images, np.arange(count) % 2, ("even", "odd"), tuple(map(str, range(count))), "x")
 
 
-def test_tensor_maps_bytes_to_minus_one_one():
-    data = ImageDataset(np.array([0, 51, 255], np.uint8).reshape(3, 1, 1, 1), None, (), ("0", "1", "2"), "x")
-    assert data.tensor().dtype == torch.float32
-    torch.testing.assert_close(data.tensor().flatten(), torch.tensor([-1.0, -0.6, 1.0]), rtol=0, atol=1e-7)
-
-
-def test_spread_and_first_keep_labels_and_ids_together():
+def test_spread_keeps_labels_and_ids_together():
     data = record(10).spread(4)
     assert data.ids == ("0", "2", "5", "7")
     assert data.images.flatten().tolist() == [0, 2, 5, 7] and data.labels.tolist() == [0, 0, 1, 1]
     assert record(3).spread(9).ids == ("0", "1", "2")
-    assert record(5).first(2).ids == ("0", "1") and len(record(5).first(2)) == 2
 
 
 def test_fingerprint_sees_pixels_order_and_shape():

@@ -128,6 +128,7 @@ def test_every_image_score_and_label_is_the_one_of_the_scores(channels):
                     assert words(next(find(tile, "span", class_="value"))) == score_text(row[n])
                     assert words(next(find(tile, "b", class_="label"))) == report.train.label_name(n)
                     assert f"#{n}" in words(tile)
+                    assert next(find(tile, "img"))[1]["title"] == report.train.ids[n]
                     expected = report.train.images[n].transpose(1, 2, 0).squeeze()
                     assert np.array_equal(pixels(next(find(tile, "img"))), expected)
                     seen += 1
