@@ -60,7 +60,7 @@ def demo(out: Path, data: DataOptions, recipe: Recipe, machine: Machine) -> None
         count = recipe.sample.num_images
         scoring_steps = [step for scoring in scorings for step in scoring.plan(sampling.stage.key, count)]
         work.plan([training, sampling, *scoring_steps])
-        model = work.train(training)
+        model = work.train(training, data)
         queries = work.generate(sampling, model)
         attributions = [work.score(scoring, model, queries) for scoring in scorings]
         work.finish(

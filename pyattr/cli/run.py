@@ -73,11 +73,12 @@ class Session:
         """Progress from here on belongs to this step of the plan."""
         self.display.stage(f"{self.steps.index(step) + 1}/{len(self.steps)} {label}")
 
-    def train(self, training: Training) -> torch.nn.Module:
+    def train(self, training: Training, data: DataOptions) -> torch.nn.Module:
         """The trained model."""
         self.begin(training)
         model = training.run(self.display, self.device)
         self.workspace.remember("train", {"stage": training.stage.key})
+        self.workspace.remember("data", dataclasses.asdict(data))
         return model
 
     def generate(self, sampling: Sampling, model: torch.nn.Module) -> Queries:
@@ -167,8 +168,7 @@ def train(out: Path, data: DataOptions, options: TrainOptions, machine: Machine)
         images = work.load(data)
         training = Training(work.workspace, images, options)
         work.plan([training])
-        work.train(training)
-        work.workspace.remember("data", dataclasses.asdict(data))
+        work.train(training, data)
         losses = training.stage.record["losses"]
         work.display.say(f"done; training loss {losses[0]:.3g} at first, {losses[-1]:.3g} at last")
         work.display.say(f"model  {training.stage.folder}")

@@ -427,3 +427,6 @@ def test_the_demo_runs_all_stages(tmp_path):
             expected = np.argsort(-row, kind="stable")[:10].tolist()
             assert found[q, method, "proponent"] == [(n, float(row[n])) for n in expected]
     assert "demonstration made in minutes" in (out / "report.html").read_text()
+    # The folder serves the other commands: all that they need is remembered.
+    succeeds("attribute", "--out", out, "-m", "pixels", "--device", "cpu")
+    assert arrays(out / "scores.npz")["methods"].tolist() == ["Pixel cosine"]

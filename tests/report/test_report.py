@@ -208,7 +208,7 @@ def test_the_page_is_self_contained():
     assert not re.search(r"https?:|url\(|@import|\son\w+=", page)
     policy = next(find(tree, "meta", http_equiv="Content-Security-Policy"))[1]["content"]
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    for medium in ("prefers-color-scheme: dark", "max-width: 760px", "@media print"):
+    for medium in ("prefers-color-scheme: dark", "screen and (max-width: 760px)", "@media print"):
         assert medium in page
 
 
