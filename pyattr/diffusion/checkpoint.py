@@ -1,5 +1,6 @@
 """Models on disk: the weights together with what it takes to build the network again."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from .presets import PatchUNet, diffusers
+from .schedule import Schedule
 from .storage import load_tensors, save_tensors
 
 _NAME = re.compile(r"checkpoint-(\d{8})\.safetensors")
@@ -25,7 +27,8 @@ def architecture(model: nn.Module) -> dict | None:
     """The class and configuration of a network that :func:`load_model` can build; None for any other."""
     kind = type(model)
     if kind is PatchUNet:
-        return {"class": "PatchUNet", "patch": model.patch, "unet": architecture(model.unet)}
+        schedule = dataclasses.asdict(model.schedule)
+        return {"class": "PatchUNet", "patch": model.patch, "schedule": schedule, "unet": architecture(model.unet)}
     if kind.__name__ == "UNet2DModel" and kind.__module__.startswith("diffusers."):
         # Names with an underscore are where and by which version a configuration was saved.
         config = {name: value for name, value in dict(model.config).items() if not name.startswith("_")}
@@ -36,7 +39,7 @@ def architecture(model: nn.Module) -> dict | None:
 def build(described: dict) -> nn.Module:
     """A network from :func:`architecture`'s description, with random weights."""
     if described["class"] == "PatchUNet":
-        return PatchUNet(build(described["unet"]), described["patch"])
+        return PatchUNet(build(described["unet"]), described["patch"], Schedule(**described["schedule"]))
     return diffusers().UNet2DModel.from_config(described["config"])
 
 

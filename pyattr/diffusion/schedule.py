@@ -39,7 +39,8 @@ class Schedule:
     @functools.cached_property
     def betas(self) -> Tensor:
         """[T] float64, on the CPU."""
-        return torch.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=torch.float64)
+        # The device is named so that a default device set around the first use does not stay with the schedule.
+        return torch.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=torch.float64, device="cpu")
 
     @functools.cached_property
     def alphas_cumprod(self) -> Tensor:

@@ -6,7 +6,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from pyattr.diffusion import unet
+from pyattr.diffusion import Schedule, unet
 
 
 @pytest.mark.parametrize(
@@ -45,10 +45,34 @@ def test_patches_come_back_where_they_were():
 
     model = unet("mnist-small", channels=2, size=8)
     model.unet = OneChannel()
-    images = torch.randn(3, 2, 8, 8)
-    expected = torch.zeros_like(images)
-    expected[:, 1, 0::2, 1::2] = images[:, 1, 0::2, 1::2]
-    assert torch.equal(model(images, torch.zeros(3)), expected)
+    images, t = torch.randn(3, 2, 8, 8), torch.tensor([0, 300, 999])
+    abar = Schedule().alphas_cumprod[t].float()[:, None, None, None]
+    expected = (1 - abar).sqrt() * images
+    expected[:, 1, 0::2, 1::2] += (abar.sqrt() * images)[:, 1, 0::2, 1::2]
+    torch.testing.assert_close(model(images, t), expected)
+
+
+def test_small_network_is_exact_where_its_velocity_is():
+    """e = sqrt(1 - abar) x_t + sqrt(abar) v with v = sqrt(abar) eps - sqrt(1 - abar) x gives eps back."""
+    schedule = Schedule(100, 1e-3, 0.1)
+    x, eps, t = torch.randn(3, 1, 8, 8), torch.randn(3, 1, 8, 8), torch.tensor([0, 40, 99])
+    abar = schedule.alphas_cumprod[t].float()[:, None, None, None]
+
+    class Velocity(nn.Module):
+        def forward(self, patches, timesteps):
+            v = abar.sqrt() * eps - (1 - abar).sqrt() * x
+            return type("Output", (), {"sample": nn.functional.pixel_unshuffle(v, 2)})
+
+    model = unet("mnist-small", size=8, schedule=schedule)
+    model.unet = Velocity()
+    torch.testing.assert_close(model(schedule.add_noise(x, eps, t), t), eps, atol=1e-5, rtol=1e-4)
+
+
+def test_default_device_does_not_stay_with_the_schedule():
+    schedule = Schedule()
+    with torch.device("meta"):
+        unet("mnist-small", schedule=schedule)
+    assert schedule.alphas_cumprod.device.type == "cpu"
 
 
 def test_other_images():
