@@ -1,7 +1,7 @@
 """The README's tables, made from the recorded runs: ``python -m bench.tables`` rewrites what stands between the markers.
 
 ``<!-- bench:NAME --> ... <!-- /bench -->`` holds the table of that name from the newest run on each machine that has it, and
-``<!-- backends --> ... <!-- /backends -->`` the backends that each op declares.
+``<!-- backends --> ... <!-- /backends -->`` the backends that each op declares. A marker is a line of its own.
 """
 
 import os
@@ -99,12 +99,13 @@ def fill(page: str, runs: list[tuple[Path, dict]]) -> str:
         text = "\n\n".join(table(run, name) for run in found) or "Not measured yet."
         return f"<!-- bench:{name} -->\n{text}\n<!-- /bench -->"
 
-    for opened, closed in (("<!-- bench:", "<!-- /bench -->"), ("<!-- backends -->", "<!-- /backends -->")):
-        if page.count(opened) != page.count(closed):
-            raise ValueError(f"{page.count(opened)} times {opened!r} but {page.count(closed)} times {closed!r}")
-    page = re.sub(r"<!-- bench:(\w+) -->.*?<!-- /bench -->", bench, page, flags=re.DOTALL)
+    for opened, closed in ((r"<!-- bench:\w+ -->", "<!-- /bench -->"), ("<!-- backends -->", "<!-- /backends -->")):
+        counts = [len(re.findall(f"^{marker}$", page, flags=re.MULTILINE)) for marker in (opened, closed)]
+        if counts[0] != counts[1]:
+            raise ValueError(f"{counts[0]} lines {opened!r} but {counts[1]} lines {closed!r}")
+    page = re.sub(r"^<!-- bench:(\w+) -->$.*?^<!-- /bench -->$", bench, page, flags=re.DOTALL | re.MULTILINE)
     filled = f"<!-- backends -->\n{backend_table()}\n<!-- /backends -->"
-    return re.sub(r"<!-- backends -->.*?<!-- /backends -->", lambda _: filled, page, flags=re.DOTALL)
+    return re.sub(r"^<!-- backends -->$.*?^<!-- /backends -->$", lambda _: filled, page, flags=re.DOTALL | re.MULTILINE)
 
 
 def update(pages=PAGES, results: Path = RESULTS) -> list[Path]:
