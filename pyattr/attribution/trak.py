@@ -35,8 +35,8 @@ class TRAK:
 
     lambda is in the units of the unnormalised projected Gram matrix ``Phi^T Phi``: its published values for D = 32768 and
     10 timesteps lie between 10 and 5000. Sums over training images, not means, so it grows with D and with the scale of f.
-    Where none is given it is the one at which the effective dimension sum_i w_i / (w_i + lambda), w the eigenvalues, is half
-    the number of eigenvalues: ``docs/attribution.md`` says why, and what that choice does not know.
+    Where none is given it is the one at which the effective dimension sum_i w_i / (w_i + lambda), w the eigenvalues, is a
+    quarter of their number: ``docs/attribution.md`` says why, and what that choice does not know.
 
     Args:
         model: the trained network; ``model(x_t, t)`` predicts the noise.

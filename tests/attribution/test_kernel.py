@@ -77,3 +77,38 @@ def test_features_that_are_not_finite_are_refused():
     phi[2, 1] = torch.nan
     with pytest.raises(ValueError, match="values that are not finite"):
         kernel(phi)
+
+
+def test_automatic_lambda_by_hand():
+    """Equal eigenvalues w have w / (w + lambda) = 1/4 at lambda = 3 w, and those that are rounding do not count."""
+    assert balanced_lambda(torch.full((5,), 2.0, dtype=torch.float64)) == pytest.approx(6.0)
+    assert balanced_lambda(torch.tensor([4.0, 4.0, 1e-17, 0.0], dtype=torch.float64)) == pytest.approx(12.0)
+    # 9 / (9 + l) + 1 / (1 + l) = 1/2 is l^2 - 10 l - 27 = 0.
+    assert balanced_lambda(torch.tensor([9.0, 1.0], dtype=torch.float64)) == pytest.approx(5 + 52**0.5)
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30), st.floats(1e-3, 1e3))
+def test_automatic_lambda_leaves_a_quarter_and_scales_with_the_features(values, scale):
+    eigenvalues = torch.tensor(values, dtype=torch.float64)
+    lambda_ = balanced_lambda(eigenvalues)
+    assert effective_dimension(eigenvalues, lambda_) == pytest.approx(len(values) / 4, rel=1e-9)
+    assert balanced_lambda(eigenvalues * scale) == pytest.approx(lambda_ * scale, rel=1e-9)
+
+
+def test_one_dominant_eigenvalue_does_not_decide():
+    rest = torch.linspace(1, 3, 100, dtype=torch.float64)
+    alone, together = balanced_lambda(rest), balanced_lambda(torch.cat([torch.tensor([1e9]).double(), rest]))
+    assert together == pytest.approx(alone, rel=0.1)
+
+
+def test_lambda_given_wins_and_a_grid_gives_its_nearest():
+    eigenvalues = torch.full((5,), 2.0, dtype=torch.float64)  # the automatic lambda is 6
+    assert choose_lambda(eigenvalues, 0.125) == 0.125
+    assert choose_lambda(eigenvalues, None) == pytest.approx(6.0)
+    assert choose_lambda(eigenvalues, [0.1, 1, 10, 100]) == 10  # 6 is nearer to 10 than to 1 on a logarithmic scale
+    assert choose_lambda(eigenvalues, (2.0, 20.0)) == 2.0
+
+
+def test_no_positive_eigenvalue():
+    with pytest.raises(ValueError, match="every feature of the training images is zero"):
+        balanced_lambda(torch.zeros(3, dtype=torch.float64))
