@@ -1,5 +1,5 @@
-// The few things the kernels need from the hardware that C++ does not name. Everything else in this folder is plain C++, so a
-// test can replace this one header and run the kernels' own source on a CPU.
+// The few things the kernels need from the hardware that C++ does not name. Everything else in this folder is plain C++, so
+// a test can replace this one header and run the kernels' own source on a CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,12 +23,12 @@ __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
 
 // Asynchronous copies from global to shared memory: both addresses aligned to the size.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from)
-               : "memory");
+  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
 }
 __device__ __forceinline__ void copy_async_4(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from)
-               : "memory");
+  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(from) : "memory");
 }
 __device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

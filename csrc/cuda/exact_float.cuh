@@ -1,5 +1,5 @@
-// Float32 operations that round once and are never contracted into one another, the same bits on a GPU and on a CPU (built with
-// -ffp-contract=off), and the bits of a float.
+// Float32 operations that round once and are never contracted into one another, the same bits on a GPU and on a CPU (built
+// with -ffp-contract=off), and the bits of a float.
 #pragma once
 
 #include <cmath>

@@ -1,3 +1,19 @@
+// Normal projection on tensor cores, mma.sync m16n8k16, sm_80 and up: see gaussian_project.h for the matrix,
+// project_kernel.cuh for the algorithm, normal_entry.cuh for the entries.
+//
+// Why tensor cores: making an entry takes about 55 instructions of a lane, whatever the batch is. Multiplying it by 64 samples
+// takes 64 more on the CUDA cores, but 3 HMMA on tensor cores (8 tiles of samples and 3 limbs for the 8 entries that a lane has
+// in an A operand; 6 HMMA for float32), which run beside the 55.
+//
+// Error. An entry is within 1e-6 of float64 and enters as three bfloat16 limbs, in full; products of limbs below 2^-24 of
+// the whole are left out. Sums as in rademacher_project.cu, with at most 48 cut-off additions. Norm error (emulated):
+// 1.3e-6. Infinities and NaNs of G do not meet limbs, see add_special.
+// Extra memory: ranges * min(B, 64) * min(D, 32768) * 4 bytes, at most 64 MiB, whatever P is.
+//
+// Registers and spilled bytes (nvcc 13.0; sm_80 | sm_90a), for tiles of 64, 32, 8 samples:
+//   float32   255, 152, 112 | 255, 154, 112   spills 168 | 264, 0, 0: sums, once per 128 columns
+//   float16   254, 150,  84 | 250, 148,  86   spills 0
+//   bfloat16  232, 141,  79 | 234, 146,  80   spills 0
 #include "gaussian_project.h"
 
 #include "cuda/normal_entry.cuh"
@@ -26,10 +42,11 @@ struct NormalMatrix : NormalSlots {
     entry[0] = first.even, entry[1] = first.odd, entry[2] = second.even, entry[3] = second.odd;
   }
 
-  // Lane t's four slots of step s, in the order of the registers, are columns 16 s + 4 t .. + 3: one call a row, no exchange.
+  // Lane t's four slots of step s, in the order of the registers, are columns 16 s + 4 t .. + 3: one call a row, no
+  // exchange.
   template <class Operand>
-  __device__ __forceinline__ static void fragment(const ProjectTask& task, const State&, uint32_t row, int64_t block, int step,
-                                                  uint32_t (&a)[kRowTiles][kLimbs][4]) {
+  __device__ __forceinline__ static void fragment(const ProjectTask& task, const State&, uint32_t row, int64_t block,
+                                                  int step, uint32_t (&a)[kRowTiles][kLimbs][4]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {

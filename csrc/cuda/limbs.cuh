@@ -5,10 +5,10 @@
 
 namespace pyattr::cuda {
 
-// Limb l is the upper half of limb[l]; the lower half is zero. A limb takes the leading 8 bits of what is left and the rest is
-// exact, so 3 limbs hold every float32 above 2^-110 in full, 2 limbs every float16, 1 limb every bfloat16. Below 2^-110 at most
-// 2^-133 is lost. An infinity is the first limb alone (inf - inf would make it a NaN); a NaN stays a NaN in every limb after the
-// first, even where its payload does not survive in the first.
+// Limb l is the upper half of limb[l]; the lower half is zero. A limb takes the leading 8 bits of what is left and the rest
+// is exact, so 3 limbs hold every float32 above 2^-110 in full, 2 limbs every float16, 1 limb every bfloat16. Below 2^-110
+// at most 2^-133 is lost. An infinity is the first limb alone (inf - inf would make it a NaN); a NaN stays a NaN in every
+// limb after the first, even where its payload does not survive in the first.
 template <int kLimbs>
 PYATTR_HOST_DEVICE void split_limbs(uint32_t bits, uint32_t (&limb)[kLimbs]) {
   if constexpr (kLimbs == 1) {

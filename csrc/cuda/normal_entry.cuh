@@ -1,6 +1,6 @@
-// Two standard normals from two words, by Box and Muller, in float32 arithmetic of IEEE operations only: multiply, add, fused
-// multiply-add and square root, each rounded once. A CPU computes the same bits, so the error bound is tested there: against the
-// float64 definition at most 2e-6 (measured: 9.2e-7 over 3e7 pairs and the extreme words).
+// Two standard normals from two words, by Box and Muller, in float32 arithmetic of IEEE operations only: multiply, add,
+// fused multiply-add and square root, each rounded once. A CPU computes the same bits, so the error bound is tested there:
+// against the float64 definition at most 2e-6 (measured: 9.2e-7 over 3e7 pairs and the extreme words).
 #pragma once
 
 #include "cuda/exact_float.cuh"
@@ -13,12 +13,13 @@ struct NormalPair {
 
 // u1 = (a + 0.5) 2^-32, u2 = b 2^-32, r = sqrt(-2 ln u1): even = r cos(2 pi u2), odd = r sin(2 pi u2).
 PYATTR_HOST_DEVICE NormalPair normal_pair(uint32_t a, uint32_t b) {
-  // ln u1 = exponent * ln 2 + ln(1 + f), f in [-0.293, 0.415]. Near u1 = 1 the logarithm is as small as 2^-33 and every digit of
-  // 1 - u1 counts: it is taken from the integer, not from a rounded u1.
+  // ln u1 = exponent * ln 2 + ln(1 + f), f in [-0.293, 0.415]. Near u1 = 1 the logarithm is as small as 2^-33 and every
+  // digit of 1 - u1 counts: it is taken from the integer, not from a rounded u1.
   const float u = multiply(add(static_cast<float>(a), 0.5f), 0x1p-32f);
   const uint32_t exponent_bits = (bits_of(u) - 0x3F3504F3u) & 0xFF800000u;  // relative to sqrt(1/2)
   const bool near_one = a >= 0xB504F334u;                                   // u1 >= sqrt(1/2)
-  const float f = near_one ? multiply(static_cast<float>(2u * ~a + 1u), -0x1p-33f) : add(float_of(bits_of(u) - exponent_bits), -1.0f);
+  const float f = near_one ? multiply(static_cast<float>(2u * ~a + 1u), -0x1p-33f)
+                           : add(float_of(bits_of(u) - exponent_bits), -1.0f);
   const float exponent = near_one ? 0.0f : multiply(static_cast<float>(static_cast<int32_t>(exponent_bits)), 0x1p-23f);
   // (ln(1 + f) - f) / f^2: minimax, relative error of ln(1 + f) 4e-9.
   float p = -0.0762228742f;

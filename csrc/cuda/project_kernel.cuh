@@ -1,14 +1,16 @@
 // Y = G M^T for a random matrix M [D, P] made in registers: what the sign and the normal matrix share.
 //
-// A thread block owns kTileRows rows of M (outputs), up to 64 samples and one range of columns. It walks the range in blocks of 128
-// columns. While a block is multiplied, the next is turned from raw to operands and the one after that is copied (cp.async):
+// A thread block owns kTileRows rows of M (outputs), up to 64 samples and one range of columns. It walks the range in
+// blocks of 128 columns. While a block is multiplied, the next is turned from raw to operands and the one after that is
+// copied (cp.async):
 //   global --copy_block--> raw[2] --stage_block--> operand[2] --mma--> accumulators
-// with one barrier per block. A warp makes 32 rows of M as A operands in registers and meets every sample with each of them.
+// with one barrier per block. A warp makes 32 rows of M as A operands in registers and meets every sample with each of
+// them.
 //
-// Order of summation, the same for any device, batch and repetition, since each sample has its own accumulators: products inside
-// the tensor core; after kDrainBlocks blocks these are added to float32 sums in registers; after 65,536 columns those are
-// added to the range's partial result in the workspace; reduce_kernel adds the ranges. All in ascending order. The ranges depend
-// on (P, column_offset, D) alone.
+// Order of summation, the same for any device, batch and repetition, since each sample has its own accumulators: products
+// inside the tensor core; after kDrainBlocks blocks these are added to float32 sums in registers; after 65,536 columns
+// those are added to the range's partial result in the workspace; reduce_kernel adds the ranges. All in ascending order.
+// The ranges depend on (P, column_offset, D) alone.
 #pragma once
 
 #include <type_traits>
@@ -24,9 +26,9 @@ namespace pyattr::cuda {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kRowTiles = 2;                      // of 16 rows, per warp: one Philox call of the sign matrix per lane and block
+constexpr int kRowTiles = 2;  // of 16 rows, per warp: one Philox call of the sign matrix per lane and block
 constexpr int kWarpRows = 16 * kRowTiles;
-constexpr int kTileRows = kWarpRows * kWarps;     // 256
+constexpr int kTileRows = kWarpRows * kWarps;  // 256
 constexpr int64_t kChunkBlocks = kChunkColumns / kBlockColumns;
 
 enum class Copy { kAsync16, kAsync4, kElements };  // what alignment and strides of G allow
@@ -80,8 +82,8 @@ struct Float16InBFloat16 {
   __device__ __forceinline__ static uint32_t bits(uint32_t raw) { return half_to_float_bits(raw); }
 };
 
-// Limb products that count, of kLimbs of the matrix and of the element: that of limbs k and l is 2^(-8 (k + l)) of the whole, and
-// from k + l = 3 on it is below float32.
+// Limb products that count, of kLimbs of the matrix and of the element: that of limbs k and l is 2^(-8 (k + l)) of the
+// whole, and from k + l = 3 on it is below float32.
 template <class Matrix, class Element>
 constexpr int num_products() {
   int count = 0;
@@ -91,8 +93,8 @@ constexpr int num_products() {
   return count;
 }
 
-// A tensor core cuts its sums off where float32 arithmetic rounds them, so that errors add up instead of cancelling: at most 32
-// (one product) to 48 (six products) additions happen there.
+// A tensor core cuts its sums off where float32 arithmetic rounds them, so that errors add up instead of cancelling: at
+// most 32 (one product) to 48 (six products) additions happen there.
 template <class Matrix, class Element>
 constexpr int kDrainBlocks = num_products<Matrix, Element>() == 1 ? 4 : 1;
 
@@ -104,7 +106,8 @@ struct SharedLayout {
   static constexpr int kTotal = 2 * (kRaw + kOperand);
 };
 
-// Column p of G that multiplies column 0 of a block of the matrix; negative in the first block when column_offset is ragged.
+// Column p of G that multiplies column 0 of a block of the matrix; negative in the first block when column_offset is
+// ragged.
 __device__ __forceinline__ int64_t first_column(const ProjectTask& task, int64_t block) {
   return block * kBlockColumns - task.column_offset;
 }
@@ -126,7 +129,9 @@ __device__ __forceinline__ void copy_block(const ProjectTask& task, int64_t bloc
   unsigned char* to = raw + raw_offset<Element::kBytes>(sample, chunk);
   const unsigned char* from = task.grads + sample * task.sample_stride * Element::kBytes + column * step;
   if (inside && task.copy == Copy::kAsync16) {
-    for (; sample < task.num_samples; sample += kPassRows, to += kPassRows * kRowBytes, from += pass) copy_async_16(to, from);
+    for (; sample < task.num_samples; sample += kPassRows, to += kPassRows * kRowBytes, from += pass) {
+      copy_async_16(to, from);
+    }
   } else if (inside && task.copy == Copy::kAsync4) {
     for (; sample < task.num_samples; sample += kPassRows, to += kPassRows * kRowBytes, from += pass) {
       for (int w = 0; w < 4; ++w) copy_async_4(to + 4 * w, from + w * (kChunkElements / 4) * step);
@@ -158,7 +163,8 @@ __device__ __forceinline__ void load_columns(const unsigned char* raw, int sampl
 
 __device__ __forceinline__ bool finite(uint32_t bits) { return (bits & 0x7F800000u) != 0x7F800000u; }
 
-// Turn one block from raw to operands. Returns whether this thread met a number that the matrix keeps out of the tensor cores.
+// Turn one block from raw to operands. Returns whether this thread met a number that the matrix keeps out of the tensor
+// cores.
 template <class Matrix, class Element, int kSamples>
 __device__ __forceinline__ bool stage_block(const unsigned char* raw, unsigned char* operand) {
   bool found = false;
@@ -186,8 +192,8 @@ __device__ __forceinline__ bool stage_block(const unsigned char* raw, unsigned c
         word[j] = pack_upper(limb[Matrix::pair_group(j, 0)][Matrix::pair_element(j, 0)][l],
                              limb[Matrix::pair_group(j, 1)][Matrix::pair_element(j, 1)][l]);
       }
-      *reinterpret_cast<uint4*>(operand + l * (kSamples * kBlockColumns * 2) +
-                                operand_offset<kSamples>(unit.sample, unit.lane, unit.quarter)) =
+      const int offset = operand_offset<kSamples>(unit.sample, unit.lane, unit.quarter);
+      *reinterpret_cast<uint4*>(operand + l * SharedLayout<Element, kSamples>::kLimb + offset) =
           make_uint4(word[0], word[1], word[2], word[3]);
     }
   }
@@ -200,7 +206,8 @@ using Accumulators = float[kRowTiles][kSampleTiles][4];
 // One block: accumulators += 32 rows of the matrix * operands.
 template <class Matrix, class Element, int kSampleTiles>
 __device__ __forceinline__ void multiply_block(const ProjectTask& task, const typename Matrix::State& state, uint32_t row,
-                                               int64_t block, const unsigned char* operand, Accumulators<kSampleTiles>& sums) {
+                                               int64_t block, const unsigned char* operand,
+                                               Accumulators<kSampleTiles>& sums) {
   constexpr int kSamples = 8 * kSampleTiles;
   // Sample tiles whose products interleave, to hide their latency; several limbs leave no registers for two.
   constexpr int kTogether = kSampleTiles > 1 && Element::kLimbs == 1 ? 2 : 1;
@@ -219,10 +226,10 @@ __device__ __forceinline__ void multiply_block(const ProjectTask& task, const ty
         uint4 b[kTogether][Element::kLimbs];
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
+          const int offset = operand_offset<kSamples>(8 * (tile + i) + lane / 4, lane % 4, quarter);
 #pragma unroll
           for (int l = 0; l < Element::kLimbs; ++l) {
-            b[i][l] = *reinterpret_cast<const uint4*>(operand + l * (kSamples * kBlockColumns * 2) +
-                                                      operand_offset<kSamples>(8 * (tile + i) + lane / 4, lane % 4, quarter));
+            b[i][l] = *reinterpret_cast<const uint4*>(operand + l * SharedLayout<Element, kSamples>::kLimb + offset);
           }
         }
 #pragma unroll
@@ -250,8 +257,8 @@ __device__ __forceinline__ void multiply_block(const ProjectTask& task, const ty
   }
 }
 
-// The infinities and NaNs that stage_block kept out, added one by one: an entry times an infinity is an infinity, but a limb of the
-// entry may be 0, and 0 times an infinity is a NaN. Rare, so small rather than fast.
+// The infinities and NaNs that stage_block kept out, added one by one: an entry times an infinity is an infinity, but a
+// limb of the entry may be 0, and 0 times an infinity is a NaN. Rare, so small rather than fast.
 template <class Matrix, class Element, int kSampleTiles>
 __device__ __forceinline__ void add_special(const ProjectTask& task, uint32_t row, int64_t block, const unsigned char* raw,
                                             Accumulators<kSampleTiles>& sums) {
@@ -358,8 +365,8 @@ __global__ void __launch_bounds__(kThreads, 1) project_kernel(const ProjectTask 
     if (active) {
       const typename Matrix::State now = state;
       state = Matrix::state(task, row, task.first_block + block + 1);
-      multiply_block<Matrix, Element, kSampleTiles>(task, now, row, task.first_block + block, operands + slot * Shared::kOperand,
-                                                    products);
+      multiply_block<Matrix, Element, kSampleTiles>(task, now, row, task.first_block + block,
+                                                    operands + slot * Shared::kOperand, products);
       const int64_t done = block - begin + 1;
       const bool last = block + 1 == end;
       if (last || done % kDrainBlocks<Matrix, Element> == 0) drain();

@@ -29,22 +29,24 @@ inline Ranges plan_ranges(int64_t num_columns, int64_t column_offset, int64_t pr
 
 inline size_t workspace_bytes(const ProjectArgs& args) {
   const Ranges plan = plan_ranges(args.num_columns, args.column_offset, args.proj_dim);
-  return static_cast<size_t>(plan.num_ranges * std::min(args.num_samples, kLaunchSamples) * std::min(args.proj_dim, kSlabRows)) *
-         sizeof(float);
+  const int64_t outputs = std::min(args.num_samples, kLaunchSamples) * std::min(args.proj_dim, kSlabRows);
+  return static_cast<size_t>(plan.num_ranges * outputs) * sizeof(float);
 }
 
 inline void check(cudaError_t error, const char* op, const char* what) {
   if (error == cudaSuccess) return;
-  std::string message = std::string(op) + ": " + what + " failed: " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
+  std::string message = std::string(op) + ": " + what + " failed: " + cudaGetErrorName(error) + ", ";
+  message += cudaGetErrorString(error);
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
-    message += "; this build of pyattr has no code for this GPU: rebuild it with PYATTR_CUDA_ARCHITECTURES set to its architecture";
+    message += "; this build of pyattr has no code for this GPU: set PYATTR_CUDA_ARCHITECTURES to its architecture and rebuild";
   }
   throw std::runtime_error(message);
 }
 
 // The widest copy that every row of G, seen from the matrix's blocks of 128 columns, allows.
 inline Copy plan_copy(const ProjectArgs& args, int element_bytes) {
-  // The first block's column 0 lies column_offset mod 128 before grads; blocks then follow at multiples of 256 or 512 bytes.
+  // The first block's column 0 lies column_offset mod 128 before grads; blocks then follow at multiples of 256 or 512
+  // bytes.
   const int64_t start = static_cast<int64_t>(reinterpret_cast<uintptr_t>(args.grads)) -
                         args.column_offset % kBlockColumns * element_bytes;
   const int64_t row = args.num_samples > 1 ? args.sample_stride * element_bytes : 0;
@@ -58,13 +60,13 @@ template <class Matrix, class Element, int kSampleTiles>
 void launch(const ProjectTask& task, int64_t num_ranges, cudaStream_t stream) {
   const auto kernel = project_kernel<Matrix, Element, kSampleTiles>;
   constexpr int kShared = SharedLayout<Element, 8 * kSampleTiles>::kTotal;
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), Matrix::kOp,
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), Matrix::kOp,
         "reserving shared memory");
   ProjectTask copy = task;
   void* arguments[] = {&copy};
-  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(task.row_tiles * num_ranges)), dim3(kThreads), arguments, kShared,
-                         stream),
-        Matrix::kOp, "launching the kernel");
+  const dim3 grid(static_cast<unsigned>(task.row_tiles * num_ranges));
+  check(cudaLaunchKernel(kernel, grid, dim3(kThreads), arguments, kShared, stream), Matrix::kOp, "launching the kernel");
 }
 
 template <class Matrix, class Element>
@@ -72,7 +74,8 @@ void project(const ProjectArgs& args, void* workspace, cudaStream_t stream) {
   if (args.num_samples == 0 || args.proj_dim == 0) return;
   int device = 0, shared_limit = 0;
   check(cudaGetDevice(&device), Matrix::kOp, "asking for the device");
-  check(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), Matrix::kOp, "asking for shared memory");
+  check(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), Matrix::kOp,
+        "asking for shared memory");
   const bool wide = SharedLayout<Element, 64>::kTotal <= shared_limit;
   const Ranges plan = plan_ranges(args.num_columns, args.column_offset, args.proj_dim);
 
@@ -101,12 +104,11 @@ void project(const ProjectArgs& args, void* workspace, cudaStream_t stream) {
         if (width == 32) launch<Matrix, Element, 4>(task, plan.num_ranges, stream);
         if (width == 64) launch<Matrix, Element, 8>(task, plan.num_ranges, stream);
       }
-      ReduceTask reduce{task.partial,  plan.num_ranges, task.num_samples, task.num_rows, args.out + sample * args.proj_dim + row,
-                        args.proj_dim, args.scale};
+      float* const out = args.out + sample * args.proj_dim + row;
+      ReduceTask reduce{task.partial, plan.num_ranges, task.num_samples, task.num_rows, out, args.proj_dim, args.scale};
       void* arguments[] = {&reduce};
-      const int64_t blocks = (task.num_samples * task.num_rows + kThreads - 1) / kThreads;
-      check(cudaLaunchKernel(reduce_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments, 0, stream), Matrix::kOp,
-            "launching the reduction");
+      const dim3 grid(static_cast<unsigned>((task.num_samples * task.num_rows + kThreads - 1) / kThreads));
+      check(cudaLaunchKernel(reduce_kernel, grid, dim3(kThreads), arguments, 0, stream), Matrix::kOp, "launching the reduction");
       sample += task.num_samples;
     }
   }

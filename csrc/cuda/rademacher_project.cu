@@ -1,3 +1,20 @@
+// Sign projection on tensor cores, mma.sync m16n8k16, sm_80 and up: see rademacher_project.h for the matrix,
+// project_kernel.cuh for the algorithm, sign_fragment.cuh for the signs in registers.
+//
+// Error. Signs and products are exact for every input type: bfloat16 and float16 meet signs of their own type, a float32 is
+// three bfloat16 limbs. What is left is summation in float32: at most 32 cut-off additions in the tensor core, then rounded
+// ones, at most 512 for a chunk of 65,536 columns, 1 for a chunk, 1 for a range. Norm error under a tensor core that cuts
+// off all of them (emulated): 4e-7 for float32, 6e-8 for 16-bit input.
+// Extra memory: ranges * min(B, 64) * min(D, 32768) * 4 bytes, at most 64 MiB, whatever P is.
+//
+// Registers and spilled bytes (nvcc 13.0; sm_80 | sm_90a), for tiles of 64, 32, 8 samples:
+//   float32            255, 192, 124 | 255, 182, 118   spills 8, 0, 0
+//   bfloat16, float16  232, 138,  86 | 234, 142,  96   spills 0
+// Instructions of a warp for 32 rows x 128 columns x 64 samples in bfloat16, from the machine code: 128 HMMA, 64 shifts, 64
+// + 20 LOP3, 19 IMAD of Philox, 8 SEL + 4 SHFL, 32 LDS, and 1/8 of staging; 330 between the first HMMA and the last. An
+// H100's tensor core takes at least 4 cycles for an HMMA, so 2 warps per scheduler leave it 1024 cycles for 2 * 330
+// instructions: bound by HMMA, which mma.sync issues at about 60% of what wgmma reaches. At 8 samples a tile it is bound by
+// signs: about 230 instructions for 4096 of them, 1.8 per sign and lane against the 1.4 of shift, LOP3 and Philox alone.
 #include "rademacher_project.h"
 
 #include "cuda/project_launch.cuh"

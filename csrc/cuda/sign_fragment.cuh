@@ -1,10 +1,10 @@
 // Where the signs of a block of 128 columns sit in the registers of mma.m16n8k16, and how they become +-1.
 //
-// A Philox call makes 128 signs of one row in four words. The four lanes of a quad hold the same rows of the A operand, and the
-// k-slots of a product may hold the columns in any order as long as B is staged in the same one. So lane t keeps word t, and slot
-// (step s of 8, register half r of 2, lane t of 4, half e of 2) is column 32 t + 15 + 16 e - (2 s + r): bit 15 - j of the word
-// for e = 0 and bit 31 - j for e = 1, with j = 2 s + r. One shift brings both to the sign bits of a register of two 16-bit
-// floats, and one LOP3 makes it two of +-1: one instruction per sign, for every word, no table.
+// A Philox call makes 128 signs of one row in four words. The four lanes of a quad hold the same rows of the A operand, and
+// the k-slots of a product may hold the columns in any order as long as B is staged in the same one. So lane t keeps word
+// t, and slot (step s of 8, register half r of 2, lane t of 4, half e of 2) is column 32 t + 15 + 16 e - (2 s + r): bit 15
+// - j of the word for e = 0 and bit 31 - j for e = 1, with j = 2 s + r. One shift brings both to the sign bits of a
+// register of two 16-bit floats, and one LOP3 makes it two of +-1: one instruction per sign, for every word, no table.
 #pragma once
 
 #include "common/philox.h"

@@ -1,0 +1,23 @@
+"""Small awkward projections for compute-sanitizer to watch: ``compute-sanitizer --error-exitcode 1 python THIS_FILE``.
+
+With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own, so that a step outside one is seen.
+"""
+
+import itertools
+
+import torch
+
+from pyattr import ops
+
+SHAPES = [(1, 1, 1, 0), (9, 1300, 300, 77), (33, 129, 17, 641), (70, 2048, 256, 0)]  # B, P, D, column_offset
+
+if __name__ == "__main__":
+    kinds = itertools.product(
+        ("rademacher_project", "gaussian_project"), (torch.float16, torch.bfloat16, torch.float32), SHAPES
+    )
+    for op, dtype, (num_samples, num_columns, proj_dim, offset) in kinds:
+        grads = torch.randn(num_samples, num_columns, device="cuda").to(dtype)
+        grads[0, -1] = float("inf")
+        for view in (grads, grads.T.contiguous().T):
+            getattr(ops, op)(view, proj_dim, column_offset=offset, backend="cuda")
+    torch.cuda.synchronize()

@@ -1,0 +1,274 @@
+"""The dense projections on a real GPU, CUDA and Triton: what the emulator and the interpreter cannot show.
+
+Every test is skipped with the backend's own reasons where it cannot run.
+"""
+
+import os
+
+import pytest
+import torch
+
+from pyattr import backends, ops
+
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # read by the first matmul: makes those of the tests deterministic
+OPS = ("rademacher_project", "gaussian_project")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ERROR = {"rademacher_project": 2.0**-19, "gaussian_project": 2e-6 + 2.0**-18}  # relative to sum_p |g|
+FULL = 35_746_307  # parameters of the DDPM U-Net for CIFAR-10
+
+
+def reasons(backend):
+    found = backends.report()["rademacher_project"][backend]
+    if backend == "triton" and not found and not torch.cuda.is_available():
+        found = ["torch sees no CUDA device"]  # the interpreter alone
+    return found
+
+
+def usable(backend):
+    found = reasons(backend)
+    return pytest.param(backend, marks=[pytest.mark.gpu, pytest.mark.skipif(bool(found), reason="; ".join(found))])
+
+
+both = pytest.mark.parametrize("backend", [usable("cuda"), usable("triton")])
+each_op = pytest.mark.parametrize("op", OPS)
+
+
+def project(op, grads, proj_dim, backend, **options):
+    return getattr(ops, op)(grads, proj_dim, backend=backend, **options)
+
+
+def matrix(op, rows, columns, seed=0, stream=0):
+    entries = ops.sign_matrix if op == "rademacher_project" else ops.normal_matrix
+    return entries(rows, columns, seed, stream).to("cuda", torch.float64)
+
+
+def assert_close(op, out, grads, **options):
+    expected = project(op, grads.double(), out.shape[1], "reference", **options)
+    bound = ERROR[op] * abs(options.get("scale", 1.0)) * grads.double().abs().sum(1, keepdim=True)
+    assert ((out - expected).abs() <= bound).all()
+
+
+def need_memory(gib):
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of GPU memory, {free:.1f} are free")
+
+
+@both
+@each_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("num_samples", "num_columns", "proj_dim", "column_offset"),
+    [(1, 1, 1, 0), (3, 300, 40, 5), (8, 5000, 257, 128), (33, 129, 512, 77), (100, 70_001, 600, 641)],
+)
+def test_values(backend, op, dtype, num_samples, num_columns, proj_dim, column_offset):
+    grads = torch.randn(num_samples, num_columns, device="cuda").to(dtype)
+    options = {"seed": 2**32 - 1, "stream": 3, "column_offset": column_offset, "scale": 0.5}
+    assert_close(op, project(op, grads, proj_dim, backend, **options), grads, **options)
+
+
+@both
+def test_signs_bit_for_bit(backend):
+    for offset in (0, 100, 2**39 - 1000):
+        out = project("rademacher_project", torch.eye(1000, device="cuda"), 700, backend, seed=5, column_offset=offset)
+        assert torch.equal(out.double(), matrix("rademacher_project", range(700), range(offset, offset + 1000), 5).T)
+
+
+@both
+def test_normal_entries(backend):
+    for offset in (0, 3, 2**34 - 1000):
+        out = project("gaussian_project", torch.eye(1000, device="cuda"), 700, backend, seed=5, column_offset=offset)
+        expected = matrix("gaussian_project", range(700), range(offset, offset + 1000), 5).T
+        assert (out - expected).abs().max() <= 2e-6
+
+
+@both
+@each_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_batch_or_repetition(backend, op, dtype):
+    grads = torch.randn(150, 200_000, device="cuda").to(dtype)
+    whole = project(op, grads, 300, backend, column_offset=50)
+    assert torch.equal(project(op, grads, 300, backend, column_offset=50), whole)
+    for sizes in ([1, 7, 8, 16, 32, 64, 22], [64, 64, 22], [149, 1]):
+        parts = [project(op, part, 300, backend, column_offset=50) for part in grads.split(sizes)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+@both
+@each_op
+def test_bits_do_not_depend_on_what_else_the_gpu_does(backend, op):
+    """Beside a kernel that holds part of the device, blocks land elsewhere and at other times."""
+    grads = torch.randn(16, 300_000, device="cuda")
+    alone = project(op, grads, 512, backend)
+    load, busy = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
+    with torch.cuda.stream(load):
+        for _ in range(20):
+            busy = busy @ busy * 1e-4
+    assert torch.equal(project(op, grads, 512, backend), alone)
+    torch.cuda.synchronize()
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("column_offset", [0, 1, 2, 4, 129])
+def test_layouts_give_the_same_bits(backend, dtype, column_offset):
+    op, grads = "rademacher_project", torch.randn(9, 4000, device="cuda").to(dtype)
+    expected = project(op, grads, 100, backend, column_offset=column_offset)
+    views = (
+        torch.zeros(9, 8000, dtype=dtype, device="cuda")[:, 1::2],
+        torch.zeros(18, 4007, dtype=dtype, device="cuda")[::2, 7:],
+        torch.zeros(4000, 9, dtype=dtype, device="cuda").T,
+        torch.zeros(9, 4003, dtype=dtype, device="cuda")[:, 1:4001],
+    )
+    for view in views:
+        view.copy_(grads)
+        assert torch.equal(project(op, view, 100, backend, column_offset=column_offset), expected)
+
+
+@both
+@each_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinities_and_nans(backend, op, dtype):
+    grads = torch.randn(4, 3000, device="cuda").to(dtype)
+    grads[0, 130] = float("inf")
+    grads[1, 7], grads[1, 2900] = float("inf"), float("-inf")
+    grads[2, 2999] = float("nan")
+    out, entries = project(op, grads, 300, backend), matrix(op, range(300), range(3000))
+    assert torch.equal(out[0], (float("inf") * entries[:, 130]).float())
+    opposed = entries[:, 7] * entries[:, 2900] > 0
+    assert out[1][opposed].isnan().all()
+    assert torch.equal(out[1][~opposed], (float("inf") * entries[~opposed, 7]).float())
+    assert out[2].isnan().all()
+    assert_close(op, out[3:], grads[3:])
+
+
+@both
+@each_op
+def test_more_than_2_to_the_31_elements(backend, op):
+    """B * P = 2.3e9 and 4.6e9 as a U-Net's batch gives them: each row as it comes out alone."""
+    need_memory(14)
+    grads = torch.randn(FULL, device="cuda").to(torch.bfloat16).expand(130, FULL).contiguous()
+    grads[129, FULL - 1] = 1000
+    for num_samples in (64, 130):
+        out = project(op, grads[:num_samples], 64, backend)
+        assert torch.equal(out[:1].expand(63, 64), out[:63])
+    assert torch.equal(out[129:], project(op, grads[129:], 64, backend))
+    assert not torch.equal(out[129], out[128])
+
+
+@both
+@each_op
+def test_columns_beyond_2_to_the_31(backend, op):
+    need_memory(10)
+    columns = [0, 2**31 - 1, 2**31, 2**31 + 299]
+    grads = torch.zeros(2, 2**31 + 300, dtype=torch.bfloat16, device="cuda")
+    grads[0, columns], grads[1, columns] = 1, -1
+    out = project(op, grads, 40, backend)
+    expected = matrix(op, range(40), columns).sum(1)
+    assert (out[0] - expected).abs().max() <= 1e-5 and torch.equal(out[1], -out[0])
+
+
+@both
+def test_full_size_against_the_definition(backend):
+    need_memory(12)
+    grads = torch.randn(16, FULL, device="cuda")
+    out = project("rademacher_project", grads, 4096, backend)
+    expected = project("rademacher_project", grads.double(), 8, "reference")
+    error = (out[:, :8] - expected).norm() / expected.norm()
+    assert error < 2e-5
+
+
+@both
+@each_op
+def test_more_outputs_than_one_launch_takes(backend, op):
+    grads = torch.randn(3, 400, device="cuda")
+    out = project(op, grads, 70_000, backend)
+    rows = [0, 32_767, 32_768, 65_535, 65_536, 69_999]
+    expected = grads.double() @ matrix(op, rows, range(400)).T
+    assert ((out[:, rows] - expected).abs() <= ERROR[op] * grads.double().abs().sum(1, keepdim=True)).all()
+
+
+@both
+@each_op
+def test_runs_on_the_callers_stream(backend, op):
+    grads, ready = torch.zeros(4, 1000, device="cuda"), torch.randn(4, 1000, device="cuda")
+    expected = project(op, ready, 64, backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # cycles: the copy comes after what another stream would have read
+        grads.copy_(ready)
+        out = project(op, grads, 64, backend)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(out, expected)
+
+
+@both
+@each_op
+def test_captured_in_a_graph(backend, op):
+    grads = torch.randn(4, 1000, device="cuda")
+    project(op, grads, 64, backend)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = project(op, grads, 64, backend)
+    grads.copy_(torch.randn(4, 1000))
+    graph.replay()
+    assert torch.equal(out, project(op, grads, 64, backend))
+
+
+@both
+def test_inputs_on_another_device_than_the_current_one(backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    grads = torch.randn(4, 1000, device="cuda:1")
+    with torch.cuda.device(0):
+        out = project("rademacher_project", grads, 64, backend)
+        assert torch.cuda.current_device() == 0
+    assert out.device == grads.device
+    assert torch.equal(out.cpu(), project("rademacher_project", grads.to("cuda:0"), 64, backend).cpu())
+
+
+@both
+def test_backends_agree(backend):
+    """The CPU's result is the exact float32 one; GPUs differ from it by rounding."""
+    grads = torch.randn(20, 50_000)
+    here = project("rademacher_project", grads, 300, None)
+    there = project("rademacher_project", grads.cuda(), 300, backend).cpu()
+    assert ((here - there).abs() <= 2.0**-17 * grads.abs().sum(1, keepdim=True)).all()
+
+
+@both
+@each_op
+def test_cupy_in_cupy_out(backend, op):
+    cupy = pytest.importorskip("cupy")
+    grads = torch.randn(5, 300, device="cuda")
+    for view in (cupy.asarray(grads), cupy.asarray(grads.T.contiguous()).T):
+        out = project(op, view, 33, backend)
+        assert isinstance(out, cupy.ndarray)
+        assert torch.equal(torch.as_tensor(out, device="cuda"), project(op, grads, 33, backend))
+
+
+@both
+def test_gradient_is_the_transpose(backend):
+    grads = torch.randn(3, 500, device="cuda", requires_grad=True)
+    out = project("rademacher_project", grads, 40, backend)
+    weights = torch.randn_like(out)
+    (grad,) = torch.autograd.grad(out, grads, weights)
+    expected = weights.double() @ matrix("rademacher_project", range(40), range(500))
+    assert (grad - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(reasons("cuda")), reason="; ".join(reasons("cuda")))
+def test_a_bad_device_raises():
+    module = backends.extension()
+    grads, out = torch.zeros(1, 8, device="cuda"), torch.zeros(1, 8, device="cuda")
+    arguments = (grads.data_ptr(), 2, 1, 8, 8, 1, out.data_ptr(), 8, 0, 0, 0, 1.0)
+    size = module.rademacher_project_cuda_workspace(*arguments)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+    with pytest.raises(RuntimeError, match="cudaSetDevice failed"):
+        module.rademacher_project_cuda(*arguments, workspace.data_ptr(), size, 0, 1000)
+    with pytest.raises(ValueError, match="workspace_bytes must be at least"):
+        module.rademacher_project_cuda(*arguments, workspace.data_ptr(), size - 1, 0, 0)
