@@ -10,6 +10,9 @@ import torch
 hypothesis.settings.register_profile("pyattr", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("pyattr")
 
+# cuBLAS is deterministic only with a fixed workspace, and reads this when it starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # Poisons torch.empty and its kin: an output element that a kernel never wrote compares unequal to anything.
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
