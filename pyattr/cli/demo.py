@@ -23,7 +23,7 @@ class Recipe:
 
 
 FULL = Recipe(
-    TrainOptions(steps=2600, batch_size=32, learning_rate=2e-3, ema=0.995),
+    TrainOptions(steps=1300, batch_size=32, learning_rate=2e-3, ema=0.995),
     SampleOptions(num_images=8, steps=50),
     (
         ScoreOptions("dtrak", num_timesteps=4, proj_dim=1024),
