@@ -123,7 +123,7 @@ class Pass:
         with torch.enable_grad(), self._hooks():
             return check_values(loss(module, batch.tree()), self.batch_size)
 
-    def run(self, module: nn.Module, loss: Loss, batch: Batch, watch: list[Tensor], weights: Tensor | None = None):
+    def run(self, module: nn.Module, loss: Loss, batch: Batch, watch: list[Tensor], only_first=False):
         """Run the loss and its backward pass.
 
         Args:
@@ -131,7 +131,7 @@ class Pass:
             loss: ``(module, batch) -> [B]`` or ``[B, T]``.
             batch: B samples.
             watch: parameters to look for outside of the tapped calls.
-            weights: [B], the weight of each sample's loss in the backward pass; ones if None.
+            only_first: whether to differentiate the loss of the first sample alone.
 
         Returns:
             The loss of each sample, [B] (the mean over T), and for each watched parameter its gradient, or None.
@@ -140,7 +140,7 @@ class Pass:
             values = check_values(loss(module, batch.tree()), self.batch_size)
             if not values.requires_grad:
                 raise ValueError("gradients: loss must depend on the module's parameters, got a value without gradient")
-            total = values.sum() if weights is None else (values * weights).sum()
+            total = values[0] if only_first else values.sum()
             self._backward = True
             # Autograd computes only what leads to these inputs: errors, and the watched parameters where they are used.
             _, *found = torch.autograd.grad(total, [self._anchor, *watch], allow_unused=True)

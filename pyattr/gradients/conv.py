@@ -2,10 +2,12 @@
 
 Two ways to compute it, chosen by where and on what:
 
-- *unfolded*: patches times errors, one matrix product per sample, a few samples at a time (``UNFOLD_BYTES``).
-- *grouped*: one library call, the weight gradient of a convolution that has the samples as its groups. It copies no
-  patches, which pays on large maps; its result is a second copy of the gradient, which costs on large weights. Used on
-  the CPU in float32 where the patches of a map are much more than the weights.
+- *unfolded*: patches times errors, one matrix product per sample. Copies the patches: costs with the size of the map.
+- *grouped*: a library call, the weight gradient of a convolution that has the samples as its groups. Returns a gradient
+  that must be copied: costs with the size of the weight. Used on the CPU in float32 for maps with more positions than
+  the layer has output channels, which is where it was measured to be faster.
+
+Both take a few samples at a time (``WORKSPACE_BYTES``).
 
 The transposed convolution is the same with the roles of input and errors exchanged.
 """
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from .rule import Rule, put, put_product, put_sums
 
-UNFOLD_BYTES = 16 << 20  # patches held at a time
+WORKSPACE_BYTES = 8 << 20  # more is slower: fresh memory has to be mapped, and leaves the cache
 
 
 def conv_weight(module: nn.Module, acts: Tensor, errs: Tensor, rows: slice, out: Tensor, add: bool):
@@ -102,19 +104,21 @@ def _gradient(
     pointwise = all(k == s == 1 and p == 0 for k, s, p in zip(module.kernel_size, module.stride, padding, strict=True))
     if pointwise and images.shape[3:] == errs.shape[3:]:
         _put_patch_product(images.flatten(3), errs, groups, out, add)
-    elif images.dim() > 5 or (_grouping_pays(images, positions, errs.shape[2] // groups)):
-        put(_grouped(images, errs, groups, module, padding), out, add)
-    else:
-        _put_unfolded(images, errs, groups, module, padding, out, add)
-
-
-def _grouping_pays(images: Tensor, positions: int, width: int) -> bool:
-    """Whether the library call is faster; the limits are measured (AVX2, one thread)."""
+        return
     on_cpu = images.device.type == "cpu" and images.dtype == torch.float32
-    return on_cpu and (positions > 256 or (positions > 64 and width < 192))
+    if images.dim() > 5 or (on_cpu and positions > errs.shape[2] // groups):
+        method, sample_bytes = _put_grouped, out[0].nbytes
+    else:
+        method, sample_bytes = _put_unfolded, images[0].numel() * module.weight[0, 0].numel() * images.element_size()
+    step = max(1, WORKSPACE_BYTES // max(1, sample_bytes))
+    for start in range(0, len(out), step):
+        part = slice(start, start + step)
+        method(images[part], errs[part], groups, module, padding, out[part], add)
 
 
-def _grouped(images: Tensor, errs: Tensor, groups: int, module: nn.Module, padding: tuple[int, ...]) -> Tensor:
+def _put_grouped(
+    images: Tensor, errs: Tensor, groups: int, module: nn.Module, padding: tuple[int, ...], out: Tensor, add: bool
+):
     batch_size, views = images.shape[:2]
     images, errs = images.transpose(0, 1), errs.transpose(0, 1)
     channels = (errs.shape[2], images.shape[2] // groups)
@@ -133,7 +137,7 @@ def _grouped(images: Tensor, errs: Tensor, groups: int, module: nn.Module, paddi
         batch_size * groups,
         [False, True, False],
     )
-    return grads
+    put(grads, out, add)
 
 
 def _put_unfolded(
@@ -143,13 +147,8 @@ def _put_unfolded(
     if images.dim() == 4:  # one spatial dimension: a map one pixel high
         kernel, stride, padding, dilation = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
         images, errs = images.unsqueeze(3), errs.unsqueeze(3)
-    batch_size, views, channels = images.shape[:3]
-    patch_bytes = views * channels * kernel[0] * kernel[1] * errs.shape[3:].numel() * images.element_size()
-    step = max(1, UNFOLD_BYTES // max(1, patch_bytes))
-    for start in range(0, batch_size, step):
-        part = slice(start, start + step)
-        patches = F.unfold(images[part].flatten(0, 1), kernel, dilation, padding, stride)  # [b*K, C*k*k, L]
-        _put_patch_product(patches.unflatten(0, (-1, views)), errs[part], groups, out[part], add)
+    patches = F.unfold(images.flatten(0, 1), kernel, dilation, padding, stride)  # [B*K, C*k*k, L]
+    _put_patch_product(patches.unflatten(0, images.shape[:2]), errs, groups, out, add)
 
 
 def _put_patch_product(patches: Tensor, errs: Tensor, groups: int, out: Tensor, add: bool):

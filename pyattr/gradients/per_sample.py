@@ -1,6 +1,5 @@
 """Per-sample gradients of any module, kept whole."""
 
-import numpy
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +62,7 @@ class _Whole:
     def from_rules(self, name: str, sources: Sources):
         parameter = self.parameters[name]
         if any(pairs for _, _, pairs in sources):
-            grads = empty((self.batch_size, *parameter.shape), result_dtype(parameter), parameter.device)
+            grads = parameter.new_empty(self.batch_size, *parameter.shape, dtype=result_dtype(parameter))
             put_sources(sources, slice(0, parameter.shape[0]), grads)
             self.grads[name] = grads
 
@@ -74,17 +73,6 @@ class _Whole:
 def result_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype of a parameter's per-sample gradient."""
     return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for gradients, not initialised.
-
-    On the CPU it is NumPy's, which asks the kernel for huge pages: with ordinary ones, touching a fresh gradient for the
-    first time takes longer than computing it.
-    """
-    if device.type == "cpu":
-        return torch.from_numpy(numpy.empty(shape, numpy.float64 if dtype == torch.float64 else numpy.float32))
-    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def put_sources(sources: Sources, rows: slice, out: Tensor):

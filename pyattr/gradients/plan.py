@@ -102,7 +102,8 @@ class Planner:
     def _look_again(self, batch: Batch):
         self._new, found = True, make_plan(self.module, self.parameters, self.loss, batch)
         for site, rows in self.plan.rows.items():
-            found.rows.setdefault(site, set()).update(rows)
+            if 0 not in rows:
+                found.rows.setdefault(site, set()).update(rows)
         vars(self.plan).update(vars(found))
 
     def _attempt(self, batch: Batch, receiver):
@@ -123,7 +124,7 @@ class Planner:
 
     def _from_rules(self, sites: list[Site], batch: Batch, receiver) -> Tensor:
         def admit(site: Site, rows: int) -> bool:
-            if rows not in self.plan.rows.get(site.name, ()):
+            if rows == 0 or rows not in self.plan.rows.get(site.name, ()):
                 raise NotSeparable(list(site.parameters.values()), ROWS)
             return True
 
@@ -157,11 +158,9 @@ def make_plan(module: nn.Module, parameters: dict[str, nn.Parameter], loss: Loss
         errors[site] = errors.get(site, 0) + errs.nbytes // sample.size
 
     one_run = Pass(sites, sample.size, admit, receive)
-    only_first = torch.zeros(sample.size, device=sample.tensors[0].device)
-    only_first[0] = 1
     with _same_random_numbers(sample, parameters):
         try:
-            _, found = one_run.run(module, loss, sample, [parameters[name] for name in ruled], only_first)
+            _, found = one_run.run(module, loss, sample, [parameters[name] for name in ruled], only_first=True)
         except NotSeparable as refusal:
             plan.whole = refusal.reason
             plan.exclude(parameters, refusal.reason)

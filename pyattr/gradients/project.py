@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import ops
 from .batch import Batch
 from .capture import Loss
-from .per_sample import Sources, empty, put_sources, result_dtype
+from .per_sample import Sources, put_sources, result_dtype
 from .plan import Plan, Planner
 
 KINDS = {"rademacher": ops.rademacher_project, "gaussian": ops.gaussian_project}
@@ -129,7 +129,7 @@ class _Projected:
         width = parameter.numel() // count
         step = min(count, max(1, self.block // (batch_size * width * dtype.itemsize)))
         if self.buffer.numel() < batch_size * step * width or self.buffer.dtype != dtype:
-            self.buffer = empty((batch_size * step * width,), dtype, parameter.device)
+            self.buffer = parameter.new_empty(batch_size * step * width, dtype=dtype)
         for start in range(0, count, step):
             rows = slice(start, min(start + step, count))
             size = rows.stop - rows.start

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyattr.gradients import fallback, per_sample, per_sample_gradients, plan, project
+from pyattr.gradients import fallback, per_sample_gradients, plan
 
 
 def by_definition(module, loss, batch):
@@ -50,12 +50,10 @@ def check():
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Nothing learnt or announced by the test before; memory for gradients starts as NaN.
+    """Nothing learnt or announced by the test before.
 
     One thread: these problems are tiny, and threads that wait for each other on a busy machine take most of the time.
     """
     torch.set_num_threads(1)
     monkeypatch.setattr(fallback, "_announced", set())
     monkeypatch.setattr(plan, "_plans", type(plan._plans)())
-    for module in (per_sample, project):
-        monkeypatch.setattr(module, "empty", lambda *args, empty=module.empty: empty(*args).fill_(torch.nan))

@@ -375,7 +375,34 @@ def test_attention_that_uses_its_projections_directly(check):
     assert len(caught) == 2  # the input projection has no rule, the output projection is used outside of its call
 
 
-# Other hooks, modes and passes.
+# Other hooks, modes, layouts and passes.
+
+
+def test_biases_alone(check):
+    module = network()
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    assert list(check(module, squares, data(2, 5, 5))) == ["0.bias", "1.bias", "4.bias"]
+
+
+def test_channels_last(check):
+    module = network().to(memory_format=torch.channels_last)
+    check(module, squares, data(2, 5, 5).contiguous(memory_format=torch.channels_last))
+
+
+def test_autocast(definition):
+    """Errors in bfloat16, activations in float32: the gradient is as good as bfloat16 makes it, and float32."""
+    module, batch = network().float(), data(2, 5, 5).float()
+
+    def loss(module, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(batch).float().square().sum(1)
+
+    got = per_sample_gradients(module, loss, batch)
+    expected = definition(module, squares, batch)
+    for name in expected:
+        assert got[name].dtype == torch.float32
+        assert (got[name] - expected[name]).norm() < 0.03 * expected[name].norm()
 
 
 def test_hooks_of_others(check):
