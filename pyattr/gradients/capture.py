@@ -60,7 +60,7 @@ def find_sites(module: nn.Module, parameters: dict[str, nn.Parameter]) -> list[S
                 f"gradients: module must treat every sample alone, got {type(layer).__name__} {name!r} that normalises "
                 "with the statistics of the batch (call module.eval())"
             )
-        rule = next((rule for rule in RULES if rule.covers(layer)), None)
+        rule = next((rule for rule in RULES if rule.covers(layer)), None) if layer._parameters else None
         if rule is None:
             continue
         own = {

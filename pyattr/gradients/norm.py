@@ -12,7 +12,7 @@ from .rule import Rule, put, put_sums
 
 def group_norm_weight(module: nn.GroupNorm, acts: Tensor, errs: Tensor, rows: slice, out: Tensor, add: bool):
     normal = F.group_norm(acts.flatten(0, 1), module.num_groups, eps=module.eps).view_as(acts)  # [B, K, C, ...]
-    put_sums(normal[:, :, rows] * errs[:, :, rows], 2, slice(None), out, add)
+    put_sums(normal * errs, 2, rows, out, add)
 
 
 def group_norm_bias(module: nn.GroupNorm, acts: Tensor | None, errs: Tensor, rows: slice, out: Tensor, add: bool):

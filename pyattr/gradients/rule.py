@@ -56,5 +56,5 @@ def put_product(left: Tensor, right: Tensor, out: Tensor, add: bool):
 
 def put_sums(errs: Tensor, channels: int, rows: slice, out: Tensor, add: bool):
     """The gradient of a bias: errors [B, K, ...] summed over all but the samples and the dimension of the bias."""
-    errs = errs.movedim(channels, 1)[:, rows]  # [B, R, K, ...]
-    put(errs.flatten(2).sum(2), out, add)
+    errs = errs.narrow(channels, rows.start, rows.stop - rows.start)
+    put(errs.sum([axis for axis in range(1, errs.dim()) if axis != channels]), out, add)
