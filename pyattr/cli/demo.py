@@ -28,7 +28,8 @@ FULL = Recipe(
     SampleOptions(num_images=8, method="ddpm", steps=1000),
     (
         ScoreOptions("dtrak", num_timesteps=4, proj_dim=1024),
-        ScoreOptions("pixels"),  # what merely looks alike, for contrast: a second pass of features does not fit in the time
+        # What merely looks alike, for contrast: a second pass of features does not fit in the time.
+        ScoreOptions("pixels"),
     ),
 )
 # Every stage, at a size that takes seconds; its digits look like nothing.
