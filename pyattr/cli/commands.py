@@ -113,6 +113,7 @@ def train(
     flip: Annotated[bool, typer.Option("--flip", help="Mirror images at random.")] = TRAIN.flip,
     dropout: Annotated[float, typer.Option(min=0, max=1, help="In every residual block.")] = TRAIN.dropout,
     ema: Annotated[float | None, typer.Option(help="Decay of a moving average of the weights.")] = TRAIN.ema,
+    weighting: Annotated[str, typer.Option(help="Of timesteps in the loss: simple or velocity.")] = TRAIN.weighting,
     seed: Seed = TRAIN.seed,
     device: Device = "auto",
     threads: Threads = None,
@@ -131,6 +132,7 @@ def train(
         flip=flip,
         dropout=dropout,
         ema=ema,
+        weighting=weighting,
         seed=seed,
     )
     run.train(out, _data(source or data, size, limit, data_root), options, Machine(device, threads))

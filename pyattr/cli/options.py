@@ -28,6 +28,7 @@ class TrainOptions:
     flip: bool = False
     dropout: float = 0.0
     ema: float | None = None
+    weighting: str = "simple"
     seed: int = 0
 
 

@@ -18,6 +18,8 @@ from .options import METHODS
 from .stages import SCHEDULE, Queries, Scoring, Step, shape_text, write_npz
 
 TOP = 10
+# weighting of the training loss -> name for people
+LOSSES = {"simple": "squared error of the noise", "velocity": "squared error of the velocity"}
 
 
 def write_scores(
@@ -102,6 +104,7 @@ def settings_of(
                 ("network", f"{chosen['network']}, {step.stage.record['parameters']:,} parameters"),
                 ("steps × batch", f"{chosen['steps']:,} × {chosen['batch_size']}"),
                 ("learning rate", warmup),
+                ("loss", LOSSES[chosen["weighting"]]),
                 ("weights", weights),
                 ("dropout, flips", f"{chosen['dropout']:g}, {'yes' if chosen['flip'] else 'no'}"),
                 ("seed", str(chosen["seed"])),

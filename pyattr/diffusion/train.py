@@ -16,6 +16,7 @@ from .progress import Progress, silent
 from .schedule import Schedule
 from .storage import DamagedFileError, data_hash, differences, load_tensors, model_hash, save_tensors
 
+WEIGHTINGS = ("simple", "velocity")
 _ORDER, _STEP = 0x6F72646572, 0x73746570  # key word 1 of the data order and of the draws of a step
 
 
@@ -25,7 +26,7 @@ class Training:
 
     Attributes:
         model: the model that was passed in, in eval mode, with its final weights (their moving average if asked for).
-        losses: [steps] float32, the mean squared error of each step's batch.
+        losses: [steps] float32, the weighted mean squared error of each step's batch.
         resumed_from: the step of the checkpoint that this call went on from; 0 if it started anew.
     """
 
@@ -48,13 +49,14 @@ def train(
     max_grad_norm: float = 1.0,
     flip: bool = False,
     ema: float | None = None,
+    weighting: str = "simple",
     seed: int = 0,
     checkpoint_directory: str | os.PathLike | None = None,
     checkpoint_every: int | None = None,
     keep_checkpoints: int | None = 2,
     progress: Progress = silent,
 ) -> Training:
-    """Minimise ``E_{x, t, eps} mean (e_theta(x_t, t) - eps)^2`` over the images.
+    """Minimise ``E_{x, t, eps} w_t mean (e_theta(x_t, t) - eps)^2`` over the images.
 
     AdamW; the learning rate rises linearly over the first ``ceil(warmup * steps)`` steps, then falls to 0 along a cosine.
     Batches go through a new permutation of the images each epoch, the last one of an epoch being short. Order, flips,
@@ -70,6 +72,10 @@ def train(
         flip: mirror each image left to right with probability 1/2.
         ema: decay of a moving average of the weights, in (0, 1), that replaces them in the end; it starts faster,
             at step s with min(ema, (1 + s) / (10 + s)). None: no average.
+        weighting: "simple" is w_t = 1. "velocity" is w_t = 1 / abar_t, which makes the loss the squared error of the
+            velocity ``sqrt(abar_t) eps - sqrt(1 - abar_t) x``: the noisy half of the timesteps, where an image is laid
+            out, then weighs as much as the other, which a short training needs. For networks that predict the noise
+            through the velocity; the error of another's e is multiplied by up to 1 / abar_T, 25,000 by default.
         seed: in [0, 2^32).
         checkpoint_directory: where checkpoints go, and where an interrupted run is taken up. Weights, average, optimiser
             and losses lie in ``checkpoint-<step>.safetensors``, written whole.
@@ -87,7 +93,8 @@ def train(
 
     Extra memory: gradients and three copies of the weights (four with ``ema``), one batch.
 
-    Source: Ho et al. 2020, algorithm 1; the optimiser and its schedule as in D-TRAK (Zheng et al., ICLR 2024).
+    Source: Ho et al. 2020, algorithm 1; the optimiser and its schedule as in D-TRAK (Zheng et al., ICLR 2024); the
+    velocity's weighting, "SNR + 1", Salimans, Ho, ICLR 2022, section 4.
     """
     images = as_images(images, "train", "images")
     if len(images) == 0:
@@ -104,6 +111,8 @@ def train(
         raise ValueError(f"train: warmup must lie in [0, 1], got {warmup}")
     if ema is not None and not 0 < ema < 1:
         raise ValueError(f"train: ema must lie in (0, 1), got {ema}")
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"train: weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"train: seed must lie in [0, {2**32 - 1}], got {seed}")
     reference_parameter(model, "train")
@@ -117,6 +126,7 @@ def train(
         "max_grad_norm": max_grad_norm,
         "flip": bool(flip),
         "ema": ema,
+        "weighting": weighting,
         "seed": seed,
         "schedule": dataclasses.asdict(schedule),
         "initial model": model_hash(model),
@@ -206,7 +216,10 @@ class _Run:
         devices = [] if x.device.type == "cpu" else [x.device]
         with torch.random.fork_rng(devices):
             _seed_dropout(x.device, int(rng.integers(2**63)))
-            loss = (predict_noise(self.model, noisy, t.to(x.device)) - eps).square().mean()
+            errors = (predict_noise(self.model, noisy, t.to(x.device)) - eps).square().mean((1, 2, 3))  # [B]
+        if self.settings["weighting"] == "velocity":
+            errors = errors / self.schedule.alphas_cumprod[t].to(errors)
+        loss = errors.mean()
         self.losses[step] = loss.detach()
         if step % 32 == 31:  # seldom, since it waits for the device
             self.check()

@@ -217,6 +217,29 @@ def test_updates_are_those_of_adamw_with_clipping_warmup_cosine_and_average():
     torch.testing.assert_close(spy.weight.detach().double(), average, atol=1e-4, rtol=1e-3)
 
 
+def test_weighting_by_velocity_is_the_squared_error_of_the_velocity():
+    """One step from known weights: the loss and the update's direction, from v = sqrt(abar) eps - sqrt(1 - abar) x."""
+    schedule = Schedule()
+    image = torch.linspace(-1, 1, 8).reshape(1, 2, 2, 2)
+    spy = Spy()
+    weight = spy.weight.detach().double().clone()
+    result = train(spy, image.expand(6, 2, 2, 2), schedule=schedule, steps=1, batch_size=6, weighting="velocity")
+    (seen, times), total, slope = spy.seen[0], 0.0, torch.zeros_like(weight)
+    for x_t, t in zip(seen.double(), times.tolist(), strict=True):
+        abar = float(schedule.alphas_cumprod[t])
+        x_t, x = x_t[None], image.double()
+        eps = (x_t - abar**0.5 * x) / (1 - abar) ** 0.5
+        velocity = abar**0.5 * eps - (1 - abar) ** 0.5 * x
+        # The network's e is sqrt(1 - abar) x_t + sqrt(abar) v: what v it stands for.
+        predicted = (weight * x_t - (1 - abar) ** 0.5 * x_t) / abar**0.5
+        total += float((predicted - velocity).square().mean()) / 6
+        slope += (2 * (predicted - velocity) * x_t / abar**0.5).sum((0, 2, 3), keepdim=True) / 8 / 6
+    assert max(times) > 500
+    assert float(result.losses[0]) == pytest.approx(total, rel=1e-3)
+    # Adam's first step has the learning rate's length in every entry, against the gradient's sign.
+    torch.testing.assert_close(weight - spy.weight.detach().double(), 1e-4 * slope.sign(), atol=2e-6, rtol=0)
+
+
 def test_training_learns(tiny_net):
     images = torch.full((8, 1, 8, 8), -0.5)
     losses = train(
@@ -242,6 +265,7 @@ def test_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(tmp_path, tin
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"warmup": 1.5}, "warmup must lie"),
         ({"ema": 1.0}, "ema must lie"),
+        ({"weighting": "snr"}, "weighting must be one of simple, velocity, got 'snr'"),
         ({"seed": -1}, "seed must lie"),
     ],
 )
