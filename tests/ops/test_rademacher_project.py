@@ -197,7 +197,7 @@ def test_bits_do_not_depend_on_batch_or_run(backend, shape):
 
 
 @CPU
-@pytest.mark.parametrize("shape", ((5, 100_000, 7), (5, 3000, 700)))
+@pytest.mark.parametrize("shape", ((5, 100_000, 7), (70, 100_000, 150), (5, 3000, 700)))
 def test_bits_do_not_depend_on_threads_or_width(shape):
     num_samples, num_columns, proj_dim = shape
     grads = testing.make_gradients(num_samples, num_columns)
