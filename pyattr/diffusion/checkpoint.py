@@ -10,7 +10,7 @@ from torch import nn
 
 from .presets import PatchUNet, diffusers
 from .schedule import Schedule
-from .storage import load_tensors, save_tensors
+from .storage import load_tensors, model_hash, save_tensors
 
 _NAME = re.compile(r"checkpoint-(\d{8})\.safetensors")
 
@@ -27,13 +27,29 @@ def architecture(model: nn.Module) -> dict | None:
     """The class and configuration of a network that :func:`load_model` can build; None for any other."""
     kind = type(model)
     if kind is PatchUNet:
-        schedule = dataclasses.asdict(model.schedule)
-        return {"class": "PatchUNet", "patch": model.patch, "schedule": schedule, "unet": architecture(model.unet)}
+        inner, schedule = architecture(model.unet), dataclasses.asdict(model.schedule)
+        return inner and {"class": "PatchUNet", "patch": model.patch, "schedule": schedule, "unet": inner}
     if kind.__name__ == "UNet2DModel" and kind.__module__.startswith("diffusers."):
         # Names with an underscore are where and by which version a configuration was saved.
         config = {name: value for name, value in dict(model.config).items() if not name.startswith("_")}
         return {"class": "UNet2DModel", "config": json.loads(json.dumps(config))}
     return None
+
+
+def identity(model: nn.Module) -> dict:
+    """What tells a network from others whose names and shapes of weights are the same, for the settings of stored results.
+
+    Returns:
+        "model": a hash of weights and buffers. "network": :func:`architecture`, or the class and printed arguments of every
+        module, since dropout, heads or epsilons leave no trace in the weights. "frozen": the parameters that take no
+        gradient.
+    """
+    layers = {name: f"{type(module).__name__}({module.extra_repr()})" for name, module in model.named_modules()}
+    return {
+        "model": model_hash(model),
+        "network": architecture(model) or {name or "itself": text for name, text in layers.items()},
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+    }
 
 
 def build(described: dict) -> nn.Module:

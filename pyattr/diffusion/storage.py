@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors
@@ -108,11 +109,20 @@ def _metadata(path: str | os.PathLike) -> dict[str, str]:
 def differences(made: dict, asked: dict) -> str:
     """What distinguishes two sets of settings, for an error message; empty when they are equal.
 
-    Values pass through JSON first, so that a stored set compares equal to the one it was made from.
+    Values pass through JSON first, so that a stored set compares equal to the one it was made from. Where both sets hold a
+    dict, its members are compared: "schedule.beta_end was 0.02, now 0.03".
     """
     made, asked = (json.loads(json.dumps(settings)) for settings in (made, asked))
-    names = [name for name in {**made, **asked} if made.get(name) != asked.get(name)]
-    return "; ".join(f"{name} was {_short(made.get(name))}, now {_short(asked.get(name))}" for name in names)
+    return "; ".join(_differences(made, asked, ""))
+
+
+def _differences(made: dict, asked: dict, prefix: str) -> Iterator[str]:
+    for name in {**made, **asked}:
+        old, new = made.get(name), asked.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name} was {_short(old)}, now {_short(new)}"
 
 
 def _short(value) -> str:

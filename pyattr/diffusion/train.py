@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import architecture, checkpoints
+from .checkpoint import architecture, checkpoints, identity
 from .images import as_images, predict_noise, reference_parameter, to_unit
 from .progress import Progress, silent
 from .schedule import Schedule
-from .storage import DamagedFileError, data_hash, differences, load_tensors, model_hash, save_tensors
+from .storage import DamagedFileError, data_hash, differences, load_tensors, save_tensors
 
 WEIGHTINGS = ("simple", "velocity")
 _ORDER, _STEP = 0x6F72646572, 0x73746570  # key word 1 of the data order and of the draws of a step
@@ -129,7 +129,7 @@ def train(
         "weighting": weighting,
         "seed": seed,
         "schedule": dataclasses.asdict(schedule),
-        "initial model": model_hash(model),
+        **{f"initial {name}": value for name, value in identity(model).items()},
         "images": data_hash(images),
     }
     run = _Run(model, images, schedule, settings)

@@ -3,6 +3,8 @@ import torch
 from torch import nn
 
 from pyattr.diffusion import DamagedFileError, Schedule, load_model, save_model, train, unet
+from pyattr.diffusion.checkpoint import architecture, identity
+from pyattr.diffusion.presets import PatchUNet
 from pyattr.diffusion.storage import differences, load_tensors, model_hash, save_tensors
 
 
@@ -98,6 +100,18 @@ def test_model_hash_sees_one_changed_weight_and_the_dtype(tiny_net):
     assert model_hash(model) != model_hash(tiny_net().double())
 
 
+def test_identity_sees_what_the_weights_do_not_say(tiny_unet):
+    one = tiny_unet()
+    assert differences(identity(one), identity(tiny_unet())) == ""
+    other = type(one).from_config(one.config, attention_head_dim=4)
+    other.load_state_dict(one.state_dict())
+    assert differences(identity(one), identity(other)) == "network.config.attention_head_dim was 8, now 4"
+    wrapped = PatchUNet(nn.Conv2d(4, 4, 1), 2, Schedule())  # with an inner network that cannot be built again
+    assert architecture(wrapped) is None
+    assert identity(wrapped)["network"]["unet"].startswith("Conv2d(4, 4, kernel_size=(1, 1)")
+
+
 def test_differences():
+    assert differences({"a": {"b": 1, "c": {"d": 2}}}, {"a": {"b": 1, "c": {"d": 3}}}) == "a.c.d was 2, now 3"
     assert differences({"a": (1, 2)}, {"a": [1, 2]}) == ""
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == "b was 2, now 3; c was null, now 4"

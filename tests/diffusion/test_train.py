@@ -121,7 +121,7 @@ def test_average_is_what_a_checkpoint_gives(tmp_path, tiny_net, images):
         ({"seed": 6}, "seed was 5, now 6"),
         ({"steps": 30}, "steps was 23, now 30"),
         ({"ema": None}, "ema was 0.9, now null"),
-        ({"schedule": Schedule(beta_end=0.03)}, "schedule was"),
+        ({"schedule": Schedule(beta_end=0.03)}, "schedule.beta_end was 0.02, now 0.03"),
     ],
 )
 def test_other_settings_are_refused_by_name(tmp_path, tiny_net, images, change, named):
@@ -136,6 +136,16 @@ def test_other_data_and_other_start_are_refused(tmp_path, tiny_net, images):
         train(tiny_net(), images.flip(0), checkpoint_directory=tmp_path, **settings())
     with pytest.raises(ValueError, match="initial model was"):
         train(tiny_net(seed=1), images, checkpoint_directory=tmp_path, **settings())
+
+
+def test_another_network_with_the_same_weights_is_refused(tmp_path, tiny_net, images):
+    train(tiny_net(), images, checkpoint_directory=tmp_path, **settings())
+    with pytest.raises(ValueError, match=r"initial network.drop was \"Dropout\(p=0.2.*now \"Dropout\(p=0.5"):
+        train(tiny_net(dropout=0.5), images, checkpoint_directory=tmp_path, **settings())
+    frozen = tiny_net()
+    frozen.first.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r'initial frozen was \[\], now \["first.bias"\]'):
+        train(frozen, images, checkpoint_directory=tmp_path, **settings())
 
 
 class Spy(nn.Module):
