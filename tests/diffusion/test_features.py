@@ -139,7 +139,7 @@ def test_finished_features_are_opened_without_the_model(tmp_path, tiny_unet, ima
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"loss": "simple"}, 'loss was {"eta": null, "name": "square"}, now {"eta": null, "name": "simple"}'),
+        ({"loss": "simple"}, 'loss.name was "square", now "simple"'),
         ({"num_timesteps": 5}, "num_timesteps was 4, now 5"),
         ({"strategy": "cumulative"}, 'strategy was "uniform", now "cumulative"'),
         ({"proj_dim": 33}, "proj_dim was 32, now 33"),
