@@ -19,7 +19,13 @@ from rich.progress import (
 
 from ..report.page import seconds_text
 
-UNITS = {"train": "steps", "sample": "images", "features": "images", "query features": "images", "scores": "queries"}
+UNITS = {
+    "train": "steps",
+    "sample": "denoising steps",
+    "features": "images",
+    "query features": "images",
+    "scores": "queries",
+}
 LOG_EVERY = 20.0  # seconds between lines of a log
 
 

@@ -165,7 +165,12 @@ class Sampling(Step):
 
     def __init__(self, workspace: Workspace, model_key: str, shape: tuple[int, int, int], options: SampleOptions):
         self.options, self.shape = options, shape
-        settings = {"model": model_key, "schedule": dataclasses.asdict(SCHEDULE), **dataclasses.asdict(options)}
+        settings = {
+            "model": model_key,
+            "shape": shape,
+            "schedule": dataclasses.asdict(SCHEDULE),
+            **dataclasses.asdict(options),
+        }
         numbers = options.num_images * int(np.prod(shape))
         noises = options.steps if options.method == "ddpm" or options.eta else 1
         super().__init__(

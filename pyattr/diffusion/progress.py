@@ -1,5 +1,8 @@
-"""How long work tells the world where it stands."""
+"""How long work tells the world where it stands, and keeps what it has."""
 
+import contextlib
+import time
+from collections.abc import Iterator
 from typing import Protocol
 
 
@@ -15,10 +18,34 @@ class Progress(Protocol):
         Args:
             done: 0 to ``total``. Resumed work starts at what it found, so a rate is (done - first done) / time.
             total: units in this stage; the same in every call of one stage.
-            stage: "train" (optimiser steps), "sample" (images), "features" or "query features" (images),
+            stage: "train" (optimiser steps), "sample" (steps of images), "features" or "query features" (images),
                 "eigendecomposition" (1), "scores" (queries).
         """
 
 
 def silent(done: int, total: int, stage: str) -> None:
     """The progress of a caller who asked for none."""
+
+
+class Pace:
+    """When to save again: after so many seconds, and never for more than a twentieth of the time.
+
+    Args:
+        seconds: between saves.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.next = time.monotonic() + seconds
+
+    def due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() >= self.next
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """The save itself, from whose end and length the next is reckoned."""
+        begin = time.monotonic()
+        yield
+        end = time.monotonic()
+        self.next = end + max(self.seconds, 20 * (end - begin))

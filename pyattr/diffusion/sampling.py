@@ -2,20 +2,23 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import identity
 from .images import evaluating, predict_noise, reference_parameter, to_bytes
 from .noise import SAMPLES, noise
-from .progress import Progress, silent
+from .progress import Pace, Progress, silent
 from .schedule import Schedule
-from .storage import differences, load_tensors, model_hash, save_tensors
+from .storage import DamagedFileError, differences, load_tensors, save_tensors
 
 METHODS = ("ddim", "ddpm")
 RECORDS = ("noise", "trajectory")
+SAVE_SECONDS = 30.0  # between the states of a batch that are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +32,7 @@ class Samples:
             for a deterministic sampler, else the number of steps (the last step adds none).
         trajectory: [Q, S + 1, C, H, W] float32, from x_T to x_0; None unless asked for.
         timesteps: [S] int64, in the order in which they were visited (falling).
-        settings: how they were made: method, steps, eta, seed, clip, schedule, model hash.
+        settings: how they were made: method, steps, eta, seed, clip, shape, schedule, and what identifies the model.
     """
 
     images: Tensor
@@ -131,35 +134,32 @@ def sample(
         eta: DDIM only; 0 is deterministic, 1 adds as much noise as DDPM.
         seed: in [0, 2^32).
         record: "noise" keeps the exogenous noise, "trajectory" every x_t as well.
-        directory: each batch is kept there when it is done, and found again by an interrupted call.
-        progress: stage "sample", counts images.
+        directory: each batch is kept there when it is done, and a batch at work every half minute (seldomer where that takes
+            long), so that an interrupted call goes on from there.
+        progress: stage "sample", counts steps of images: S for each image.
 
     Returns:
-        :class:`Samples`, on the CPU.
+        :class:`Samples`, on the CPU. A resumed call gives the bits of an uninterrupted one on the same machine and thread
+        count.
 
     Raises:
         ValueError: an argument is not as above, or ``directory`` was made with other settings.
 
-    Extra memory: the result, and the model's for ``batch_size`` images.
+    Extra memory: the result, the share of it that ``batch_size`` images have once more (twice where there is a directory),
+    and the model's for them.
 
     Source: Song, Meng, Ermon, "Denoising Diffusion Implicit Models", ICLR 2021, equations 12 and 16; Ho et al. 2020,
     equation 7.
     """
-    if method not in METHODS:
-        raise ValueError(f"sample: method must be one of {', '.join(METHODS)}, got {method!r}")
+    timesteps = check_options(schedule, method=method, steps=steps, eta=eta, seed=seed, batch_size=batch_size)
     if record not in RECORDS:
         raise ValueError(f"sample: record must be one of {', '.join(RECORDS)}, got {record!r}")
-    if not 0 <= eta <= 1 or (eta and method == "ddpm"):
-        raise ValueError(f"sample: eta must lie in [0, 1], and be 0 for ddpm, got {eta}")
-    if batch_size < 1:
-        raise ValueError(f"sample: batch_size must be at least 1, got {batch_size}")
     if (num_images is None) == (ids is None):
         raise ValueError("sample: give either num_images or ids")
     ids = torch.arange(num_images) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
     if ids.dim() != 1 or ids.numel() == 0 or len(ids.unique()) != len(ids):
         raise ValueError("sample: ids must be distinct and there must be at least one image")
     shape = tuple(shape) if shape is not None else _shape(model)
-    timesteps = sampling_timesteps(schedule, steps)
     settings = {
         "method": method,
         "steps": steps,
@@ -167,29 +167,64 @@ def sample(
         "seed": seed,
         "clip": bool(clip),
         "record": record,
+        "shape": list(shape),
         "schedule": dataclasses.asdict(schedule),
-        "model": model_hash(model),
+        **identity(model),
     }
     if directory is not None:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-    sampler = _Sampler(model, schedule, shape, timesteps, settings)
-    batches, done = [], 0
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+    sampler = _Sampler(model, schedule, timesteps, settings)
+    # The batches are copied into the whole as they come, so that they need not all be held twice.
+    images = torch.empty(len(ids), *shape)
+    noises = torch.empty(len(ids), 1 + len(sampler.noisy_steps), *shape)
+    trajectory = torch.empty(len(ids), steps + 1, *shape) if record == "trajectory" else None
+    done = 0
+
+    def count(batch_steps: int) -> None:
+        progress(done * steps + batch_steps, len(ids) * steps, "sample")
+
     with evaluating(model):
-        progress(0, len(ids), "sample")
         for batch_ids in ids.split(batch_size):
-            path = None if directory is None else Path(directory) / f"samples-{done:08d}.safetensors"
-            if path is not None and path.exists():
-                batch = _kept(path, batch_ids, settings)
-            else:
-                batch = sampler.run(batch_ids)
-                if path is not None:
+            path, unfinished = (
+                None if directory is None else directory / f"{kind}-{done:08d}.safetensors"
+                for kind in ("samples", "unfinished")
+            )
+            found = path is not None and path.exists()
+            batch = _kept(path, batch_ids, settings) if found else sampler.run(batch_ids, unfinished, count)
+            if path is not None:
+                if not found:
                     batch.save(path)
-            batches.append(batch)
-            done += len(batch_ids)
-            progress(done, len(ids), "sample")
-    images, noises = (torch.cat([getattr(b, name) for b in batches]) for name in ("images", "noise"))
-    trajectory = torch.cat([b.trajectory for b in batches]) if record == "trajectory" else None
+                unfinished.unlink(missing_ok=True)
+            rows = slice(done, done + len(batch))
+            images[rows], noises[rows] = batch.images, batch.noise
+            if trajectory is not None:
+                trajectory[rows] = batch.trajectory
+            done += len(batch)
+            del batch  # or it would lie beside the next one
+            if not found or done == len(ids):  # what was found is no measure of how fast the work goes
+                count(0)
     return Samples(images, ids, noises, trajectory, timesteps, settings)
+
+
+def check_options(schedule: Schedule, *, method: str, steps: int, eta: float, seed: int, batch_size: int) -> Tensor:
+    """Refuse options of :func:`sample` that it cannot take.
+
+    Returns:
+        The timesteps visited, [S] int64.
+
+    Raises:
+        ValueError: the message names the option.
+    """
+    if method not in METHODS:
+        raise ValueError(f"sample: method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not 0 <= eta <= 1 or (eta and method == "ddpm"):
+        raise ValueError(f"sample: eta must lie in [0, 1], and be 0 for ddpm, got {eta}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"sample: seed must lie in [0, {2**32 - 1}], got {seed}")
+    if batch_size < 1:
+        raise ValueError(f"sample: batch_size must be at least 1, got {batch_size}")
+    return sampling_timesteps(schedule, steps)
 
 
 def _shape(model: nn.Module) -> tuple[int, int, int]:
@@ -204,45 +239,81 @@ def _shape(model: nn.Module) -> tuple[int, int, int]:
 
 def _kept(path: Path, ids: Tensor, settings: dict) -> Samples:
     kept = Samples.load(path)
-    differ = differences(kept.settings, settings)
-    if not torch.equal(kept.ids, ids):
+    _check_same(path, kept.ids, ids, kept.settings, settings)
+    return kept
+
+
+def _check_same(path: Path, made_ids: Tensor, ids: Tensor, made: dict, asked: dict) -> None:
+    differ = differences(made, asked)
+    if not torch.equal(made_ids, ids):
         differ = differ or "the ids or the batch size differ"
     if differ:
         raise ValueError(
             f"sample: directory {path.parent} holds samples made otherwise: {differ}; use another directory"
         )
-    return kept
 
 
 class _Sampler:
     """One batch from noise to images. Coefficients are float64 until they meet the image."""
 
-    def __init__(self, model: nn.Module, schedule: Schedule, shape, timesteps: Tensor, settings: dict):
-        self.model, self.schedule, self.shape = model, schedule, shape
+    def __init__(self, model: nn.Module, schedule: Schedule, timesteps: Tensor, settings: dict):
+        self.model, self.schedule = model, schedule
         self.timesteps, self.settings = timesteps, settings
         self.stride = schedule.num_timesteps // len(timesteps)
-        self.stochastic = settings["method"] == "ddpm" or settings["eta"] > 0
+        stochastic = settings["method"] == "ddpm" or settings["eta"] > 0
+        self.noisy_steps = timesteps[:-1].tolist() if stochastic else []
         self.like = reference_parameter(model, "sample")
 
     @torch.no_grad()
-    def run(self, ids: Tensor) -> Samples:
+    def run(self, ids: Tensor, unfinished: Path | None, count: Callable[[int], None]) -> Samples:
+        """A batch; its state goes to the file ``unfinished`` now and then, and is taken up from there.
+
+        Args:
+            count: told how many steps of images are done in this batch, but for the last.
+        """
         # The label of x_T is T; of the noise added at timestep t it is t.
-        labels = [self.schedule.num_timesteps]
-        if self.stochastic:
-            labels += self.timesteps[:-1].tolist()
-        exogenous = noise(
-            self.shape, seed=self.settings["seed"], ids=ids[:, None], timesteps=torch.tensor(labels), purpose=SAMPLES
-        )  # [B, E, C, H, W]
+        labels = torch.tensor([self.schedule.num_timesteps, *self.noisy_steps])
+        shape, seed = self.settings["shape"], self.settings["seed"]
+        exogenous = noise(shape, seed=seed, ids=ids[:, None], timesteps=labels, purpose=SAMPLES)  # [B, E, C, H, W]
+        record = self.settings["record"] == "trajectory"
         x = exogenous[:, 0].to(self.like.device, self.like.dtype)
-        trajectory = [x]
-        for i, t in enumerate(self.timesteps.tolist()):
+        first, trajectory = 0, None
+        if record:
+            trajectory = torch.empty(len(ids), len(self.timesteps) + 1, *shape)  # [B, S + 1, C, H, W]
+            trajectory[:, 0] = x
+        if unfinished is not None:
+            first, x = self._resume(unfinished, ids, x, trajectory)
+        pace = Pace(SAVE_SECONDS)
+        count(first * len(ids))
+        for i, t in enumerate(self.timesteps.tolist()[first:], first):
             times = torch.full((len(ids),), t, device=x.device)
             z = exogenous[:, i + 1].to(x) if i + 1 < exogenous.shape[1] else None
             x = self._step(x, predict_noise(self.model, x, times), t, z)
-            if self.settings["record"] == "trajectory":
-                trajectory.append(x)
-        kept = torch.stack(trajectory, 1).float().cpu() if self.settings["record"] == "trajectory" else None
-        return Samples(x.float().cpu(), ids, exogenous, kept, self.timesteps, self.settings)
+            if record:
+                trajectory[:, i + 1] = x
+            if i + 1 < len(self.timesteps):
+                if unfinished is not None and pace.due():
+                    with pace.saving():
+                        self._save(unfinished, ids, i + 1, x, trajectory)
+                count((i + 1) * len(ids))
+        return Samples(x.float().cpu(), ids, exogenous, trajectory, self.timesteps, self.settings)
+
+    def _save(self, path: Path, ids: Tensor, steps: int, x: Tensor, trajectory: Tensor | None) -> None:
+        tensors = {"x": x, "ids": ids}
+        if trajectory is not None:
+            tensors["trajectory"] = trajectory[:, : steps + 1]
+        save_tensors(path, tensors, {"kind": "unfinished samples", "steps": steps, "settings": self.settings})
+
+    def _resume(self, path: Path, ids: Tensor, x: Tensor, trajectory: Tensor | None) -> tuple[int, Tensor]:
+        """How many steps are done, and x after them."""
+        try:
+            tensors, found = load_tensors(path)
+        except (FileNotFoundError, DamagedFileError):
+            return 0, x  # the batch is made from its beginning, and the file replaced
+        _check_same(path, tensors["ids"], ids, found["settings"], self.settings)
+        if trajectory is not None:
+            trajectory[:, : found["steps"] + 1] = tensors["trajectory"]
+        return found["steps"], tensors["x"].to(x)
 
     def _step(self, x: Tensor, e: Tensor, t: int, z: Tensor | None) -> Tensor:  # x, e, z [B, C, H, W]
         abar_t = float(self.schedule.alphas_cumprod[t])

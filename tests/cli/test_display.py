@@ -62,7 +62,7 @@ def test_each_stage_has_its_own_clock(log):
     display.progress(1, 1, "eigendecomposition")
     assert lines() == [
         "1/2 train 1/1 steps, 5.0 s",
-        "2/2 sample 2/2 images, 3.0 s",
+        "2/2 sample 2/2 denoising steps, 3.0 s",
         "2/2 eigendecomposition 1/1, 0.0 s",
     ]
 

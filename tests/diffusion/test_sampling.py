@@ -1,8 +1,10 @@
+import gc
+
 import diffusers
 import pytest
 import torch
 
-from pyattr.diffusion import DamagedFileError, Samples, Schedule, noise, sample
+from pyattr.diffusion import DamagedFileError, Samples, Schedule, noise, sample, sampling
 from pyattr.diffusion.noise import SAMPLES
 
 SHAPE = (1, 8, 8)
@@ -182,7 +184,7 @@ def test_interrupted_sampling_goes_on(tmp_path, tiny_net):
         pass
 
     def progress(done, total, stage):
-        if done == 4:
+        if done == 4 * 20:
             raise Stop
 
     model = tiny_net()
@@ -199,6 +201,71 @@ def test_interrupted_sampling_goes_on(tmp_path, tiny_net):
         run(tiny_net(seed=1), num_images=7, batch_size=2, directory=tmp_path)
     with pytest.raises(ValueError, match="the ids or the batch size differ"):
         run(model, num_images=7, batch_size=3, directory=tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [{"eta": 0.5}, {"method": "ddpm", "record": "trajectory"}])
+def test_a_batch_goes_on_from_the_step_it_was_kept_at(tmp_path, tiny_unet, monkeypatch, arguments):
+    """Every step is kept. Stopped in the second batch after 7 of 20 steps, 13 are left to do, and the bits are the same."""
+
+    def stop(done, total, stage):
+        assert total == 5 * 20
+        if done == 3 * 20 + 2 * 7:
+            raise KeyboardInterrupt
+
+    model, calls, steps = tiny_unet(), [], []
+    model.register_forward_pre_hook(lambda module, inputs: steps.append(int(inputs[1][0])))
+    whole = run(model, num_images=5, batch_size=3, **arguments)
+    monkeypatch.setattr(sampling.Pace, "due", lambda pace: True)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, num_images=5, batch_size=3, directory=tmp_path, progress=stop, **arguments)
+    kept = ["samples-00000000.safetensors", "unfinished-00000003.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    del steps[:]
+    arguments["progress"] = lambda done, total, stage: calls.append(done)
+    assert_same(whole, run(model, num_images=5, batch_size=3, directory=tmp_path, **arguments))
+    assert steps == whole.timesteps[7:].tolist()
+    assert calls == list(range(3 * 20 + 2 * 7, 101, 2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "samples-00000000.safetensors",
+        "samples-00000003.safetensors",
+    ]
+
+
+def test_a_damaged_or_foreign_unfinished_batch(tmp_path, tiny_net, monkeypatch):
+    def stop(done, total, stage):
+        if done == 2 * 9:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sampling.Pace, "due", lambda pace: True)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_net(), num_images=2, directory=tmp_path, progress=stop)
+    (path,) = tmp_path.iterdir()
+    with pytest.raises(ValueError, match="made otherwise: seed was 4, now 5"):
+        run(tiny_net(), num_images=2, directory=tmp_path, seed=5)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert_same(run(tiny_net(), num_images=2), run(tiny_net(), num_images=2, directory=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["samples-00000000.safetensors"]
+
+
+def test_one_directory_holds_one_shape_and_one_network(tmp_path, tiny_net):
+    run(tiny_net(), num_images=2, directory=tmp_path)
+    with pytest.raises(ValueError, match=r"made otherwise: shape was \[1, 8, 8\], now \[1, 12, 12\]"):
+        run(tiny_net(), num_images=2, shape=(1, 12, 12), directory=tmp_path)
+    with pytest.raises(ValueError, match=r"made otherwise: network.drop was"):
+        run(tiny_net(dropout=0.5), num_images=2, directory=tmp_path)
+
+
+def test_each_number_is_held_once(tiny_net):
+    """Beside the result there is one batch, not a second copy of all of them."""
+    held = []
+
+    def progress(done, total, stage):
+        if done % 50 == 0:
+            tensors = (thing for thing in gc.get_objects() if type(thing) is torch.Tensor)
+            held.append(sum(tensor.numel() for tensor in tensors if tensor.shape[1:] == (50, 1, 8, 8)))
+
+    run(tiny_net(), num_images=8, batch_size=2, steps=50, method="ddpm", progress=progress)
+    assert max(held) == (8 + 2) * 50 * 64
 
 
 @pytest.mark.parametrize(
