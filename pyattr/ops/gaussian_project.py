@@ -1,7 +1,8 @@
 """Dense projection by a matrix of standard normals that is never stored."""
 
 from ..reference import gaussian_project as reference
-from ._projection import Projection, check_indices, check_key
+from ._arguments import check_indices, check_integer
+from ._projection import Projection
 
 _PROJECT = Projection(
     "gaussian_project",
@@ -25,7 +26,7 @@ def gaussian_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, scal
         seed: word 0 of the Philox key, in [0, 2^32).
         stream: word 1 of the Philox key, in [0, 2^32).
         column_offset: the column of Z that multiplies ``grads[:, 0]``; at most 2^34 - P.
-        scale: multiplies the result.
+        scale: multiplies the result; 0, or of a magnitude that float32 holds at full precision.
         backend: "reference", "cpu", "cuda", "triton", or None for the first usable.
 
     Returns:
@@ -33,7 +34,7 @@ def gaussian_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, scal
         of its float64 value, and every backend is tested to ``(2e-6 + 2^-15) * |scale| * sum_p |grads[b, p]|`` against the
         float64 definition, the CPU to 2^-19 in place of 2^-15. On one backend the bits of a row do not depend on the thread
         count, on the other rows, or on the run. NaN and inf propagate.
-        Differentiable in both modes and any order; under torch.compile in reverse mode.
+        Differentiable in both modes and any order, also under torch.compile.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -51,12 +52,12 @@ def normal_matrix(rows, columns, seed, stream=0):
     """Entries of the normal matrix that :func:`gaussian_project` multiplies by.
 
     Args:
-        rows: [R] integers j in [0, 2^32).
-        columns: [C] integers i in [0, 2^34).
+        rows: [R] integers j, a list, range or array, in [0, 2^32).
+        columns: [C] integers i, likewise, in [0, 2^34).
         seed, stream: the key, each in [0, 2^32).
 
     Returns:
-        [R, C] float64 tensor.
+        [R, C] float64 tensor on the device of ``rows``.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -64,5 +65,8 @@ def normal_matrix(rows, columns, seed, stream=0):
     Extra memory: about 150 bytes per entry.
     """
     rows = check_indices("normal_matrix", "rows", rows, 2**32)
-    columns = check_indices("normal_matrix", "columns", columns, 2**34)
-    return reference.normal_matrix(rows, columns, *check_key("normal_matrix", seed, stream))
+    columns = check_indices("normal_matrix", "columns", columns, 2**34).to(rows.device)
+    key = [
+        check_integer("normal_matrix", name, word, 0, 2**32 - 1) for name, word in (("seed", seed), ("stream", stream))
+    ]
+    return reference.normal_matrix(rows, columns, *key)

@@ -3,7 +3,8 @@
 import torch
 
 from ..reference import rademacher_project as reference
-from ._projection import Projection, check_indices, check_key
+from ._arguments import check_indices, check_integer
+from ._projection import Projection
 
 _PROJECT = Projection(
     "rademacher_project",
@@ -28,7 +29,7 @@ def rademacher_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, sc
         stream: word 1 of the Philox key, in [0, 2^32); independent matrices of one seed.
         column_offset: the column of S that multiplies ``grads[:, 0]``. Pieces of a gradient, each with its own offset, add up
             to the projection of the whole (to rounding).
-        scale: multiplies the result.
+        scale: multiplies the result; 0, or of a magnitude that float32 holds at full precision.
         backend: "reference", "cpu", "cuda", "triton", or None for the first usable.
 
     Returns:
@@ -36,8 +37,8 @@ def rademacher_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, sc
         row do not depend on the thread count, on the other rows, or on the run; the CPU gives the same bits at every SIMD
         level. Rounding is at most ``(523 + P / 32768) * 2^-24 * |scale| * sum_p |grads[b, p]|`` on the CPU (the longest
         chain of sums); every backend is tested to 2^-17 of that sum against the float64 definition, the CPU to 2^-21.
-        NaN and inf propagate to the whole row. Differentiable in both modes and any order; under torch.compile in
-        reverse mode.
+        NaN and inf propagate to the whole row. Differentiable in both modes and any order,
+        also under torch.compile.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -59,12 +60,12 @@ def sign_matrix(rows, columns, seed, stream=0):
     key (seed, stream) is set, else -1.
 
     Args:
-        rows: [R] integers j in [0, 2^32).
-        columns: [C] integers i in [0, 2^39).
+        rows: [R] integers j, a list, range or array, in [0, 2^32).
+        columns: [C] integers i, likewise, in [0, 2^39).
         seed, stream: the key, each in [0, 2^32).
 
     Returns:
-        [R, C] float32 tensor of +-1.
+        [R, C] float32 tensor of +-1, on the device of ``rows``.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -72,5 +73,8 @@ def sign_matrix(rows, columns, seed, stream=0):
     Extra memory: about 100 bytes per entry.
     """
     rows = check_indices("sign_matrix", "rows", rows, 2**32)
-    columns = check_indices("sign_matrix", "columns", columns, 2**39)
-    return reference.sign_matrix(rows, columns, *check_key("sign_matrix", seed, stream)).to(torch.float32)
+    columns = check_indices("sign_matrix", "columns", columns, 2**39).to(rows.device)
+    key = [
+        check_integer("sign_matrix", name, word, 0, 2**32 - 1) for name, word in (("seed", seed), ("stream", stream))
+    ]
+    return reference.sign_matrix(rows, columns, *key).to(torch.float32)

@@ -13,9 +13,8 @@ from .philox import philox4x32_10
 from .rademacher_project import _project, _project_transpose
 
 
-def normal_matrix(rows, columns, seed, stream=0):  # [R], [C] -> [R, C] float64
+def normal_matrix(rows, columns, seed, stream=0):  # [R], [C] int64 -> [R, C] float64
     """See :func:`pyattr.ops.normal_matrix`."""
-    rows, columns = torch.as_tensor(rows, dtype=torch.int64), torch.as_tensor(columns, dtype=torch.int64)
     calls, inverse = torch.unique(columns // 4, return_inverse=True)  # one Philox call makes 4 columns
     x = torch.stack(philox4x32_10((calls, rows[:, None], 0, 0), (seed, stream))).to(torch.float64)  # [4, R, calls]
     radius = torch.sqrt(-2 * torch.log((x[0::2] + 0.5) * 2.0**-32))  # [2, R, calls]

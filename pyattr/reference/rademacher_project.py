@@ -11,9 +11,8 @@ from .philox import philox4x32_10
 BLOCK_ENTRIES = 1 << 20  # of the matrix written out at a time: 8 MB in float64
 
 
-def sign_matrix(rows, columns, seed, stream=0):  # [R], [C] -> [R, C] float64 of +-1
+def sign_matrix(rows, columns, seed, stream=0):  # [R], [C] int64 -> [R, C] float64 of +-1
     """See :func:`pyattr.ops.sign_matrix`."""
-    rows, columns = torch.as_tensor(rows, dtype=torch.int64), torch.as_tensor(columns, dtype=torch.int64)
     blocks, inverse = torch.unique(columns // 128, return_inverse=True)  # one Philox call makes 128 columns
     words = torch.stack(philox4x32_10((blocks, rows[:, None], 0, 0), (seed, stream)))  # [4, R, blocks]
     word = words[columns % 128 // 32, :, inverse].T  # [R, C]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pyattr import testing
 from pyattr.backends import BackendError
-from pyattr.ops import rademacher_project, sign_matrix
+from pyattr.ops import normal_matrix, rademacher_project, sign_matrix
 from pyattr.reference.philox import philox4x32_10
 
 BACKENDS = testing.usable_backends("rademacher_project")
@@ -263,25 +263,6 @@ def test_vmap():
     assert torch.equal(out, torch.stack([rademacher_project(g, 6) for g in x]))
 
 
-def test_library_registration():
-    grads = torch.randn(3, 200, requires_grad=True)
-    arguments = (grads, 8, 1, 2, 3, 0.5, "reference")
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.pyattr.rademacher_project.default, arguments, test_utils=checks)
-
-
-def test_compiles_without_graph_breaks():
-    def function(g):
-        return rademacher_project(g * 2, 16, seed=3).square().sum()
-
-    grads = torch.randn(3, 200, requires_grad=True)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(grads), function(grads))
-    (bar,) = torch.autograd.grad(compiled(grads), grads)
-    (expected,) = torch.autograd.grad(function(grads), grads)
-    torch.testing.assert_close(bar, expected)
-
-
 # Arrays and errors
 
 
@@ -311,6 +292,11 @@ def test_float64_stays_float64_on_the_reference():
     (
         ({"grads": torch.zeros(3)}, ValueError, "rademacher_project: grads must have shape [B, P], got [3]"),
         (
+            {"grads": torch.eye(3).to_sparse()},
+            TypeError,
+            "rademacher_project: grads must be a dense (strided) tensor, got layout torch.sparse_coo",
+        ),
+        (
             {"grads": torch.zeros(1, 2, dtype=torch.int64)},
             TypeError,
             "rademacher_project: grads must be float16, bfloat16, float32 or float64, got torch.int64",
@@ -329,6 +315,17 @@ def test_float64_stays_float64_on_the_reference():
             ValueError,
             "rademacher_project: column_offset must lie in [0, 549755813885], got 549755813887",
         ),
+        ({"seed": True}, TypeError, "rademacher_project: seed must be an integer, got bool"),
+        ({"scale": None}, TypeError, "rademacher_project: scale must be a real number, got NoneType"),
+        ({"scale": "0.5"}, TypeError, "rademacher_project: scale must be a real number, got str"),
+        *(
+            (
+                {"scale": scale},
+                ValueError,
+                f"rademacher_project: scale must be 0 or of magnitude 2^-126 to 2^128 (float32), got {shown}",
+            )
+            for scale, shown in ((1e39, "1e+39"), (-(10**400), "inf"), (float("nan"), "nan"), (1e-40, "1e-40"))
+        ),
         (
             {"backend": "fast"},
             ValueError,
@@ -343,18 +340,54 @@ def test_errors_name_the_argument(change, error, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("matrix", (sign_matrix, normal_matrix))
 @pytest.mark.parametrize("argument", ("rows", "columns"))
-def test_sign_matrix_errors(argument):
-    arguments = {"rows": [0], "columns": [0], "seed": 0}
-    with pytest.raises(
-        ValueError,
-        match=rf"sign_matrix: {argument} must lie in \[0, {2**32 if argument == 'rows' else 2**39}\), got -1\.\.-1",
+def test_matrix_indices_are_checked(matrix, argument):
+    arguments = {"rows": [3], "columns": [5], "seed": 0}
+    name = f"{matrix.__name__}: {argument} must"
+    limit = 2**32 if argument == "rows" else {sign_matrix: 2**39, normal_matrix: 2**34}[matrix]
+    for bad, got in (
+        ([-1], "-1..-1"),
+        ([0, limit], f"0..{limit}"),
+        ([2**70], f"{2**70}..{2**70}"),
+        (torch.tensor([limit]), f"{limit}..{limit}"),
+        (np.array([2**64 - 1], dtype=np.uint64), "numbers from 2^63 on"),
     ):
-        sign_matrix(**arguments | {argument: [-1]})
-    with pytest.raises(TypeError, match=rf"sign_matrix: {argument} must be a sequence of integers"):
-        sign_matrix(**arguments | {argument: [0.5]})
-    with pytest.raises(ValueError, match="sign_matrix: seed must be an integer in"):
-        sign_matrix([0], [0], -1)
+        with pytest.raises(ValueError) as caught:
+            matrix(**arguments | {argument: bad})
+        assert str(caught.value) == f"{name} lie in [0, {limit}), got {got}"
+    complex_numbers = torch.zeros(2, dtype=torch.complex64)
+    for bad in (
+        [0.5],
+        [True],
+        "12",
+        (i for i in range(3)),
+        [[1, 2]],
+        torch.zeros(2),
+        complex_numbers,
+        torch.arange(2)[None],
+    ):
+        with pytest.raises(TypeError, match=name):
+            matrix(**arguments | {argument: bad})
+    whole = matrix(**arguments | {argument: range(4)})
+    for good in ([3, 1], np.array([1, 3])[::-1], *(torch.tensor([3, 1], dtype=d) for d in INTEGERS)):
+        expected = whole[[3, 1]] if argument == "rows" else whole[:, [3, 1]]
+        assert torch.equal(matrix(**arguments | {argument: good}), expected)
+    assert matrix(**arguments | {argument: []}).numel() == 0
+
+
+INTEGERS = [getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
+
+
+@pytest.mark.parametrize("matrix", (sign_matrix, normal_matrix))
+def test_matrix_keys_are_checked(matrix):
+    assert torch.equal(matrix([0], [1], np.int64(3), torch.tensor(4)), matrix([0], [1], 3, 4))
+    for argument in ("seed", "stream"):
+        key = {"seed": 0, "stream": 0}
+        with pytest.raises(ValueError, match=rf"{matrix.__name__}: {argument} must lie in \[0, 4294967295\], got -1"):
+            matrix([0], [0], **key | {argument: -1})
+        with pytest.raises(TypeError, match=f"{matrix.__name__}: {argument} must be an integer, got bool"):
+            matrix([0], [0], **key | {argument: True})
 
 
 def test_environment_chooses_the_backend(monkeypatch):
