@@ -6,20 +6,25 @@ import os
 import re
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from .presets import PatchUNet, diffusers
 from .schedule import Schedule
 from .storage import load_tensors, model_hash, save_tensors
 
-_NAME = re.compile(r"checkpoint-(\d{8})\.safetensors")
-
 
 def checkpoints(directory: str | os.PathLike) -> dict[int, Path]:
     """The checkpoints in a directory by step, oldest first; empty when there are none or there is no directory."""
+    return numbered(directory, "checkpoint")
+
+
+def numbered(directory: str | os.PathLike, kind: str) -> dict[int, Path]:
+    """The files ``<kind>-<step>.safetensors`` of a directory by step, rising; empty when there is no directory."""
     if not Path(directory).is_dir():
         return {}
-    found = ((_NAME.fullmatch(path.name), path) for path in sorted(Path(directory).iterdir()))
+    name = re.compile(rf"{kind}-(\d{{8}})\.safetensors")
+    found = ((name.fullmatch(path.name), path) for path in sorted(Path(directory).iterdir()))
     return {int(match[1]): path for match, path in found if match}
 
 
@@ -98,8 +103,12 @@ def load_model(path: str | os.PathLike, *, average: bool = True, into: nn.Module
     if into is None and record["model"] is None:
         raise ValueError(f"load_model: {path} does not say how to build its network: give one with into=")
     model = build(record["model"]) if into is None else into
-    state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
     if average:
-        state |= {name.removeprefix("average."): t for name, t in tensors.items() if name.startswith("average.")}
-    model.load_state_dict(state)
+        # After the others: a weight used under two names has one average, and would be overwritten through the other name.
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if name.startswith("average."):
+                    parameters[name.removeprefix("average.")].copy_(tensor)
     return model.eval()

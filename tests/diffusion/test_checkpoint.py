@@ -64,6 +64,25 @@ def test_shared_weights_are_saved(tmp_path):
     )
 
 
+def test_the_average_of_shared_weights_is_loaded(tmp_path, images, schedule):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1)
+            self.last.weight = self.first.weight
+
+        def forward(self, images, timesteps):
+            return self.last(self.first(images).relu())
+
+    torch.manual_seed(0)
+    result = train(
+        Tied(), images, schedule=schedule, steps=5, learning_rate=0.1, ema=0.9, checkpoint_directory=tmp_path
+    )
+    assert_same_weights(load_model(tmp_path, into=Tied()), result.model)
+    raw = load_model(tmp_path, average=False, into=Tied())
+    assert not torch.equal(raw.last.weight, result.model.last.weight)
+
+
 def test_every_changed_byte_is_noticed(tmp_path):
     path = tmp_path / "t.safetensors"
     save_tensors(path, {"b": torch.arange(3), "a": torch.randn(2, 2)}, {"x": 1})
