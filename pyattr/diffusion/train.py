@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import architecture, checkpoints, identity
+from .checkpoint import architecture, checkpoints, identity, numbered
 from .images import as_images, predict_noise, reference_parameter, to_unit
-from .progress import Progress, silent
+from .progress import Pace, Progress, silent
 from .schedule import Schedule
 from .storage import DamagedFileError, data_hash, differences, load_tensors, save_tensors
 
 WEIGHTINGS = ("simple", "velocity")
+SAVE_SECONDS = 60.0  # between states that are kept, where checkpoints are further apart
 _ORDER, _STEP = 0x6F72646572, 0x73746570  # key word 1 of the data order and of the draws of a step
 
 
@@ -78,7 +79,9 @@ def train(
             through the velocity; the error of another's e is multiplied by up to 1 / abar_T, 25,000 by default.
         seed: in [0, 2^32).
         checkpoint_directory: where checkpoints go, and where an interrupted run is taken up. Weights, average, optimiser
-            and losses lie in ``checkpoint-<step>.safetensors``, written whole.
+            and losses lie in ``checkpoint-<step>.safetensors``, written whole. Where checkpoints are more than a minute
+            apart, ``resume-<step>.safetensors`` holds the same each minute (seldomer where writing it takes more than three
+            seconds), until the next checkpoint.
         checkpoint_every: steps between checkpoints; ceil(steps / 20) if None. The last step always makes one.
         keep_checkpoints: how many of the newest to keep; None keeps all (TracIn reads several).
         progress: stage "train", counts steps.
@@ -99,22 +102,21 @@ def train(
     images = as_images(images, "train", "images")
     if len(images) == 0:
         raise ValueError("train: images must hold at least one image, got none")
-    for name, value in (("steps", steps), ("batch_size", batch_size), ("checkpoint_every", checkpoint_every or 1)):
-        if value < 1:
-            raise ValueError(f"train: {name} must be at least 1, got {value}")
+    check_options(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        ema=ema,
+        weighting=weighting,
+        seed=seed,
+    )
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"train: checkpoint_every must be at least 1, got {checkpoint_every}")
     if keep_checkpoints is not None and keep_checkpoints < 1:
         raise ValueError(f"train: keep_checkpoints must be at least 1 or None, got {keep_checkpoints}")
-    for name, value in (("learning_rate", learning_rate), ("max_grad_norm", max_grad_norm)):
-        if not value > 0:
-            raise ValueError(f"train: {name} must be positive, got {value}")
-    if not 0 <= warmup <= 1:
-        raise ValueError(f"train: warmup must lie in [0, 1], got {warmup}")
-    if ema is not None and not 0 < ema < 1:
-        raise ValueError(f"train: ema must lie in (0, 1), got {ema}")
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"train: weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"train: seed must lie in [0, {2**32 - 1}], got {seed}")
+    if not max_grad_norm > 0:
+        raise ValueError(f"train: max_grad_norm must be positive, got {max_grad_norm}")
     reference_parameter(model, "train")
     settings = {
         "steps": steps,
@@ -138,15 +140,20 @@ def train(
         checkpoint_directory = Path(checkpoint_directory)
         checkpoint_directory.mkdir(parents=True, exist_ok=True)
         resumed = run.resume(checkpoint_directory)
-    every = checkpoint_every or -(-steps // 20)
+    every, pace = checkpoint_every or -(-steps // 20), Pace(SAVE_SECONDS)
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
         progress(resumed, steps, "train")
         for step in range(resumed, steps):
             run.step(step)
-            if checkpoint_directory is not None and ((step + 1) % every == 0 or step + 1 == steps):
-                run.save(checkpoint_directory, step + 1, keep_checkpoints)
+            if checkpoint_directory is not None:
+                if (step + 1) % every == 0 or step + 1 == steps:
+                    with pace.saving():
+                        run.save_checkpoint(checkpoint_directory, step + 1, keep_checkpoints)
+                elif pace.due():
+                    with pace.saving():
+                        run.save(checkpoint_directory, "resume", step + 1)
             progress(step + 1, steps, "train")
     except BaseException:
         for module, mode in modes:
@@ -154,6 +161,36 @@ def train(
         raise
     run.finish()
     return Training(model.eval(), run.losses.cpu(), resumed)
+
+
+def check_options(
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    warmup: float,
+    ema: float | None,
+    weighting: str,
+    seed: int,
+) -> None:
+    """Refuse options of :func:`train` that it cannot take.
+
+    Raises:
+        ValueError: the message names the option.
+    """
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"train: {name} must be at least 1, got {value}")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"train: learning_rate must be positive, got {learning_rate}")
+    if not 0 <= warmup <= 1:
+        raise ValueError(f"train: warmup must lie in [0, 1], got {warmup}")
+    if ema is not None and not 0 < ema < 1:
+        raise ValueError(f"train: ema must lie in (0, 1), got {ema}")
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"train: weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"train: seed must lie in [0, {2**32 - 1}], got {seed}")
 
 
 def _rng(seed: int, purpose: int, number: int) -> np.random.Generator:
@@ -241,7 +278,14 @@ class _Run:
             step = int(bad[0])
             raise RuntimeError(f"train: the loss is {float(self.losses[step])} at step {step}: lower learning_rate")
 
-    def save(self, directory: Path, step: int, keep: int | None) -> None:
+    def save_checkpoint(self, directory: Path, step: int, keep: int | None) -> None:
+        self.save(directory, "checkpoint", step)
+        old = [] if keep is None else list(checkpoints(directory).values())[:-keep]
+        for path in old:
+            path.unlink()
+
+    def save(self, directory: Path, kind: str, step: int) -> None:
+        """Write the whole state to ``<kind>-<step>.safetensors``; an older state to resume from is then of no use."""
         self.check()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.parameters.items():
@@ -251,14 +295,15 @@ class _Run:
             tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
         tensors["losses"] = self.losses[:step]
         record = {"kind": "checkpoint", "step": step, "settings": self.settings, "model": architecture(self.model)}
-        save_tensors(directory / f"checkpoint-{step:08d}.safetensors", tensors, record)
-        if keep is not None:
-            for path in list(checkpoints(directory).values())[:-keep]:
-                path.unlink()
+        older = list(numbered(directory, "resume").values())
+        save_tensors(directory / f"{kind}-{step:08d}.safetensors", tensors, record)
+        for path in older:
+            path.unlink()
 
     def resume(self, directory: Path) -> int:
-        """Load the newest sound checkpoint; the step to go on from."""
-        for step, path in reversed(checkpoints(directory).items()):
+        """Load the newest sound state; the step to go on from."""
+        states = [*numbered(directory, "resume").items(), *checkpoints(directory).items()]
+        for step, path in sorted(states, reverse=True):
             try:
                 tensors, record = load_tensors(path)
             except DamagedFileError:

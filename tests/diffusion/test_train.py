@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from pyattr.diffusion import Schedule, checkpoints, load_model, train
+from pyattr.diffusion.progress import Pace
 
 
 class Stop(Exception):
@@ -62,6 +63,46 @@ def test_many_interruptions(tmp_path, tiny_net, images):
                 **settings(steps=8, checkpoint_every=1),
             )
     assert_same(whole, train(tiny_net(), images, checkpoint_directory=tmp_path, **settings(steps=8)))
+
+
+def test_states_between_checkpoints_are_kept_by_time(tmp_path, tiny_net, images, monkeypatch):
+    """A clock that goes 25 seconds a step: a state each third step, until the next checkpoint."""
+    now, files = [0.0], []
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def progress(done, total, stage):
+        now[0] += 25
+        files.append([path.name for path in sorted(tmp_path.iterdir())])
+        if done == 8:
+            raise KeyboardInterrupt
+
+    run = settings(steps=12, checkpoint_every=11)
+    whole = train(tiny_net(), images, **run)
+    now[0] = 0.0
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_net(), images, checkpoint_directory=tmp_path, progress=progress, **run)
+    third, sixth = ["resume-00000003.safetensors"], ["resume-00000006.safetensors"]
+    assert files == [[], [], [], third, third, third, sixth, sixth, sixth]
+    resumed = train(tiny_net(), images, checkpoint_directory=tmp_path, **run)
+    assert resumed.resumed_from == 6
+    assert_same(whole, resumed)
+    assert list(checkpoints(tmp_path)) == [11, 12] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_slow_disk_takes_a_twentieth_of_the_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    pace = Pace(60.0)
+    now[0] = 59.0
+    assert not pace.due()
+    now[0] = 60.0
+    assert pace.due()
+    with pace.saving():
+        now[0] += 9.0
+    now[0] = 69.0 + 179.0
+    assert not pace.due()
+    now[0] += 1.0
+    assert pace.due()
 
 
 def test_global_random_state_neither_matters_nor_changes(tiny_net, images):
@@ -271,8 +312,10 @@ def test_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(tmp_path, tin
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, got 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
         ({"warmup": 1.5}, "warmup must lie"),
         ({"ema": 1.0}, "ema must lie"),
         ({"weighting": "snr"}, "weighting must be one of simple, velocity, got 'snr'"),
