@@ -24,7 +24,7 @@ SIBLINGS = (
 )
 # Imports go one way only: a module may import from lower layers and from its own.
 LAYERS = {
-    "arrays": 0, "files": 0, "datasets": 0, "_C": 0, "triton_kernels": 0, "reference": 0,
+    "arrays": 0, "files": 0, "datasets": 0, "threads": 0, "_C": 0, "triton_kernels": 0, "reference": 0,
     "backends": 1, "ops": 2, "testing": 3,
     "gradients": 4, "jvp": 4, "diffusion": 4,
     "attribution": 5, "evaluation": 5, "search": 5,

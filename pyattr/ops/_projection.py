@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import arrays, backends
+from .. import arrays, backends, threads
 from ..backends import Backend
 from ._arguments import check_integer, check_scale
 from ._linear import register_pair
@@ -88,7 +88,7 @@ class Projection:
     def _run_cpu(self, grads, proj_dim, *matrix):
         out = torch.empty(grads.shape[0], proj_dim, dtype=torch.float32, device=grads.device)
         run = getattr(backends.extension(), f"{self.name}_cpu")
-        run(*self._address_and_sizes(grads), out.data_ptr(), proj_dim, *matrix, torch.get_num_threads())
+        run(*self._address_and_sizes(grads), out.data_ptr(), proj_dim, *matrix, threads.usable(torch.get_num_threads()))
         return out
 
     def _run_cuda(self, grads, proj_dim, *matrix):

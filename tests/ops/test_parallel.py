@@ -1,6 +1,8 @@
 """CPU kernels beside torch's own threads, from several Python threads at once, and in forked children."""
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -35,6 +37,34 @@ def test_a_forked_child_computes_the_same_after_the_parent_used_threads():
     finally:
         child.kill()
         child.join()
+
+
+FORK_FIRST = """
+import os, signal, sys, torch
+{imports}
+torch.set_num_threads(2)
+torch.randn(500, 500) @ torch.randn(500, 500)  # starts the pool of threads that the child will lack
+child = os.fork()
+if child == 0:
+    signal.alarm(30)  # a child that hangs dies
+    from pyattr import testing
+    from pyattr.ops import rademacher_project
+    rademacher_project(testing.make_gradients(5, 3000), 300, backend="cpu").numpy().tofile(sys.argv[1])
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+
+
+@pytest.mark.parametrize("imports", ("import pyattr", "import pyattr.ops"))
+def test_a_forked_child_may_be_the_first_to_project(imports, tmp_path):
+    """The extension is loaded by the first op: a fork before that must be known to it all the same."""
+    program = FORK_FIRST.format(imports=imports)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "out"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, f"the forked child hangs or fails: {done.stderr}"
+    assert (tmp_path / "out").read_bytes() == project().numpy().tobytes()
 
 
 def test_python_threads_at_once():
