@@ -32,8 +32,9 @@ def gaussian_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, scal
     Returns:
         [B, D] float32 (float64 for float64 input), of the kind and on the device of ``grads``. Each entry of Z is within 2e-6
         of its float64 value, and every backend is tested to ``(2e-6 + 2^-15) * |scale| * sum_p |grads[b, p]|`` against the
-        float64 definition, the CPU to 2^-19 in place of 2^-15. On one backend the bits of a row do not depend on the thread
-        count, on the other rows, or on the run. NaN and inf propagate.
+        float64 definition, the CPU to 2^-19 in place of 2^-15. On cpu, cuda and triton the bits of a row do not depend on the
+        thread count, on the other rows, or on the run; the reference and the transpose end in a library's matmul, whose bits
+        may. NaN and inf propagate.
         Differentiable in both modes and any order, also under torch.compile.
 
     Raises:
@@ -41,7 +42,7 @@ def gaussian_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, scal
         BackendError: the backend cannot take these inputs; the reasons are listed.
 
     Extra memory: CPU, 8.5 MB per thread and, where D is under 64 per thread, 4 B D bytes per thread.
-    CUDA, see ``csrc/cuda/gaussian_project.cu``.
+    CUDA and Triton, partial sums of at most 64 MiB. Reference, 90 MB and 16 B D bytes. The transpose (reverse mode), 90 MB.
 
     Source: Box and Muller 1958 on Philox4x32-10 (Salmon et al., SC 2011); D-TRAK, Zheng et al., ICLR 2024, projects so.
     """

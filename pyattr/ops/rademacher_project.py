@@ -33,9 +33,9 @@ def rademacher_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, sc
         backend: "reference", "cpu", "cuda", "triton", or None for the first usable.
 
     Returns:
-        [B, D] float32 (float64 for float64 input), of the kind and on the device of ``grads``. On one backend the bits of a
-        row do not depend on the thread count, on the other rows, or on the run; the CPU gives the same bits at every SIMD
-        level. Rounding is at most ``(523 + P / 32768) * 2^-24 * |scale| * sum_p |grads[b, p]|`` on the CPU (the longest
+        [B, D] float32 (float64 for float64 input), of the kind and on the device of ``grads``. On cpu, cuda and
+        triton the bits of a row do not depend on the thread count, on the other rows, or on the run; the CPU gives the same
+        bits at every SIMD level. The reference and the transpose end in a library's matmul, whose bits may. Rounding is at most ``(523 + P / 32768) * 2^-24 * |scale| * sum_p |grads[b, p]|`` on the CPU (the longest
         chain of sums); every backend is tested to 2^-17 of that sum against the float64 definition, the CPU to 2^-21.
         NaN and inf propagate to the whole row. Differentiable in both modes and any order,
         also under torch.compile.
@@ -45,8 +45,7 @@ def rademacher_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, sc
         BackendError: the backend cannot take these inputs; the reasons are listed.
 
     Extra memory: CPU, 0.4 MB per thread and, where D is under 64 per thread, 4 B D bytes per thread.
-    CUDA, see ``csrc/cuda/rademacher_project.cu``. The transpose (reverse mode)
-    writes out 2^20 entries of S at a time.
+    CUDA and Triton, partial sums of at most 64 MiB. Reference, 70 MB and 16 B D bytes. The transpose (reverse mode), 60 MB.
 
     Source: Philox4x32-10, Salmon et al., SC 2011; TRAK, Park et al., ICML 2023, section 3.2 (random projection of gradients).
     """

@@ -30,29 +30,36 @@ def rademacher_project_transpose(
 
 
 def _blocks(num_columns, proj_dim):
-    step = max(128, BLOCK_ENTRIES // max(proj_dim, 1) // 128 * 128)
-    for start in range(0, num_columns, step):
-        yield start, min(start + step, num_columns)
+    """Slices of columns and of rows whose product is at most BLOCK_ENTRIES; columns in whole Philox calls where they can be."""
+    height = min(proj_dim, BLOCK_ENTRIES // 128)
+    width = BLOCK_ENTRIES // max(height, 1) // 128 * 128
+    for start in range(0, num_columns, width):
+        for row in range(0, proj_dim, height):
+            yield slice(start, min(start + width, num_columns)), slice(row, min(row + height, proj_dim))
+
+
+def _block(matrix, columns, rows, seed, stream, column_offset, device):
+    """M[rows, column_offset + columns] in float64."""
+    rows = torch.arange(rows.start, rows.stop, device=device)
+    columns = torch.arange(column_offset + columns.start, column_offset + columns.stop, device=device)
+    return matrix(rows, columns, seed, stream)
 
 
 def _project(matrix, grads, proj_dim, seed, stream, column_offset, scale):
-    """Y = scale * G M^T, M generated a block of columns at a time, summed in float64."""
-    rows = torch.arange(proj_dim, device=grads.device)
+    """Y = scale * G M^T, M generated a block at a time, summed in float64."""
     out = torch.zeros(grads.shape[0], proj_dim, dtype=torch.float64, device=grads.device)  # [B, D]
-    for start, stop in _blocks(grads.shape[1], proj_dim):
-        columns = torch.arange(column_offset + start, column_offset + stop, device=grads.device)
-        out += grads[:, start:stop].to(torch.float64) @ matrix(rows, columns, seed, stream).T
+    for columns, rows in _blocks(grads.shape[1], proj_dim):
+        block = _block(matrix, columns, rows, seed, stream, column_offset, grads.device)
+        out[:, rows] += grads[:, columns].to(torch.float64) @ block.T
     return (out * scale).to(torch.float64 if grads.dtype == torch.float64 else torch.float32)
 
 
 def _project_transpose(matrix, coefficients, num_columns, seed, stream, column_offset, scale):
     """X = scale * C M, the adjoint of :func:`_project`."""
-    device, proj_dim = coefficients.device, coefficients.shape[1]
-    rows = torch.arange(proj_dim, device=device)
     dtype = torch.float64 if coefficients.dtype == torch.float64 else torch.float32
-    out = torch.empty(coefficients.shape[0], num_columns, dtype=dtype, device=device)  # [B, P]
-    for start, stop in _blocks(num_columns, proj_dim):
-        columns = torch.arange(column_offset + start, column_offset + stop, device=device)
-        block = matrix(rows, columns, seed, stream).to(dtype)  # [D, block]
-        out[:, start:stop] = coefficients.to(dtype) @ block * scale
-    return out
+    shape = (coefficients.shape[0], num_columns)  # [B, P]
+    out = torch.zeros(shape, dtype=dtype, device=coefficients.device)
+    for columns, rows in _blocks(num_columns, coefficients.shape[1]):
+        block = _block(matrix, columns, rows, seed, stream, column_offset, coefficients.device).to(dtype)
+        out[:, columns] += coefficients[:, rows].to(dtype) @ block
+    return out.mul_(scale)

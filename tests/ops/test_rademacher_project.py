@@ -1,5 +1,7 @@
 """The sign projection: known answers, every backend against the definition, and the properties it promises."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -261,6 +263,24 @@ def test_vmap():
     assert torch.equal(out, torch.stack([rademacher_project(g, 6) for g in x]))
     out = torch.func.vmap(lambda g: rademacher_project(g, 6), in_dims=2)(x.movedim(0, 2))
     assert torch.equal(out, torch.stack([rademacher_project(g, 6) for g in x]))
+
+
+def test_reference_and_transpose_hold_little_of_the_matrix(monkeypatch):
+    """At most 2^20 entries at a time, however many rows there are; the documentation's bound on memory rests on it."""
+    module, entries = sys.modules["pyattr.reference.rademacher_project"], []
+
+    def watched(rows, columns, seed, stream, original=module.sign_matrix):
+        entries.append(len(rows) * len(columns))
+        return original(rows, columns, seed, stream)
+
+    monkeypatch.setattr(module, "sign_matrix", watched)
+    grads = torch.randn(2, 300, dtype=torch.float64, requires_grad=True)
+    out = rademacher_project(grads, 20_000, seed=1, column_offset=5, scale=0.5)
+    (bar,) = torch.autograd.grad(out, grads, out)
+    assert max(entries) <= 2**20 and sum(entries) == 2 * 20_000 * 300
+    signs = sign_matrix(range(20_000), range(5, 305), 1).double()
+    torch.testing.assert_close(out, 0.5 * grads @ signs.T)
+    torch.testing.assert_close(bar, 0.5 * out @ signs)
 
 
 # Arrays and errors
