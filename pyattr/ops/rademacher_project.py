@@ -33,12 +33,12 @@ def rademacher_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, sc
         backend: "reference", "cpu", "cuda", "triton", or None for the first usable.
 
     Returns:
-        [B, D] float32 (float64 for float64 input), of the kind and on the device of ``grads``. On cpu, cuda and
-        triton the bits of a row do not depend on the thread count, on the other rows, or on the run; the CPU gives the same
-        bits at every SIMD level. The reference and the transpose end in a library's matmul, whose bits may. Rounding is at most ``(523 + P / 32768) * 2^-24 * |scale| * sum_p |grads[b, p]|`` on the CPU (the longest
-        chain of sums); every backend is tested to 2^-17 of that sum against the float64 definition, the CPU to 2^-21.
-        NaN and inf propagate to the whole row. Differentiable in both modes and any order,
-        also under torch.compile.
+        [B, D] float32 (float64 for float64 input), of the kind and on the device of ``grads``. On cpu, cuda and triton the bits
+        of a row do not depend on the thread count, on the other rows, or on the run; the CPU gives the same bits at every SIMD
+        level. The reference and the transpose end in a library's matmul, whose bits may. Rounding is at most
+        ``(523 + P / 32768) * 2^-24 * |scale| * sum_p |grads[b, p]|`` on the CPU (the longest chain of sums); every backend is
+        tested to 2^-17 of that sum against the float64 definition, the CPU to 2^-21. NaN and inf propagate to the whole row.
+        Differentiable in both modes and any order, also under torch.compile.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
