@@ -12,6 +12,21 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
+def generator(folder: Path, ninja: str | None) -> list[str]:
+    """CMake's options for the tool that builds in a folder: Ninja where there is one, unless another began there.
+
+    An isolated build's Ninja is gone afterwards, so the next one must name its own.
+    """
+    cache = folder / "CMakeCache.txt"
+    began = cache.exists() and "CMAKE_GENERATOR:INTERNAL=Ninja" in cache.read_text(encoding="utf8")
+    if ninja and (began or not cache.exists()):
+        return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    if began:  # there is no Ninja any more: begin again with what there is
+        cache.unlink()
+        shutil.rmtree(folder / "CMakeFiles")
+    return []
+
+
 class CMakeBuild(build_ext):
     """One CMake configure and build per extension; object files stay in build/ so that a rebuild is incremental."""
 
@@ -27,8 +42,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
         ]  # fmt: skip
-        if shutil.which("ninja") and not (folder / "CMakeCache.txt").exists():
-            configure += ["-G", "Ninja"]
+        configure += generator(folder, shutil.which("ninja"))
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(folder), "--parallel", jobs, "--target", "_C"], check=True)
@@ -39,10 +53,11 @@ class CMakeBuild(build_ext):
         os.replace(temporary, destination / built.name)  # a running process keeps the old file
 
 
-setup(
-    packages=[*find_namespace_packages(include=["pyattr", "pyattr.*"]), "pyattr.triton_kernels"],
-    package_dir={"pyattr.triton_kernels": "triton_kernels"},
-    package_data={"pyattr.report.templates": ["*"]},
-    ext_modules=[Extension("pyattr._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-)
+if __name__ == "__main__":
+    setup(
+        packages=[*find_namespace_packages(include=["pyattr", "pyattr.*"]), "pyattr.triton_kernels"],
+        package_dir={"pyattr.triton_kernels": "triton_kernels"},
+        package_data={"pyattr.report.templates": ["*"]},
+        ext_modules=[Extension("pyattr._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+    )
