@@ -1,7 +1,9 @@
 """What gets installed, and what works without the rest: wheel, editable install, plain CMake, missing parts."""
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # cmake and ninja come as Python packages; they lie beside the interpreter.
 TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+NVCC = shutil.which("nvcc")
 
 
 def run(*command, cwd, environment=None, check=True):
@@ -242,3 +245,80 @@ def test_cuda_setting_without_nvcc(setting, fails, tmp_path):
     else:
         assert "pyattr: CUDA kernels OFF" in said
     assert (done.returncode != 0) == fails
+
+
+@pytest.mark.parametrize(
+    ("version", "architectures"),
+    [
+        ("11.8", ""),
+        ("12.0", "80;86-real;89-real;90a-real"),
+        ("12.6.3", "80;86-real;89-real;90a-real"),
+        ("12.8", "80;86-real;89-real;90a-real;120"),
+        ("13.0", "80;86-real;89-real;90a-real;120"),
+    ],
+)
+def test_architectures_are_those_that_nvcc_knows(version, architectures, tmp_path):
+    script = tmp_path / "script.cmake"
+    script.write_text(
+        f'include("{ROOT}/csrc/cuda/architectures.cmake")\npyattr_cuda_architectures({version} found)\n'
+        'message(STATUS "found <${found}>")\n'
+    )
+    assert f"found <{architectures}>" in run("cmake", "-P", script, cwd=tmp_path)
+
+
+@pytest.mark.skipif(not NVCC, reason="no nvcc on PATH")
+@pytest.mark.parametrize(("setting", "fails"), [("on", True), ("auto", False)])
+def test_cuda_setting_with_an_old_nvcc(setting, fails, tmp_path):
+    old = tmp_path / "nvcc"
+    old.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "Cuda compilation tools, release 11.8" || exec {NVCC} "$@"\n'
+    )
+    old.chmod(0o755)
+    command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", f"-DPYATTR_CUDA={setting}"]
+    command.append(f"-DPython_EXECUTABLE={sys.executable}")
+    done = run(*command, cwd=tmp_path, environment={"CUDACXX": str(old)}, check=False)
+    said = " ".join(done.stdout.split())
+    assert "is of CUDA 11.8, 12.0 is the oldest that will do" in said
+    assert ("pyattr: CUDA kernels OFF" in said) != fails and (done.returncode != 0) == fails
+
+
+# Isolated builds: pip makes a new environment for each, and throws it away.
+
+
+def load_setup():
+    spec = importlib.util.spec_from_file_location("setup_of_pyattr", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_build_goes_on_with_another_ninja_or_none(tmp_path):
+    generator = load_setup().generator
+    ninja = shutil.which("ninja", path=TOOLS)
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.22)\nproject(x NONE)\nadd_custom_target(all_of_it ALL)\n"
+    )
+    for number in range(2):
+        environment = tmp_path / f"environment{number}"
+        environment.mkdir()
+        options = generator(tmp_path / "build", shutil.copy(ninja, environment / "ninja"))
+        run("cmake", "-S", tmp_path, "-B", tmp_path / "build", *options, cwd=tmp_path)
+        run("cmake", "--build", tmp_path / "build", cwd=tmp_path)
+        shutil.rmtree(environment)
+    assert generator(tmp_path / "build", None) == []
+    assert not (tmp_path / "build" / "CMakeCache.txt").exists()
+    run("cmake", "-S", tmp_path, "-B", tmp_path / "build", "-G", "Unix Makefiles", cwd=tmp_path)
+    assert generator(tmp_path / "build", ninja) == []  # what make began, make ends
+
+
+def test_a_pybind11_that_is_gone_is_looked_for_again(tmp_path):
+    command = [
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        tmp_path / "build",
+        "-DPYATTR_CUDA=off",
+        f"-Dpybind11_DIR={tmp_path / 'gone'}",
+    ]
+    run(*command, f"-DPython_EXECUTABLE={sys.executable}", cwd=tmp_path)
