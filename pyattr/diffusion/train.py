@@ -106,6 +106,7 @@ def train(
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        betas=betas,
         warmup=warmup,
         ema=ema,
         weighting=weighting,
@@ -168,6 +169,7 @@ def check_options(
     steps: int,
     batch_size: int,
     learning_rate: float,
+    betas: tuple[float, float],
     warmup: float,
     ema: float | None,
     weighting: str,
@@ -183,6 +185,8 @@ def check_options(
             raise ValueError(f"train: {name} must be at least 1, got {value}")
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"train: learning_rate must be positive, got {learning_rate}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"train: betas must be two numbers in [0, 1), got {betas}")
     if not 0 <= warmup <= 1:
         raise ValueError(f"train: warmup must lie in [0, 1], got {warmup}")
     if ema is not None and not 0 < ema < 1:
