@@ -11,7 +11,7 @@ from torch import nn
 
 from .presets import PatchUNet, diffusers
 from .schedule import Schedule
-from .storage import load_tensors, model_hash, save_tensors
+from .storage import load_record, load_tensors, model_hash, save_tensors
 
 
 def checkpoints(directory: str | os.PathLike) -> dict[int, Path]:
@@ -64,13 +64,53 @@ def build(described: dict) -> nn.Module:
     return diffusers().UNet2DModel.from_config(described["config"])
 
 
-def save_model(path: str | os.PathLike, model: nn.Module) -> None:
+def save_model(path: str | os.PathLike, model: nn.Module, *, schedule: Schedule | None = None) -> None:
     """Write a model's weights and architecture into one safetensors file, whole or not at all.
+
+    Args:
+        path: the file; its folder must exist.
+        schedule: the one that the model was trained with, kept for :func:`trained_with`.
 
     Extra memory: the weights once more.
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    save_tensors(path, tensors, {"kind": "model", "model": architecture(model)})
+    record = {"kind": "model", "model": architecture(model)}
+    if schedule is not None:
+        record["schedule"] = dataclasses.asdict(schedule)
+    save_tensors(path, tensors, record)
+
+
+def trained_with(path: str | os.PathLike) -> tuple[Schedule | None, str | None]:
+    """What a file or folder that :func:`load_model` reads says of its model's training.
+
+    Returns:
+        The schedule and the :func:`~pyattr.diffusion.storage.data_hash` of the images; None for what it does not say.
+
+    Raises:
+        FileNotFoundError, DamagedFileError, ValueError: see :func:`load_model`.
+    """
+    path = _newest(path)
+    record = _of_model(load_record(path), path)
+    settings = record.get("settings", {})
+    built_in = (record["model"] or {}).get("schedule")
+    schedule = settings.get("schedule") or record.get("schedule") or built_in
+    return schedule and Schedule(**schedule), settings.get("images")
+
+
+def _newest(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise FileNotFoundError(f"{path} holds no checkpoint: train a model into it first")
+    return found[max(found)]
+
+
+def _of_model(record: dict, path: Path) -> dict:
+    if record.get("kind") not in ("model", "checkpoint"):
+        raise ValueError(f"load_model: {path} does not hold a model")
+    return record
 
 
 def load_model(path: str | os.PathLike, *, average: bool = True, into: nn.Module | None = None) -> nn.Module:
@@ -91,15 +131,9 @@ def load_model(path: str | os.PathLike, *, average: bool = True, into: nn.Module
         ValueError: the file does not hold a model, or ``into`` is missing.
         ImportError: diffusers is needed and missing.
     """
-    path = Path(path)
-    if path.is_dir():
-        found = checkpoints(path)
-        if not found:
-            raise FileNotFoundError(f"{path} holds no checkpoint: train a model into it first")
-        path = found[max(found)]
+    path = _newest(path)
     tensors, record = load_tensors(path)
-    if record.get("kind") not in ("model", "checkpoint"):
-        raise ValueError(f"load_model: {path} does not hold a model")
+    _of_model(record, path)
     if into is None and record["model"] is None:
         raise ValueError(f"load_model: {path} does not say how to build its network: give one with into=")
     model = build(record["model"]) if into is None else into

@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 from pyattr.diffusion import DamagedFileError, Schedule, load_model, save_model, train, unet
-from pyattr.diffusion.checkpoint import architecture, identity
+from pyattr.diffusion.checkpoint import architecture, identity, trained_with
 from pyattr.diffusion.presets import PatchUNet
-from pyattr.diffusion.storage import differences, load_tensors, model_hash, save_tensors
+from pyattr.diffusion.storage import data_hash, differences, load_tensors, model_hash, save_tensors
 
 
 def assert_same_weights(a, b):
@@ -42,6 +42,21 @@ def test_folder_gives_its_newest_checkpoint(tmp_path, tiny_unet, images, schedul
     assert_same_weights(load_model(tmp_path), result.model)
     with pytest.raises(FileNotFoundError, match="holds no checkpoint: train a model into it first"):
         load_model(tmp_path.parent / "empty" if (tmp_path.parent / "empty").mkdir() is None else "")
+
+
+def test_a_file_says_what_its_model_was_trained_with(tmp_path, tiny_net, images):
+    schedule = Schedule(50, 1e-3, 0.1)
+    train(tiny_net(), images, schedule=schedule, steps=1, checkpoint_directory=tmp_path / "run")
+    assert trained_with(tmp_path / "run") == (schedule, data_hash(images))
+    save_model(tmp_path / "m.safetensors", tiny_net())
+    assert trained_with(tmp_path / "m.safetensors") == (None, None)
+    save_model(tmp_path / "m.safetensors", tiny_net(), schedule=schedule)
+    assert trained_with(tmp_path / "m.safetensors") == (schedule, None)
+    save_model(tmp_path / "m.safetensors", unet("mnist-small", size=8, schedule=schedule))
+    assert trained_with(tmp_path / "m.safetensors") == (schedule, None)
+    save_tensors(tmp_path / "other.safetensors", {"a": torch.zeros(1)}, {"kind": "samples"})
+    with pytest.raises(ValueError, match="does not hold a model"):
+        trained_with(tmp_path / "other.safetensors")
 
 
 def test_what_is_not_a_model_is_refused(tmp_path):
