@@ -109,6 +109,7 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = TRAIN.steps,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a step.")] = TRAIN.batch_size,
     learning_rate: Annotated[float, typer.Option(help="Its peak, after the warmup.")] = TRAIN.learning_rate,
+    betas: Annotated[tuple[float, float], typer.Option(help="AdamW's two averages' decays.")] = TRAIN.betas,
     warmup: Annotated[float, typer.Option(min=0, max=1, help="Part of the steps over which it rises.")] = TRAIN.warmup,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror images at random.")] = TRAIN.flip,
     dropout: Annotated[float, typer.Option(min=0, max=1, help="In every residual block.")] = TRAIN.dropout,
@@ -128,6 +129,7 @@ def train(
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        betas=betas,
         warmup=warmup,
         flip=flip,
         dropout=dropout,
@@ -198,6 +200,8 @@ def attribute(
     for name in method:
         if name not in METHODS:
             raise typer.BadParameter(f"must be one of {', '.join(METHODS)}, got {name}", param_hint="--method")
+    if data is None and (size or limit):
+        raise typer.BadParameter("--size and --limit say how to read it: give it as well", param_hint="--data")
     options = [
         ScoreOptions(
             method=name,

@@ -24,6 +24,7 @@ class TrainOptions:
     steps: int = 2000
     batch_size: int = 128
     learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.95, 0.999)
     warmup: float = 0.1
     flip: bool = False
     dropout: float = 0.0

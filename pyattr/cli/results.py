@@ -15,7 +15,7 @@ from .. import __version__
 from ..datasets import ImageDataset
 from ..report import Attribution, Report, shown_count, strongest, write
 from .options import METHODS
-from .stages import SCHEDULE, Queries, Scoring, Step, shape_text, write_npz
+from .stages import Queries, Scoring, Step, shape_text, write_npz
 
 TOP = 10
 # weighting of the training loss -> name for people
@@ -95,6 +95,7 @@ def settings_of(
             ],
         )
     ]
+    schedule = scorings[0].schedule
     for step in steps:
         chosen = step.stage.settings
         if step.stage.name == "train":
@@ -103,6 +104,7 @@ def settings_of(
             pairs = [
                 ("network", f"{chosen['network']}, {step.stage.record['parameters']:,} parameters"),
                 ("steps × batch", f"{chosen['steps']:,} × {chosen['batch_size']}"),
+                ("AdamW's betas", "{:g}, {:g}".format(*chosen["betas"])),
                 ("learning rate", warmup),
                 ("loss", LOSSES[chosen["weighting"]]),
                 ("weights", weights),
@@ -118,8 +120,8 @@ def settings_of(
         (
             "Diffusion",
             [
-                ("timesteps", f"{SCHEDULE.num_timesteps:,}"),
-                ("betas", f"linear, {SCHEDULE.beta_start:g} to {SCHEDULE.beta_end:g}"),
+                ("timesteps", f"{schedule.num_timesteps:,}"),
+                ("betas", f"linear, {schedule.beta_start:g} to {schedule.beta_end:g}"),
             ],
         )
     )
@@ -127,10 +129,10 @@ def settings_of(
         if scoring.features is None:
             continue
         o, found = scoring.options, scoring.found()
-        times = scoring.timesteps()
+        times = scoring.timesteps
         shown = ", ".join(map(str, times[:4])) + (f", … {times[-1]}" if len(times) > 4 else "")
         pairs = [
-            ("timesteps", f"{o.num_timesteps} of {SCHEDULE.num_timesteps:,}, {o.strategy}: {shown}"),
+            ("timesteps", f"{o.num_timesteps} of {schedule.num_timesteps:,}, {o.strategy}: {shown}"),
             ("projection", f"random signs, to {o.proj_dim:,} numbers, seed {o.seed}"),
             ("lambda", f"{found['lambda']:.4g}, {'chosen automatically' if o.lambda_ is None else 'given'}"),
             ("effective dimension", f"{found['effective dimension']:.0f} of {min(o.proj_dim, len(data)):,}"),
@@ -152,8 +154,8 @@ def caveats_of(scorings: Sequence[Scoring]) -> list[str]:
     if main.features is not None:
         o = main.options
         told.append(
-            f"{main.name} averages gradients over {o.num_timesteps} of {SCHEDULE.num_timesteps:,} timesteps with one noise "
-            "draw each; published results use 10 to 1,000. More timesteps make the scores steadier."
+            f"{main.name} averages gradients over {o.num_timesteps} of {main.schedule.num_timesteps:,} timesteps with one "
+            "noise draw each; published results use 10 to 1,000. More timesteps make the scores steadier."
         )
         if o.lambda_ is None:
             told.append(
@@ -177,7 +179,7 @@ def settings_dict(data: ImageDataset, steps: Sequence[Step], scorings: Sequence[
     settings = {
         "pyattr": __version__,
         "data": {"source": data.name, "images": len(data), "sha256": data.fingerprint()},
-        "schedule": dataclasses.asdict(SCHEDULE),
+        "schedule": dataclasses.asdict(scorings[0].schedule),
         "methods": [
             {"name": METHODS[scoring.options.method], **dataclasses.asdict(scoring.options), **scoring.found()}
             for scoring in scorings

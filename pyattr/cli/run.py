@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import report
-from ..datasets import ImageDataset
+from ..datasets import DataError, ImageDataset
 from ..report.page import seconds_text
 from .display import Display
 from .options import DataOptions, Machine, SampleOptions, ScoreOptions, TrainOptions
@@ -30,8 +30,16 @@ from .stages import (
     queries_of_samples,
     shape_text,
 )
-from .workspace import Workspace, WorkspaceError
+from .workspace import Stage, Workspace, WorkspaceError
 
+# Checkpoint.trained_on of the scored images -> what there is to say of them
+OTHER_IMAGES = {
+    True: [],
+    False: [
+        "The scored images are not those that the model was trained on, so the scores cannot tell what made the model."
+    ],
+    None: ["The model’s file does not say on which images it was trained; whether on these, nobody checked."],
+}
 PAGE_BYTES = 20e6  # room for the report and the scores' settings, generously
 
 
@@ -66,7 +74,7 @@ class Session:
         for number, step in enumerate(steps, 1):
             table.add_row(f"{number}/{len(steps)}", step.title, step.detail, Text(step.status, "dim"))
         self.display.console.print(table)
-        size = sum(step.size for step in steps if not step.stage.finished)
+        size = sum(max(0, step.size - step.stage.written) for step in steps if not step.stage.finished)
         self.workspace.need_space(int(size + PAGE_BYTES), "what is to be done")
 
     def begin(self, step: Step, label: str = "") -> None:
@@ -179,7 +187,7 @@ def generate(out: Path, checkpoint: Path | None, options: SampleOptions, machine
     with session(out, machine) as work:
         model_at, _ = _model(work.workspace, checkpoint)
         model = model_at.run(work.device)
-        sampling = Sampling(work.workspace, model_at.key, _shape_of(model), options)
+        sampling = Sampling(work.workspace, model_at.key, _shape_of(model), options, model_at.schedule)
         work.plan([sampling])
         work.generate(sampling, model)
         work.display.say(f"done; images  {sampling.stage.folder}")
@@ -206,32 +214,44 @@ def attribute(
             raise WorkspaceError(
                 f"no images of this model in {out} to attribute: give --queries, or run `pyattr generate --out {out}` first"
             )
-        if data is None:
-            remembered = work.workspace.recall("data")
-            if not remembered:
-                raise WorkspaceError("the training images are not known: give --data")
-            data = DataOptions(**remembered)
-        images = work.load(data)
+        images, caveats = _training_images(work, data, model_at)
         model = model_at.run(work.device)
+        shape = _shape_of(model)
+        if images.shape != shape:
+            fits = images.shape[0] == shape[0] and shape[1] == shape[2]
+            raise DataError(
+                f"data: the images are {shape_text(images.shape)} and those of the model {shape_text(shape)}: "
+                + (f"give --size {shape[1]}, or " if fits else "give ")
+                + "the images that it was trained on"
+            )
+        scorings = [Scoring(work.workspace, model_at.key, images, each, model_at.schedule) for each in options]
         earlier = [Step("Training", "", trained, 0)] if trained is not None else []
         if queries is None:
             # Reads what lies there; the images of an earlier `generate` are not made again.
             settings = {name: generated.settings[name] for name in SampleOptions.__dataclass_fields__}
-            sampling = Sampling(work.workspace, model_at.key, images.shape, SampleOptions(**settings))
+            sampling = Sampling(work.workspace, model_at.key, shape, SampleOptions(**settings), model_at.schedule)
             asked = queries_of_samples(sampling.run(model, work.display), sampling.stage.key)
             earlier.append(sampling)
         else:
-            size = images.shape[1] if images.shape[1] == images.shape[2] else None
+            size = shape[1] if shape[1] == shape[2] else None
             asked = queries_of_data(work.load(dataclasses.replace(queries, size=size)), images)
-        scorings = [Scoring(work.workspace, model_at.key, images, each) for each in options]
         work.plan([step for scoring in scorings for step in scoring.plan(asked.key, len(asked.images))])
         attributions = [work.score(scoring, model, asked) for scoring in scorings]
-        title = "Which training images made these images?"
-        work.finish(title, images, asked, scorings, attributions, earlier=earlier, top=top, page=page)
+        work.finish(
+            "Which training images made these images?",
+            images,
+            asked,
+            scorings,
+            attributions,
+            earlier=earlier,
+            top=top,
+            page=page,
+            caveats=caveats,
+        )
 
 
-def _model(workspace: Workspace, checkpoint: Path | None):
-    """The checkpoint asked for or the one trained in the folder, and the stage that trained it where that is known."""
+def _model(workspace: Workspace, checkpoint: Path | None) -> tuple[Checkpoint, Stage | None]:
+    """The checkpoint asked for or the one trained in the folder, and in the latter case the stage that trained it."""
     if checkpoint is not None:
         return Checkpoint(checkpoint), None
     trained = workspace.existing(workspace.recall("train").get("stage", "."))
@@ -241,6 +261,31 @@ def _model(workspace: Workspace, checkpoint: Path | None):
             "or give --checkpoint"
         )
     return Checkpoint(trained.folder, trained.key), trained
+
+
+def _training_images(work: Session, given: DataOptions | None, model: Checkpoint) -> tuple[ImageDataset, list[str]]:
+    """The images to score, by default those that the model was trained on, and what the report must say of them.
+
+    Raises:
+        WorkspaceError: none are given, and those of the model are not known or not there any more.
+    """
+    if given is not None:
+        images = work.load(given)
+        told = OTHER_IMAGES[model.trained_on(images)]
+        for line in told:
+            work.display.say(line)
+        return images, told
+    remembered = work.workspace.recall("data")
+    home = work.workspace.folder / work.workspace.recall("train").get("stage", ".")
+    if not remembered or model.file.resolve().parent != home.resolve():
+        raise WorkspaceError(f"the training images of {model.path} are not known: give --data")
+    images = work.load(DataOptions(**remembered))
+    if not model.trained_on(images):
+        raise WorkspaceError(
+            f"{remembered['source']} has changed since the model was trained on it: "
+            "train again, put the images back, or give --data to score the images as they are now"
+        )
+    return images, []
 
 
 def _shape_of(model: torch.nn.Module) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import zipfile
 from collections.abc import Callable
@@ -20,7 +21,11 @@ from torch import nn
 from .. import attribution, diffusion
 from ..attribution.kernel import effective_dimension
 from ..datasets import DataError, ImageDataset, load
+from ..diffusion.checkpoint import trained_with
 from ..diffusion.features import FeatureMap
+from ..diffusion.sampling import check_options as check_sampling
+from ..diffusion.storage import data_hash
+from ..diffusion.train import check_options as check_training
 from ..files import whole_file
 from ..report import Attribution, Timing
 from .display import Display
@@ -28,7 +33,6 @@ from .options import METHODS, DataOptions, SampleOptions, ScoreOptions, TrainOpt
 from .workspace import Stage, Workspace, WorkspaceError
 
 SCHEDULE = diffusion.Schedule()  # of every model made here
-
 
 SUMMARIES = {
     "dtrak": "Compares gradients of the squared norm of the model’s noise prediction, averaged over timesteps, projected "
@@ -96,6 +100,7 @@ class Training(Step):
                 f"the network {options.network} needs square images whose side is a multiple of {divisor}, "
                 f"got {height}x{width}: give --size {fitting}"
             )
+        check_training(**{name: value for name, value in self._options().items() if name != "flip"})
         with torch.device("meta"):  # only to count, and to fail before the work
             self.parameters = sum(p.numel() for p in self._network().parameters())
         settings = {"data": data.fingerprint(), "schedule": dataclasses.asdict(SCHEDULE), **dataclasses.asdict(options)}
@@ -103,9 +108,14 @@ class Training(Step):
             "Training",
             f"{options.network} ({self.parameters:,} parameters), {options.steps:,} steps of {options.batch_size} images",
             workspace.stage("train", settings),
-            # Weights, two moments and perhaps an average, in two checkpoints and the one being written.
-            3 * 4 * self.parameters * (3 if options.ema is None else 4),
+            # Weights, two moments and perhaps an average, in two checkpoints, the state since, and the one being written.
+            4 * 4 * self.parameters * (3 if options.ema is None else 4),
         )
+
+    def _options(self) -> dict[str, Any]:
+        """Those of :func:`pyattr.diffusion.train`."""
+        options = dataclasses.asdict(self.options)
+        return {name: value for name, value in options.items() if name not in ("network", "dropout")}
 
     def _network(self) -> nn.Module:
         options, (channels, size, _) = self.options, self.data.shape
@@ -113,9 +123,6 @@ class Training(Step):
 
     def run(self, display: Display, device: torch.device) -> nn.Module:
         """The trained model."""
-        options = dataclasses.asdict(self.options)
-        for name in ("network", "dropout"):
-            del options[name]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.options.seed)
             model = self._network().to(device)
@@ -126,7 +133,7 @@ class Training(Step):
                 schedule=SCHEDULE,
                 checkpoint_directory=self.stage.folder,
                 progress=display.progress,
-                **options,
+                **self._options(),
             )
             notes["parameters"] = self.parameters
             # Two hundred means are enough to draw the curve.
@@ -141,35 +148,63 @@ class Checkpoint:
         path: the file or folder.
         key: what tells this model from others; by default a hash of the file.
 
+    Attributes:
+        file: the checkpoint itself, the newest of a folder.
+        schedule: the one that the model was trained with.
+
     Raises:
-        WorkspaceError: there is none.
+        WorkspaceError: there is none, or it does not say how its model was trained.
+        DamagedFileError, ValueError: it is not a model's.
     """
 
     def __init__(self, path: str | os.PathLike, key: str | None = None):
         self.path = Path(path)
         found = diffusion.checkpoints(self.path) if self.path.is_dir() else {0: self.path}
-        file = found[max(found)] if found else self.path
-        if not file.is_file():
+        self.file = found[max(found)] if found else self.path
+        if not self.file.is_file():
             raise WorkspaceError(
                 f"no checkpoint at {self.path}: give a file or folder that `pyattr train` wrote, or train a model first"
             )
-        self.key = key or sha256(file)
+        self.schedule, self._images = trained_with(self.file)
+        if self.schedule is None:
+            raise WorkspaceError(
+                f"{self.file} does not say with which noise schedule its model was trained: "
+                "write it again by pyattr.diffusion.save_model(path, model, schedule=...)"
+            )
+        self.key = key or sha256(self.file)
+
+    def trained_on(self, data: ImageDataset) -> bool | None:
+        """Whether the model was trained on just these images; None when the file does not say."""
+        return None if self._images is None else self._images == data_hash(torch.from_numpy(data.images))
 
     def run(self, device: torch.device) -> nn.Module:
         """The model."""
-        return diffusion.load_model(self.path).to(device)
+        return diffusion.load_model(self.file).to(device)
 
 
 class Sampling(Step):
-    """Generates images from a model, or finds them generated."""
+    """Generates images from a model, or finds them generated.
 
-    def __init__(self, workspace: Workspace, model_key: str, shape: tuple[int, int, int], options: SampleOptions):
-        self.options, self.shape = options, shape
+    Raises:
+        ValueError: an option is not possible.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        model_key: str,
+        shape: tuple[int, int, int],
+        options: SampleOptions,
+        schedule: diffusion.Schedule = SCHEDULE,
+    ):
+        self.options, self.shape, self.schedule = options, shape, schedule
+        chosen = dataclasses.asdict(options)
+        check_sampling(schedule, **{name: value for name, value in chosen.items() if name != "num_images"})
         settings = {
             "model": model_key,
             "shape": shape,
-            "schedule": dataclasses.asdict(SCHEDULE),
-            **dataclasses.asdict(options),
+            "schedule": dataclasses.asdict(schedule),
+            **chosen,
         }
         numbers = options.num_images * int(np.prod(shape))
         noises = options.steps if options.method == "ddpm" or options.eta else 1
@@ -185,10 +220,18 @@ class Sampling(Step):
         options = dataclasses.asdict(self.options)
         with self.working():
             samples = diffusion.sample(
-                model, SCHEDULE, shape=self.shape, directory=self.stage.folder, progress=display.progress, **options
+                model,
+                self.schedule,
+                shape=self.shape,
+                directory=self.stage.folder,
+                progress=display.progress,
+                **options,
             )
             for number, pixels in zip(samples.ids.tolist(), samples.uint8().numpy(), strict=True):
-                with whole_file(self.stage.folder / f"image-{number:05d}.png") as stream:
+                path = self.stage.folder / f"image-{number:05d}.png"
+                if path.exists():
+                    continue
+                with whole_file(path) as stream:
                     picture = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
                     Image.fromarray(picture).save(stream, "PNG")
         return samples
@@ -231,13 +274,34 @@ def queries_of_data(data: ImageDataset, train: ImageDataset) -> Queries:
 
 
 class Scoring:
-    """Scores every training image for every query by one method: features that any query can use, then scores."""
+    """Scores every training image for every query by one method: features that any query can use, then scores.
 
-    def __init__(self, workspace: Workspace, model_key: str, data: ImageDataset, options: ScoreOptions):
-        self.workspace, self.data, self.options = workspace, data, options
+    Attributes:
+        timesteps: those that the gradients are averaged over.
+
+    Raises:
+        ValueError: an option is not possible.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        model_key: str,
+        data: ImageDataset,
+        options: ScoreOptions,
+        schedule: diffusion.Schedule = SCHEDULE,
+    ):
+        self.workspace, self.data, self.options, self.schedule = workspace, data, options, schedule
         self.name = METHODS[options.method]
-        shared = {"model": model_key, "data": data.fingerprint(), "schedule": dataclasses.asdict(SCHEDULE)}
-        settings = {name: value for name, value in dataclasses.asdict(options).items() if name != "lambda_"}
+        chosen = {name: getattr(options, name) for name in ("num_timesteps", "strategy", "proj_dim", "seed")}
+        self.timesteps = FeatureMap(schedule, **chosen).timesteps().tolist()
+        if options.lambda_ is not None and not 0 < options.lambda_ < math.inf:
+            raise ValueError(f"attribute: lambda must be positive and finite, got {options.lambda_}")
+        shared = {"model": model_key, "data": data.fingerprint(), "schedule": dataclasses.asdict(schedule)}
+        # Lambda changes no feature, and memory no result but by rounding.
+        settings = {
+            name: value for name, value in dataclasses.asdict(options).items() if name not in ("lambda_", "memory")
+        }
         self.base = {**shared, **settings} if options.method != "pixels" else {"data": data.fingerprint()}
         self.features: Step | None = None
         if options.method != "pixels":
@@ -285,18 +349,13 @@ class Scoring:
     def _fit(self, model: nn.Module, display: Display) -> attribution.TRAK:
         kind = {"dtrak": attribution.DTRAK, "trak": attribution.TRAK}[self.options.method]
         options = {name: value for name, value in dataclasses.asdict(self.options).items() if name != "method"}
-        method = kind(model, SCHEDULE, directory=self.features.stage.folder, progress=display.progress, **options)
+        method = kind(model, self.schedule, directory=self.features.stage.folder, progress=display.progress, **options)
         return method.fit(torch.from_numpy(self.data.images))
 
     def found(self) -> dict[str, float]:
         """What the finished scores were computed with: lambda and the effective dimension; nothing for a baseline."""
         record = self.step.stage.record
         return {name: record[name] for name in ("lambda", "effective dimension") if name in record}
-
-    def timesteps(self) -> list[int]:
-        """Those that the gradients are averaged over."""
-        options = self.options
-        return FeatureMap(SCHEDULE, num_timesteps=options.num_timesteps, strategy=options.strategy).timesteps().tolist()
 
 
 def pixel_cosine(queries: np.ndarray, images: np.ndarray) -> np.ndarray:

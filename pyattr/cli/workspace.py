@@ -145,6 +145,11 @@ class Stage:
         """Whether an earlier run left part of it."""
         return not self.finished and self.folder.is_dir()
 
+    @property
+    def written(self) -> int:
+        """Bytes of the files that lie in it."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
     @contextlib.contextmanager
     def work(self, clock: Callable[[], float] = time.perf_counter) -> Iterator[dict[str, Any]]:
         """Do the stage inside a `with`; it is finished when the block ends without an exception.
