@@ -56,7 +56,7 @@ class Batch:
         """The batch as the user's loss expects it."""
         return tree_unflatten(self._leaves, self._structure)
 
-    def __getitem__(self, samples: slice) -> "Batch":
+    def __getitem__(self, samples: slice | list[int]) -> "Batch":
         return self.with_tensors([leaf[samples] for leaf in self.tensors])
 
     def copy(self) -> "Batch":

@@ -46,6 +46,14 @@ class NotSeparable(Exception):
         self.names, self.reason = names, reason
 
 
+class NotSeen(Exception):
+    """Errors reach a layer where they were zero when its rows were told apart; ``sample`` is one of those they reach."""
+
+    def __init__(self, site: Site, rows: int, sample: int):
+        super().__init__(site.name)
+        self.site, self.rows, self.sample = site, rows, sample
+
+
 def find_sites(module: nn.Module, parameters: dict[str, nn.Parameter]) -> list[Site]:
     """The layers of a model that have a rule and at least one of the given parameters.
 
@@ -118,12 +126,7 @@ class Pass:
         self.calls = {site: 0 for site in self.sites}  # tapped calls of the forward pass
         self._backward = False
 
-    def forward(self, module: nn.Module, loss: Loss, batch: Batch) -> Tensor:
-        """The forward pass alone, with its graph: the losses [B]."""
-        with torch.enable_grad(), self._hooks():
-            return check_values(loss(module, batch.tree()), self.batch_size)
-
-    def run(self, module: nn.Module, loss: Loss, batch: Batch, watch: list[Tensor], only_first=False):
+    def run(self, module: nn.Module, loss: Loss, batch: Batch, watch: list[Tensor], only_first=False, order=None):
         """Run the loss and its backward pass.
 
         Args:
@@ -132,6 +135,7 @@ class Pass:
             batch: B samples.
             watch: parameters to look for outside of the tapped calls.
             only_first: whether to differentiate the loss of the first sample alone.
+            order: an Order that first gets the errors of its weighted losses.
 
         Returns:
             The loss of each sample, [B] (the mean over T), and for each watched parameter its gradient, or None.
@@ -142,6 +146,11 @@ class Pass:
                 raise ValueError("gradients: loss must depend on the module's parameters, got a value without gradient")
             total = values[0] if only_first else values.sum()
             self._backward = True
+            if order is not None:
+                receive, self.receive = self.receive, order.note
+                weighted = (values * order.weights.to(values)).sum()
+                torch.autograd.grad(weighted, [self._anchor], allow_unused=True, retain_graph=True)
+                self.receive = receive
             # Autograd computes only what leads to these inputs: errors, and the watched parameters where they are used.
             _, *found = torch.autograd.grad(total, [self._anchor, *watch], allow_unused=True)
         return values.detach(), found

@@ -87,8 +87,8 @@ def vmap_gradients(
             grads, alone = vmap(grad_and_value(loss_of_one), in_dims=(None, 0))(parameters, batch.tensors)
     except RuntimeError as error:
         raise RuntimeError(
-            f"gradients: the parameters {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} have no rule, "
-            f"and torch.func cannot differentiate the model: {error}"
+            f"gradients: the parameters {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} need another "
+            f"way than the rules, and torch.func cannot differentiate the model: {error}"
         ) from error
     if values is not None:
         _check_alone(values, alone)

@@ -61,7 +61,7 @@ class _Whole:
 
     def from_rules(self, name: str, sources: Sources):
         parameter = self.parameters[name]
-        if any(pairs for _, _, pairs in sources):
+        if any(pairs for _, _, pairs in sources) and parameter.numel():
             grads = parameter.new_empty(self.batch_size, *parameter.shape, dtype=result_dtype(parameter))
             put_sources(sources, slice(0, parameter.shape[0]), grads)
             self.grads[name] = grads

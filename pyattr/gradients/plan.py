@@ -4,6 +4,10 @@ A rule needs to know which rows of a layer's input belong to which sample. Shape
 through the samples first or last, and a sequence-first layer has the samples in its second dimension. So the first two
 samples of a batch are run once, and only the first one's loss is differentiated: a layer is trusted if the second half
 of its rows gets exactly zero errors. Parameters of all other layers go through torch.func.
+
+Two things two samples may not tell. Where the first sample's errors are zero as well (below an output layer that starts
+at zero) nothing has been told apart: errors that come later make us look again, at a sample that they reach. And where
+shapes follow from values (``x[mask]``), other samples may be laid out otherwise: every batch is tested by itself.
 """
 
 from dataclasses import dataclass, field
@@ -14,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Batch
-from .capture import Gatherer, Loss, NotSeparable, Pass, Site, check_values, find_sites, trainable
+from .capture import Gatherer, Loss, NotSeen, NotSeparable, Pass, Site, check_values, find_sites, trainable
 from .fallback import announce, vmap_gradients
+from .look import LiveBytes, Order, ValueReads
 
 NO_RULE = "no rule"
 OUTSIDE = "used outside of its layer's call"
@@ -28,9 +33,10 @@ class Plan:
 
     rows: dict[str, set[int]] = field(default_factory=dict)  # site -> rows per sample, as seen; 0 where they are mixed
     slow: dict[str, str] = field(default_factory=dict)  # parameters for torch.func -> why
-    held: int = 0  # bytes per sample of the errors of layers that are called more than once
+    seen: set[tuple[str, int]] = field(default_factory=set)  # (site, rows) told apart by errors that are not zero
+    by_values: bool = False  # whether shapes or control flow may follow from the samples' values
     whole: str = ""  # why the rules hold for no layer at all
-    activations: tuple[int, int] | None = None  # bytes per sample, see Planner.activations
+    memory: tuple[int, int] | None = None  # bytes per sample, see Planner.memory
 
     def exclude(self, names, reason: str):
         for name in names:
@@ -58,7 +64,7 @@ class Planner:
         key = (code, batch.signature, min(batch.size, 2), shapes)
         self._new = key not in kept
         if self._new:
-            kept[key] = make_plan(module, self.parameters, loss, batch)
+            kept[key] = make_plan(module, self.parameters, loss, batch[:2])
         self.plan = kept[key]
 
     def run(self, batch: Batch, make_receiver):
@@ -78,39 +84,74 @@ class Planner:
             try:
                 self._attempt(batch, receiver)
                 return receiver
-            except NotSeparable as refusal:
-                if self._new:
-                    self.plan.exclude(refusal.names or self.parameters, refusal.reason)
-                else:  # the model or the loss has changed: look again before giving a layer up
-                    self._look_again(batch)
+            except (NotSeparable, NotSeen) as error:
+                refusal = error.with_traceback(None)  # lets go of the tensors of this attempt
+            del receiver
+            if isinstance(refusal, NotSeen):
+                self._look_again(batch[[refusal.sample, (refusal.sample + 1) % batch.size]])
+                if (refusal.site.name, refusal.rows) not in self.plan.seen:
+                    self._give_up(refusal.site.parameters.values(), ROWS)
+            elif self._new:
+                self._give_up(refusal.names or self.parameters, refusal.reason)
+            else:  # the model or the loss has changed: look again before giving a layer up
+                self._look_again(batch[:2])
 
-    def activations(self, batch: Batch) -> tuple[int, int]:
-        """Memory that the forward pass keeps for the backward pass: bytes per sample, of all and of the largest tensor.
+    def memory(self, batch: Batch) -> tuple[int, int]:
+        """Bytes per sample that the two passes take at their peak, and those of a layer's largest input or error.
 
-        Measured with two samples. Not known (zero) for a loss that uses torch.func itself, which allows no look inside.
+        Measured with two samples: activations, errors on their way and those that wait for another use of their
+        parameter, what a checkpoint computes again. Not known (zero) for a loss that uses torch.func itself, which
+        allows no look inside.
         """
-        if self.plan.activations is None and self.plan.whole:
-            self.plan.activations = (0, 0)
-        elif self.plan.activations is None:
-            sample = batch[:2].copy()
-            saved, sites = _SavedBytes(self.module), find_sites(self.module, self.parameters)
-            with _same_random_numbers(sample, self.parameters), saved:
-                Pass(sites, sample.size, lambda site, rows: True, None).forward(self.module, self.loss, sample)
-            self.plan.activations = (saved.total // sample.size, saved.largest // sample.size)
-        return self.plan.activations
+        if self.plan.memory is None and self.plan.whole:
+            self.plan.memory = (0, 0)
+        elif self.plan.memory is None:
+            sample, sites = batch[:2].copy(), self._sites()
+            largest = 0
 
-    def _look_again(self, batch: Batch):
-        self._new, found = True, make_plan(self.module, self.parameters, self.loss, batch)
-        for site, rows in self.plan.rows.items():
-            if 0 not in rows:
-                found.rows.setdefault(site, set()).update(rows)
-        vars(self.plan).update(vars(found))
+            def receive(site: Site, acts: Tensor | None, errs: Tensor):
+                nonlocal largest
+                largest = max(largest, errs.nbytes, 0 if acts is None else acts.nbytes)
+                gatherer.receive(site, acts, errs)
 
-    def _attempt(self, batch: Batch, receiver):
+            one_run = Pass(sites, sample.size, lambda site, rows: rows > 0, receive)
+            gatherer = Gatherer(sites, one_run.calls, lambda name, sources: None)
+            order = self._order(sample)
+            live = LiveBytes(self.module, sample.tensors)
+            with _same_random_numbers(sample, self.parameters), live:
+                one_run.run(self.module, self.loss, sample, [], order=order)
+            self.plan.memory = (live.peak // sample.size, largest // sample.size)
+        return self.plan.memory
+
+    def _sites(self) -> list[Site]:
+        """The layers whose rules are used."""
         sites = find_sites(self.module, self.parameters)
         for site in sites:
             site.parameters = {local: name for local, name in site.parameters.items() if name not in self.plan.slow}
-        sites = [site for site in sites if site.parameters]
+        return [site for site in sites if site.parameters]
+
+    def _order(self, batch: Batch) -> Order | None:
+        return Order(batch.size, batch.tensors[0].device) if self.plan.by_values and batch.size > 1 else None
+
+    def _give_up(self, names, reason: str):
+        self.plan.exclude(names, reason)
+        self.plan.memory = None
+
+    def _look_again(self, sample: Batch):
+        found = make_plan(self.module, self.parameters, self.loss, sample)
+        if self._new:  # what this batch has shown stays
+            for name, reason in self.plan.slow.items():
+                found.exclude([name], reason)
+        self._new = True
+        for site, rows in self.plan.rows.items():
+            if 0 not in rows:
+                found.rows.setdefault(site, set()).update(rows)
+        found.seen |= self.plan.seen
+        found.by_values |= self.plan.by_values
+        vars(self.plan).update(vars(found))
+
+    def _attempt(self, batch: Batch, receiver):
+        sites = self._sites()
         if self.plan.slow:
             announce(self.module, self.plan.slow)
         if sites:
@@ -123,15 +164,28 @@ class Planner:
                 receiver.from_tensor(name, grads.pop(name))
 
     def _from_rules(self, sites: list[Site], batch: Batch, receiver) -> Tensor:
+        order = self._order(batch)
+
         def admit(site: Site, rows: int) -> bool:
-            if rows == 0 or rows not in self.plan.rows.get(site.name, ()):
+            if rows == 0 or (batch.size > 1 and rows not in self.plan.rows.get(site.name, ())):
                 raise NotSeparable(list(site.parameters.values()), ROWS)
             return True
 
-        one_run = Pass(sites, batch.size, admit, lambda *pair: gatherer.receive(*pair))
+        def receive(site: Site, acts: Tensor | None, errs: Tensor):  # [B, K, ...] both
+            if batch.size > 1 and (site.name, errs.shape[1]) not in self.plan.seen:
+                reached = errs.nan_to_num().flatten(1).any(1)  # [B]
+                if reached.any():
+                    raise NotSeen(site, errs.shape[1], int(reached.nonzero()[0]))
+            if order is not None and not order.holds(site, errs):
+                raise NotSeparable(list(site.parameters.values()), ROWS)
+            gatherer.receive(site, acts, errs)
+
+        one_run = Pass(sites, batch.size, admit, receive)
         gatherer = Gatherer(sites, one_run.calls, receiver.from_rules)
         watch = sorted({name for site in sites for name in site.parameters.values()})
-        values, found = one_run.run(self.module, self.loss, batch, [self.parameters[name] for name in watch])
+        values, found = one_run.run(
+            self.module, self.loss, batch, [self.parameters[name] for name in watch], order=order
+        )
         outside = [name for name, grad in zip(watch, found, strict=True) if grad is not None]
         if outside:
             raise NotSeparable(outside, OUTSIDE)
@@ -139,14 +193,18 @@ class Planner:
         return values
 
 
-def make_plan(module: nn.Module, parameters: dict[str, nn.Parameter], loss: Loss, batch: Batch) -> Plan:
+def make_plan(module: nn.Module, parameters: dict[str, nn.Parameter], loss: Loss, sample: Batch) -> Plan:
     """Run one or two samples and look."""
     sites = find_sites(module, parameters)
     ruled = sorted({name for site in sites for name in site.parameters.values()})
     plan = Plan()
     plan.exclude([name for name in parameters if name not in ruled], NO_RULE)
-    sample = batch[:2].copy()
-    errors: dict[Site, int] = {}
+    sample, reads = sample.copy(), ValueReads()
+    silent: set[tuple[str, int]] = set()
+
+    def watched(module, tree):
+        with reads:
+            return loss(module, tree)
 
     def admit(site: Site, rows: int) -> bool:
         plan.rows.setdefault(site.name, set()).add(rows)
@@ -155,20 +213,22 @@ def make_plan(module: nn.Module, parameters: dict[str, nn.Parameter], loss: Loss
     def receive(site: Site, acts: Tensor | None, errs: Tensor):
         if errs[1:].nan_to_num().any():
             plan.rows[site.name].add(0)
-        errors[site] = errors.get(site, 0) + errs.nbytes // sample.size
+        if sample.size > 1:  # one sample alone has nothing that it could be mixed up with
+            (plan.seen if errs[0].nan_to_num().any() else silent).add((site.name, errs.shape[1]))
 
     one_run = Pass(sites, sample.size, admit, receive)
     with _same_random_numbers(sample, parameters):
         try:
-            _, found = one_run.run(module, loss, sample, [parameters[name] for name in ruled], only_first=True)
+            _, found = one_run.run(module, watched, sample, [parameters[name] for name in ruled], only_first=True)
         except NotSeparable as refusal:
             plan.whole = refusal.reason
             plan.exclude(parameters, refusal.reason)
             found = [None] * len(ruled)
+    plan.seen -= silent  # of the calls of a layer, each must have been told apart
+    plan.by_values = reads.found
     plan.exclude([name for name, grad in zip(ruled, found, strict=True) if grad is not None], OUTSIDE)
     mixed = [site for site in sites if 0 in plan.rows.get(site.name, ())]
     plan.exclude([name for site in mixed for name in site.parameters.values()], ROWS)
-    plan.held = sum(size for site, size in errors.items() if one_run.calls[site] > 1)
     return plan
 
 
@@ -176,32 +236,3 @@ def _same_random_numbers(sample: Batch, parameters: dict[str, nn.Parameter]):
     """A context that leaves the random state as it found it."""
     devices = {tensor.device for tensor in (*sample.tensors, *parameters.values()) if tensor.device.type == "cuda"}
     return torch.random.fork_rng(sorted(devices, key=str))
-
-
-class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the memory that autograd keeps: of each storage what is used of it, of the model's own tensors nothing."""
-
-    def __init__(self, module: nn.Module):
-        own = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
-        self._used: dict[int, tuple[int, set]] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                _, views = self._used.setdefault(storage.data_ptr(), (storage.nbytes(), set()))
-                views.add((tensor.storage_offset(), tensor.nbytes))
-            return tensor
-
-        super().__init__(pack, lambda tensor: tensor)
-
-    @property
-    def _sizes(self) -> list[int]:
-        return [min(size, sum(nbytes for _, nbytes in views)) for size, views in self._used.values()]
-
-    @property
-    def total(self) -> int:
-        return sum(self._sizes)
-
-    @property
-    def largest(self) -> int:
-        return max(self._sizes, default=0)

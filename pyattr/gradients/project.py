@@ -1,6 +1,7 @@
 """Per-sample gradients streamed into a random projection, layer by layer, never all in memory."""
 
 import operator
+from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -10,12 +11,12 @@ from .. import ops
 from .batch import Batch
 from .capture import Loss
 from .per_sample import Sources, put_sources, result_dtype
-from .plan import Plan, Planner
+from .plan import Planner
 
 KINDS = {"rademacher": ops.rademacher_project, "gaussian": ops.gaussian_project}
 COPIES = 3  # of a block of gradients: itself, and one by a library in another layout and order
 BLOCK_BYTES = 16 << 20  # of a block of gradients at most: more gains nothing, and this stays in the cache longer
-TRANSIENTS = 3  # of the largest activation: its error, the error before it, a temporary
+TRANSIENTS = 2  # of a layer's largest input or error: what a rule makes of them on the way to a gradient
 GIB = 1 << 30
 
 
@@ -42,7 +43,7 @@ def project_gradients(
         seed: of the matrix, in [0, 2^32).
         memory: bytes that the computation may take beside the model, the batch and the result. Samples are split into
             sub-batches and weights into blocks of rows to stay within it; the result is the same to rounding. An
-            estimate from the tensors that autograd keeps for two samples; workspaces of the libraries come on top.
+            estimate from the two passes of two samples; workspaces of the libraries come on top.
 
     Returns:
         [B, D] float32 (float64 for a model with float64 parameters), on the device of the parameters.
@@ -69,7 +70,7 @@ def project_gradients(
     planner = Planner(module, loss, batch)
     parts, start = [], 0
     while start < batch.size:
-        size, block = split(planner.plan, planner.activations(batch), planner.parameters, batch.size - start, memory)
+        size, block = split(planner.plan.slow, planner.memory(batch), planner.parameters, batch.size - start, memory)
         make_receiver = partial(_Projected, planner.parameters, size, block, KINDS[kind], proj_dim, seed)
         parts.append(planner.run(batch[start : start + size], make_receiver).out)
         start += size
@@ -77,22 +78,26 @@ def project_gradients(
 
 
 def split(
-    plan: Plan, activations: tuple[int, int], parameters: dict[str, Tensor], batch_size: int, memory: int
+    slow: Collection[str], passes: tuple[int, int], parameters: dict[str, Tensor], batch_size: int, memory: int
 ) -> tuple[int, int]:
     """Samples in a sub-batch, and bytes for a block of gradients, so that both fit into the budget.
 
-    Half of the budget goes to the activations, unless one sample needs more.
+    Half of the budget goes to the forward and backward pass, unless one sample needs more.
+
+    Args:
+        slow: the parameters for torch.func.
+        passes: see `Planner.memory`.
+        parameters, batch_size, memory: what there is.
 
     Raises:
         ValueError: if one sample and one row of a weight do not fit.
     """
     size_of = {name: p.numel() * result_dtype(p).itemsize for name, p in parameters.items()}
-    slow = sum(size_of[name] for name in plan.slow)
-    saved, largest = activations
-    per_sample = saved + plan.held + TRANSIENTS * largest
+    peak, largest = passes
+    per_sample = peak + TRANSIENTS * largest
     if slow:  # torch.func: its own activations and errors, the gradients and a copy of them in one piece
-        per_sample = max(per_sample, 2 * saved + TRANSIENTS * largest + 2 * slow)
-    row = max((size_of[name] // p.shape[0] for name, p in parameters.items() if name not in plan.slow), default=0)
+        per_sample = max(per_sample, 2 * peak + 2 * sum(size_of[name] for name in slow))
+    row = max((size // len(parameters[name]) for name, size in size_of.items() if size and name not in slow), default=0)
     if per_sample + COPIES * row > memory:
         raise ValueError(
             f"project_gradients: memory must be at least {per_sample + COPIES * row} bytes for one sample, got {memory}"
@@ -122,7 +127,7 @@ class _Projected:
         self.out = torch.zeros(batch_size, proj_dim, dtype=dtype, device=first.device)
 
     def from_rules(self, name: str, sources: Sources):
-        if not any(pairs for _, _, pairs in sources):
+        if not any(pairs for _, _, pairs in sources) or not self.parameters[name].numel():
             return
         parameter, batch_size = self.parameters[name], self.out.shape[0]
         count, dtype = parameter.shape[0], result_dtype(parameter)

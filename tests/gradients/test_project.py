@@ -6,6 +6,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from pyattr import ops
 from pyattr.gradients import FallbackWarning, per_sample_gradients, project, project_gradients
@@ -157,6 +158,42 @@ def recurrent():
     return Recurrent(), torch.randn(8, 10, 32)
 
 
+def tied():
+    """Layers that share one weight, whose errors wait for each other."""
+    layers = [nn.Linear(32, 32) for _ in range(8)]
+    for layer in layers:
+        layer.weight = layers[0].weight
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh()))), torch.randn(8, 10, 32)
+
+
+def checkpointed():
+    """Activations that are computed again during the backward pass."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = deep()[0]
+
+        def forward(self, x):
+            return checkpoint(self.body, x, use_reentrant=False)
+
+    return Checkpointed(), deep()[1]
+
+
+def ragged():
+    """Rows that are picked by values, so that every batch is tested by another backward pass."""
+
+    class Ragged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(*(part for _ in range(4) for part in (nn.Linear(16, 16), nn.Tanh())))
+
+        def forward(self, x):
+            return self.body(x[x.abs().sum(-1) > 0]).view(len(x), -1, 16)
+
+    return Ragged(), torch.randn(8, 10, 16)
+
+
 def without_rules():
     class Scale(nn.Module):
         def __init__(self):
@@ -170,7 +207,7 @@ def without_rules():
 
 
 @pytest.mark.filterwarnings("ignore::pyattr.gradients.FallbackWarning")
-@pytest.mark.parametrize("make", [wide, deep, recurrent, without_rules])
+@pytest.mark.parametrize("make", [wide, deep, recurrent, tied, checkpointed, ragged, without_rules])
 @pytest.mark.parametrize("factor", [1.0, 3.0, 8.0])
 def test_memory_stays_within_the_budget(make, factor):
     module, batch = make()
@@ -236,3 +273,20 @@ def test_a_loss_without_parameters_of_some_layers():
 
     got = project_gradients(module, loss, batch, D)
     torch.testing.assert_close(got, ops.rademacher_project(flat(per_sample_gradients(module, loss, batch)), D))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("shape", [(5, 0), (0, 4)])
+def test_layers_without_numbers(shape, definition):
+    module = nn.ModuleDict({"empty": nn.Linear(*shape), "other": nn.Linear(5, 2)}).double()
+
+    def loss(module, x):
+        return module["other"](x).square().sum(1) + module["empty"](x[:, : shape[0]]).square().sum(1)
+
+    batch = torch.randn(3, 5, dtype=torch.float64)
+    expected = definition(module, loss, batch)
+    got = per_sample_gradients(module, loss, batch)
+    assert [grad.shape for grad in got.values()] == [grad.shape for grad in expected.values()]
+    torch.testing.assert_close(flat(got), flat(expected))
+    projected = project_gradients(module, loss, batch, D)
+    torch.testing.assert_close(projected, ops.rademacher_project(flat(expected), D))
