@@ -1,7 +1,8 @@
 """Which implementation of an op runs: every backend declares what it can do, and a refusal lists its reasons.
 
 ``backend=None`` takes the first usable of cuda, triton, cpu, reference; a backend asked for by name never falls back.
-``PYATTR_BACKEND`` replaces None for the whole process, ``PYATTR_SIMD`` (scalar, avx2, avx512) caps the CPU level.
+``PYATTR_BACKEND`` replaces None for the whole process, ``PYATTR_SIMD`` (scalar, avx2, avx512) sets the CPU level; one that the
+processor lacks is refused by name, never left for the reference to make up for.
 """
 
 import functools
@@ -62,6 +63,8 @@ def choose(op: str, requested: str | None, *args, **kwargs) -> Backend:
     for backend in _REGISTRY[op]:
         if requested not in (None, backend.name):
             continue
+        if backend.name == "cpu" and requested is None and simd_refusal():
+            raise BackendError(f"{op}: {simd_refusal()}")
         reasons = backend.unavailable() or backend.unsupported(*args, **kwargs)
         if not reasons and requested is None and backend.name == "triton" and triton_interpreted():
             reasons = ["Triton's interpreter (TRITON_INTERPRET=1) runs only when asked for by name"]
@@ -93,6 +96,19 @@ def extension():
         return "pyattr._C is not built: run `pip install .` from the source tree with a C++17 compiler"
 
 
+@functools.cache
+def simd_refusal() -> str:
+    """What is wrong with PYATTR_SIMD, which is read once per process; "" where nothing is."""
+    module = extension()
+    if isinstance(module, str):
+        return ""
+    try:
+        module.simd_level()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def cpu_unavailable(symbol: str) -> Callable[[], list[str]]:
     """Reasons of a C++ CPU kernel."""
 
@@ -100,7 +116,8 @@ def cpu_unavailable(symbol: str) -> Callable[[], list[str]]:
         module = extension()
         if isinstance(module, str):
             return [module]
-        return [] if hasattr(module, symbol) else [f"pyattr._C has no {symbol}: rebuild it with `pip install .`"]
+        found = [simd_refusal()] if simd_refusal() else []
+        return found if hasattr(module, symbol) else [f"pyattr._C has no {symbol}: rebuild it with `pip install .`"]
 
     return reasons
 
@@ -117,11 +134,17 @@ def cuda_unavailable(symbol: str) -> Callable[[], list[str]]:
             found.append("pyattr._C was built without CUDA: reinstall with PYATTR_CUDA=on and nvcc on PATH")
         if not torch.cuda.is_available():
             found.append("torch sees no CUDA device")
-        elif torch.cuda.get_device_capability() < (8, 0):
-            found.append(f"needs compute capability 8.0, the device has {torch.cuda.get_device_capability()}")
         return found
 
     return reasons
+
+
+def capability_unsupported(device: torch.device) -> list[str]:
+    """Reasons of a kernel that needs the tensor cores of compute capability 8.0, on tensors of a GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return []
+    major, minor = torch.cuda.get_device_capability(device)
+    return [] if major >= 8 else [f"needs compute capability 8.0, {device} has {major}.{minor}"]
 
 
 def triton_interpreted() -> bool:
@@ -156,6 +179,8 @@ def environment() -> dict[str, str]:
 
     module = extension()
     built = not isinstance(module, str)
+    if built:
+        level = simd_refusal() or f"{module.simd_level()} (of {', '.join(module.simd_levels())})"
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
@@ -171,7 +196,7 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         **versions,
         "extension": f"built {'with' if module.built_with_cuda else 'without'} CUDA" if built else module,
-        "SIMD level": f"{module.simd_level()} (of {', '.join(module.simd_levels())})" if built else "none",
+        "SIMD level": level if built else "none",
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
         "GPU": ", ".join(gpus) or "none",
     }

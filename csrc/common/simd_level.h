@@ -8,7 +8,7 @@ namespace pyattr {
 
 enum class SimdLevel { scalar = 0, avx2 = 1, avx512 = 2 };
 
-// The highest level that the processor, the operating system and PYATTR_SIMD allow. Throws std::runtime_error when PYATTR_SIMD
+// The level that PYATTR_SIMD names, or the highest that the processor and the operating system allow. Throws std::runtime_error when PYATTR_SIMD
 // names no level or one that this machine lacks.
 SimdLevel simd_level();
 

@@ -46,8 +46,24 @@ def test_every_level_gives_the_same_bits():
     assert len(set(digests.values())) == 1, digests
 
 
+LACKING = [level for level in ("avx2", "avx512") if level not in LEVELS]
+
+
 @pytest.mark.skipif(not LEVELS, reason="pyattr._C is not built")
-def test_an_unknown_level_is_refused_by_name():
-    done = run("sse9")
-    assert done.returncode != 0
-    assert f"PYATTR_SIMD must be one of {', '.join(LEVELS)} on this machine, got 'sse9'" in done.stderr
+@pytest.mark.parametrize("level", ["sse9", *LACKING[:1]])
+def test_a_level_that_is_not_there_is_refused_by_name(level):
+    """By the op whether it chooses the backend or is told, and by `info`, which prints its table all the same."""
+    refusal = f"PYATTR_SIMD must be one of {', '.join(LEVELS)} on this machine, got '{level}'"
+    for backend in (None, "cpu"):
+        program = (
+            f"import torch\nfrom pyattr.ops import *\nrademacher_project(torch.zeros(1, 2), 3, backend={backend!r})"
+        )
+        done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYATTR_SIMD": level}, **OUTPUT)
+        assert done.returncode != 0 and "BackendError: rademacher_project: " in done.stderr and refusal in done.stderr
+    wide = {"PYATTR_SIMD": level, "COLUMNS": "250"}
+    done = subprocess.run([sys.executable, "-m", "pyattr", "info"], env=os.environ | wide, **OUTPUT)
+    assert done.returncode == 0 and refusal in done.stdout
+    assert "reference" in done.stdout and "usable" in done.stdout
+
+
+OUTPUT = {"capture_output": True, "text": True}
