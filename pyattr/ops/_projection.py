@@ -71,7 +71,7 @@ class Projection:
             reasons.append(f"grads is on {grads.device}, this backend needs {device}")
         if grads.dtype not in DTYPES:
             reasons.append(f"grads is {grads.dtype}, this backend takes float16, bfloat16 and float32")
-        return reasons
+        return reasons + backends.capability_unsupported(grads.device)
 
     def _cpu_unsupported(self, grads, *_):
         return self._device_and_dtype(grads, "cpu")
