@@ -291,7 +291,9 @@ def test_numpy_in_numpy_out():
     expected = rademacher_project(torch.from_numpy(grads), 9).numpy()
     read_only = grads.copy()
     read_only.setflags(write=False)
-    for array in (grads, read_only, np.asfortranarray(grads), grads[::-1][::-1]):
+    packed = np.zeros(grads.shape, dtype=[("label", np.int8), ("grads", np.float32)])
+    packed["grads"] = grads
+    for array in (grads, read_only, np.asfortranarray(grads), grads[::-1][::-1], packed["grads"]):
         out = rademacher_project(array, 9)
         assert isinstance(out, np.ndarray) and out.dtype == np.float32
         np.testing.assert_array_equal(out, expected)
@@ -320,6 +322,16 @@ def test_float64_stays_float64_on_the_reference():
             {"grads": torch.zeros(1, 2, dtype=torch.int64)},
             TypeError,
             "rademacher_project: grads must be float16, bfloat16, float32 or float64, got torch.int64",
+        ),
+        (
+            {"grads": np.zeros((1, 2), dtype=">f4")},
+            TypeError,
+            "rademacher_project: grads must be in this machine's byte order, got dtype >f4",
+        ),
+        (
+            {"grads": np.ma.masked_array([[1.0, 2.0]], [[True, False]])},
+            TypeError,
+            "rademacher_project: grads must not be a masked array: fill it first, as the mask would be lost",
         ),
         (
             {"grads": [[1.0]]},
