@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..attribution.kernel import FRACTION
 from ..datasets import ImageDataset
 from ..report import Attribution, Report, shown_count, strongest, write
 from .options import METHODS
@@ -27,8 +28,8 @@ def write_scores(
 ) -> None:
     """Write scores.npz: the first method's scores and strongest images, and the other methods' scores.
 
-    Arrays: `scores` [Q, N] float32, `proponents` and `opponents` [Q, K] int64 as the report shows them (no opponents when
-    the method has no sign), `queries` [Q, C, H, W] uint8, `labels` [N] int64 (empty without labels),
+    Arrays: `scores` [Q, N] float32, `proponents` and `opponents` [Q, K] int64: the columns of the largest and of the smallest
+    scores, whatever their sign (no opponents when the method has none), `queries` [Q, C, H, W] uint8, `labels` [N] int64 (empty without labels),
     `class_names`, `ids` [N] of the training images, `methods`, `settings` (JSON), and `scores_2`, ... for other methods.
     """
     main = attributions[0]
@@ -159,8 +160,9 @@ def caveats_of(scorings: Sequence[Scoring]) -> list[str]:
         )
         if o.lambda_ is None:
             told.append(
-                "Lambda, the damping, was chosen from the spectrum of the training features alone: half of the effective "
-                "dimension is kept. No retrained model was there to tune it on, so it is a reasonable value, not the best."
+                "Lambda, the damping, was chosen from the spectrum of the training features alone, so as to leave an "
+                f"effective dimension of {FRACTION:.0%} of the number of eigenvalues. No retrained model was there to tune "
+                "it on, so it is a reasonable value, not the best."
             )
         else:
             told.append(f"Lambda, the damping, was given as {o.lambda_:g}.")
@@ -168,9 +170,11 @@ def caveats_of(scorings: Sequence[Scoring]) -> list[str]:
             f"The gradients of all parameters are compressed to {o.proj_dim:,} random combinations, "
             "which adds noise to every score."
         )
-    told.append(
-        "Scores are estimates for one trained model; no model was retrained without these images to confirm them."
-    )
+        told.append(
+            "Scores are estimates for one trained model; no model was retrained without these images to confirm them."
+        )
+    else:
+        told.append(f"{main.name} compares pixels alone: what looks alike need not have had an influence on the model.")
     return told
 
 

@@ -238,7 +238,7 @@ def attribute(
         work.plan([step for scoring in scorings for step in scoring.plan(asked.key, len(asked.images))])
         attributions = [work.score(scoring, model, asked) for scoring in scorings]
         work.finish(
-            "Which training images made these images?",
+            f"Which training images {'made' if scorings[0].features else 'look like'} these images?",
             images,
             asked,
             scorings,

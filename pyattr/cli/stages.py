@@ -42,6 +42,15 @@ SUMMARIES = {
     "after the mean training image is taken off. It shows what looks alike, not what had an influence.",
 }
 
+_INFLUENCE = (
+    "an estimate of how much its presence in the training set raised the likelihood that the model gives to that image"
+)
+MEANINGS = {
+    "dtrak": _INFLUENCE,
+    "trak": _INFLUENCE,
+    "pixels": "how alike the two look, from 1 to −1. It says nothing of what the training image did to the model",
+}
+
 
 def load_data(options: DataOptions) -> ImageDataset:
     """The images that the options name."""
@@ -344,7 +353,8 @@ class Scoring:
                     notes["effective dimension"] = effective_dimension(fitted.eigenvalues, fitted.lambda_)
                 write_npz(path, {"scores": scores})
         scores = read_npz(path)["scores"]
-        return Attribution(self.name, scores, self.options.method != "pixels", SUMMARIES[self.options.method])
+        method = self.options.method
+        return Attribution(self.name, scores, method != "pixels", SUMMARIES[method], MEANINGS[method])
 
     def _fit(self, model: nn.Module, display: Display) -> attribution.TRAK:
         kind = {"dtrak": attribution.DTRAK, "trak": attribution.TRAK}[self.options.method]

@@ -36,12 +36,14 @@ class Attribution:
         scores: [Q, N] float32; positive = proponent when `signed`, else a magnitude.
         signed: whether negative scores mean opponents.
         summary: one sentence on what the method measures.
+        meaning: what one score is, to follow "Every training image has a score for every image: ".
     """
 
     method: str
     scores: np.ndarray
     signed: bool
     summary: str
+    meaning: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Report:
         timings: stages in order.
         caveats: sentences.
         losses: mean training loss at even distances through the training; empty: no curve.
-        top: how many proponents, and opponents, of each query; fewer when there are less than twice as many images.
+        top: how many proponents, and opponents, of each query; fewer when there are less than twice as many images, or not
+            as many scores of their sign.
         generated: whether a model made the queries (else they were given).
     """
 
@@ -207,33 +210,36 @@ class _Query:
 
 
 def _queries(report: Report) -> list[_Query]:
-    count = shown_count(report.top, len(report.train))
-    ranked = [
-        (strongest(a.scores, count), strongest(a.scores, count if a.signed else 0, largest=False))
-        for a in report.attributions
-    ]
+    ranked = [_ranked(attribution, report.top) for attribution in report.attributions]
     shown = []
     for q, name in enumerate(report.query_names):
         blocks = []
-        main = [set(rows[q].tolist()) for rows in ranked[0]]
-        for attribution, (proponents, opponents) in zip(report.attributions, ranked, strict=True):
-            row = attribution.scores[q]
+        main = [set(columns.tolist()) for columns in ranked[0][q]]
+        for attribution, of_queries in zip(report.attributions, ranked, strict=True):
+            row, (proponents, opponents) = attribution.scores[q], of_queries[q]
             first = attribution is report.attributions[0]
             blocks.append(
                 _Block(
                     method=attribution.method,
                     signed=attribution.signed,
-                    proponents=[
-                        _shown(report.train, row, n, not first and n in main[0]) for n in proponents[q].tolist()
-                    ],
-                    opponents=[_shown(report.train, row, n, not first and n in main[1]) for n in opponents[q].tolist()],
-                    histogram=histogram(row, proponents[q], opponents[q]),
-                    labels=_labels_in_words(report.train, proponents[q]),
-                    shared=len(main[0] & set(proponents[q].tolist())),
+                    proponents=[_shown(report.train, row, n, not first and n in main[0]) for n in proponents.tolist()],
+                    opponents=[_shown(report.train, row, n, not first and n in main[1]) for n in opponents.tolist()],
+                    histogram=histogram(row, proponents, opponents),
+                    labels=_labels_in_words(report.train, proponents),
+                    shared=len(main[0] & set(proponents.tolist())),
                 )
             )
         shown.append(_Query(name, q + 1, _picture(report.queries[q], None), blocks))
     return shown
+
+
+def _ranked(attribution: Attribution, top: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The columns of each query's proponents and opponents, which differ in sign where the method has one."""
+    scores, count = attribution.scores, shown_count(top, attribution.scores.shape[1])
+    if not attribution.signed:
+        return [(columns, columns[:0]) for columns in strongest(scores, count)]
+    pairs = zip(scores, strongest(scores, count), strongest(scores, count, largest=False), strict=True)
+    return [(high[row[high] > 0], low[row[low] < 0]) for row, high, low in pairs]
 
 
 def _shown(train: ImageDataset, row: np.ndarray, n: int, shared: bool) -> _Shown:
@@ -243,7 +249,7 @@ def _shown(train: ImageDataset, row: np.ndarray, n: int, shared: bool) -> _Shown
 
 
 def _labels_in_words(train: ImageDataset, indices: np.ndarray) -> str:
-    if train.labels is None:
+    if train.labels is None or len(indices) == 0:
         return ""
     counts = collections.Counter(train.label_name(n) for n in indices.tolist())
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))

@@ -150,14 +150,28 @@ def test_the_report_shows_the_scores(finished):
     scores = arrays(finished / "scores.npz")
     page = (finished / "report.html").read_text()
     found = shown(page)
-    assert len(found) == 3 * 3
     for q in range(3):
-        for kind, columns in (("proponent", scores["proponents"][q]), ("opponent", scores["opponents"][q])):
-            assert found[q, "D-TRAK", kind] == [(n, float(scores["scores"][q, n])) for n in columns.tolist()]
+        row = scores["scores"][q]
+        for kind, sign in (("proponent", 1), ("opponent", -1)):
+            columns = [n for n in scores[f"{kind}s"][q].tolist() if sign * row[n] > 0]
+            assert found.get((q, "D-TRAK", kind), []) == [(n, float(row[n])) for n in columns]
         best = np.argsort(-scores["scores_2"][q], kind="stable")[:4].tolist()
         assert found[q, "Pixel cosine", "proponent"] == [(n, float(scores["scores_2"][q, n])) for n in best]
     for told in ("mnist-small", "3 × 8", "DDIM", "lambda", "2 of 1,000 timesteps", "Generated image 2"):
         assert told in page, told
+    main = json.loads(str(scores["settings"]))["methods"][0]
+    assert f"an effective dimension of {main['effective dimension'] / 16:.0%} of the number of eigenvalues" in page
+    assert "raised the likelihood" in page and "Which training images made these" in page
+
+
+def test_a_report_of_pixels_speaks_of_pixels(out):
+    succeeds("attribute", "--out", out, "-m", "pixels", "--top", 4, "--device", "cpu")
+    page = (out / "report.html").read_text()
+    for told in ("Which training images look like these", "how alike the two look", "compares pixels alone",
+                 "Labels of the images shown"):  # fmt: skip
+        assert told in page, told
+    for told in ("likelihood", "Lambda", "retrained", "gradients", "Labels of its proponents"):
+        assert told not in page, told
 
 
 def test_images_lie_beside_the_samples(finished):
@@ -553,7 +567,7 @@ def test_the_demo_runs_all_stages(tmp_path):
     for number, method in (("", "D-TRAK"), ("_2", "TRAK")):
         for q in range(2):
             row = scores[f"scores{number}"][q]
-            expected = np.argsort(-row, kind="stable")[:10].tolist()
+            expected = [n for n in np.argsort(-row, kind="stable")[:10].tolist() if row[n] > 0]
             assert found[q, method, "proponent"] == [(n, float(row[n])) for n in expected]
     assert "demonstration made in minutes" in (out / "report.html").read_text()
     # The folder serves the other commands: all that they need is remembered.

@@ -90,7 +90,10 @@ def example(**changes):
         queries=rng.integers(0, 256, (3, *train.shape), np.uint8),
         query_names=["first", "second", "third"],
         train=train,
-        attributions=[Attribution("D-TRAK", scores, True, "gradients"), Attribution("Cosine", other, False, "pixels")],
+        attributions=[
+            Attribution("D-TRAK", scores, True, "gradients", "how much it <raised> it"),
+            Attribution("Cosine", other, False, "pixels", "how alike they look"),
+        ],
         settings=[("Data", [("source", "toys & co")])],
         timings=[Timing("Training", 65.0), Timing("Scores", 0.25, "from an earlier run")],
         caveats=["Few timesteps."],
@@ -151,7 +154,7 @@ def test_labels_of_the_proponents_are_counted():
     scores = np.zeros((1, 6), np.float32)
     scores[0, [0, 3, 1]] = [3, 2, 1]  # ant, ant, <bee>
     report = example(train=dataset(6), queries=np.zeros((1, 1, 4, 4), np.uint8), query_names=["q"],
-                     attributions=[Attribution("A", scores, True, "s")], top=3)  # fmt: skip
+                     attributions=[Attribution("A", scores, True, "s", "m")], top=3)  # fmt: skip
     page = Page(render(report)).root
     text = words(next(find(page, "p", class_="labels"))).replace("\N{NO-BREAK SPACE}", " ")
     assert text == "Labels of its proponents: ant (2 of 3), <bee> (1)"
@@ -159,20 +162,37 @@ def test_labels_of_the_proponents_are_counted():
 
 def test_few_training_images_are_never_both_proponent_and_opponent():
     for count in (1, 2, 3, 7, 20):
-        scores = np.arange(count, dtype=np.float32)[None]
+        scores = np.arange(count, dtype=np.float32)[None] - count // 2 + 0.5
         report = example(train=dataset(count), queries=np.zeros((1, 1, 4, 4), np.uint8), query_names=["q"],
-                         attributions=[Attribution("A", scores, True, "s")])  # fmt: skip
+                         attributions=[Attribution("A", scores, True, "s", "m")])  # fmt: skip
         article = next(find(Page(render(report)).root, "article"))
         rows = [
             [int(t[1]["data-index"]) for t in find(article, "li", class_=kind)] for kind in ("proponent", "opponent")
         ]
         expected = max(1, min(10, count // 2))
-        assert rows == [list(range(count))[::-1][:expected], list(range(count))[:expected]]
+        assert rows == [list(range(count))[::-1][:expected], list(range(count // 2))[:expected]]
+
+
+def test_proponents_are_positive_and_opponents_negative():
+    """Scores on both sides, only above, only below, and at zero."""
+    scores = np.array([[3, -1, 0, -2, 5, -4], [1, 2, 3, 4, 5, 6], [0, -1, -2, 0, 0, 0], [0] * 6], np.float32)
+    expected = [([4, 0], [5, 3, 1]), ([5, 4, 3], []), ([], [2, 1]), ([], [])]
+    methods = [Attribution("A", scores, True, "s", "m"), Attribution("B", scores, False, "s", "m")]
+    report = example(train=dataset(6), queries=np.zeros((4, 1, 4, 4), np.uint8), query_names=list("abcd"), top=3,
+                     attributions=methods)  # fmt: skip
+    for article, (proponents, opponents) in zip(find(Page(render(report)).root, "article"), expected, strict=True):
+        signed, unsigned = find(article, "section", class_="method")
+        for kind, wanted, sign in (("proponent", proponents, "positive"), ("opponent", opponents, "negative")):
+            assert [int(tile[1]["data-index"]) for tile in find(signed, "li", class_=kind)] == wanted
+            assert (f"no training image has a {sign} score" in words(signed)) == (not wanted)
+            marks = next(find(next(find(article, "svg")), "g", class_=kind))
+            assert len(list(find(marks, "line"))) == len(wanted)
+        assert len(list(find(unsigned, "li"))) == 3 and "no training image" not in words(unsigned)
 
 
 def test_settings_timings_caveats_and_sign_convention_are_told():
     text = words(Page(render(example())).root)
-    for told in ("toys & co", "1 min 05 s", "0.2 s", "from an earlier run", "Few timesteps.", "raised the likelihood",
+    for told in ("toys & co", "1 min 05 s", "0.2 s", "from an earlier run", "Few timesteps.", "how much it <raised> it.",
                  "largest positive scores", "Opponents have the most negative", "Who made <these>?"):  # fmt: skip
         assert told in text, told
 
@@ -180,10 +200,13 @@ def test_settings_timings_caveats_and_sign_convention_are_told():
 def test_unlabelled_unsigned_queries_that_were_given():
     train = dataset(labels=False)
     scores = np.random.default_rng(0).random((3, 40)).astype(np.float32)
-    report = example(train=train, attributions=[Attribution("DAS", scores, False, "s")], generated=False, losses=())
+    report = example(
+        train=train, attributions=[Attribution("DAS", scores, False, "s", "a magnitude")], generated=False, losses=()
+    )
     page = Page(render(report)).root
     text = words(page)
-    assert "without a direction" in text and "Opponents" not in text and "Labels of" not in text
+    assert "every query image: a magnitude." in text and "DAS does not tell proponents from opponents" in text
+    assert "Proponents" not in text and "Opponents" not in text and "Labels of" not in text
     assert "3 query images" in text and "generated" not in text and "Training loss" not in text
 
 
@@ -223,9 +246,9 @@ def test_the_page_is_self_contained():
         ({"query_names": ["a"]}, "report: query_names must have 3 entries, got 1"),
         ({"queries": np.zeros((3, 1, 4, 4), np.float32)},
          "report: queries must be uint8 [Q, C, H, W] with C 1 or 3, got float32 [3, 1, 4, 4]"),
-        ({"attributions": [Attribution("X", np.zeros((3, 39), np.float32), True, "")]},
+        ({"attributions": [Attribution("X", np.zeros((3, 39), np.float32), True, "", "")]},
          "report: scores of X must have shape [3, 40], got [3, 39]"),
-        ({"attributions": [Attribution("X", np.full((3, 40), np.nan, np.float32), True, "")]},
+        ({"attributions": [Attribution("X", np.full((3, 40), np.nan, np.float32), True, "", "")]},
          "report: scores of X must be finite, got 120 NaN or infinite of 120"),
     ],
 )  # fmt: skip
