@@ -29,8 +29,9 @@ def write_scores(
     """Write scores.npz: the first method's scores and strongest images, and the other methods' scores.
 
     Arrays: `scores` [Q, N] float32, `proponents` and `opponents` [Q, K] int64: the columns of the largest and of the smallest
-    scores, whatever their sign (no opponents when the method has none), `queries` [Q, C, H, W] uint8, `labels` [N] int64 (empty without labels),
-    `class_names`, `ids` [N] of the training images, `methods`, `settings` (JSON), and `scores_2`, ... for other methods.
+    scores, whatever their sign (no opponents when the method has none), `queries` [Q, C, H, W] uint8, `labels` [N] int64
+    (empty without labels), `class_names`, `ids` [N] of the training images, `methods`, `settings` (JSON), and `scores_2`,
+    ... for other methods.
     """
     main = attributions[0]
     count = shown_count(top, len(data))
