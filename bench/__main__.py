@@ -47,11 +47,11 @@ def recorded_path(run: dict, results: Path = tables.RESULTS) -> Path:
     return results / run["machine_info"]["slug"] / f"{run['machine_info']['commit']}.json"
 
 
-def record(run: dict, results: Path = tables.RESULTS) -> Path:
-    """Write a run down, over the same tables of an earlier run of the same commit."""
+def record(run: dict, results: Path = tables.RESULTS, *, filtered: bool = False) -> Path:
+    """Write a run down, over the same tables (figures, where it was filtered) of an earlier run of the same commit."""
     path = recorded_path(run, results)
     earlier = json.loads(path.read_text(encoding="utf8")) if path.exists() else None
-    figures.write_json(path, figures.merge(earlier, run))
+    figures.write_json(path, figures.merge(earlier, run, filtered=filtered))
     return path
 
 

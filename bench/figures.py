@@ -106,20 +106,53 @@ def trim(output: dict) -> dict:
     return {**{key: output[key] for key in kept if key in output}, "benchmarks": benchmarks}
 
 
-def merge(recorded: dict | None, new: dict) -> dict:
-    """A new run over an earlier one of the same commit: the new run's tables replace the old ones, others stay."""
+def merge(recorded: dict | None, new: dict, *, filtered: bool = False) -> dict:
+    """A new run over an earlier one of the same commit: the new run's tables replace the old ones, others stay.
+
+    Args:
+        recorded: the earlier run.
+        new: the later one.
+        filtered: it ran only some figures of its tables, so that figure by figure is replaced.
+    """
     if recorded is None:
         return new
-    fresh = {figure["extra_info"].get("table") for figure in new["benchmarks"]}
-    kept = [figure for figure in recorded["benchmarks"] if figure["extra_info"].get("table") not in fresh]
-    goals = [goal for goal in recorded.get("goals", []) if goal["table"] not in fresh]
-    skipped = [entry for entry in recorded.get("skipped", []) if entry["table"] not in fresh]
+    key = _cell if filtered else _table
+    fresh = {key(figure["extra_info"]) for figure in new["benchmarks"]}
+    kept = [figure for figure in recorded["benchmarks"] if key(figure["extra_info"]) not in fresh]
+    known = {_text(goal) for goal in recorded.get("goals", [])}
+    tables = {figure["extra_info"].get("table") for figure in new["benchmarks"]}
+    # A run that lacks what a goal is about says nothing about it.
+    goals = [
+        goal
+        for goal in new.get("goals", [])
+        if goal["measured"] is not None or (goal["table"] in tables and not (filtered and _text(goal) in known))
+    ]
+    replaced = {_text(goal) for goal in goals}
+    earlier = [
+        goal
+        for goal in recorded.get("goals", [])
+        if _text(goal) not in replaced and (filtered or goal["table"] not in fresh)
+    ]
+    fresh |= {key(entry) for entry in new.get("skipped", [])} if filtered else set()
+    skipped = [entry for entry in recorded.get("skipped", []) if key(entry) not in fresh]
     return {
         **new,
         "benchmarks": kept + new["benchmarks"],
-        "goals": goals + new.get("goals", []),
+        "goals": earlier + goals,
         "skipped": skipped + new.get("skipped", []),
     }
+
+
+def _table(entry: dict):
+    return entry.get("table")
+
+
+def _cell(entry: dict):
+    return entry.get("table"), entry.get("row"), entry.get("column")
+
+
+def _text(goal: dict):
+    return goal["table"], goal["text"]
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -132,6 +165,11 @@ def write_json(path: Path, content: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def disturbed(figure: dict) -> bool:
+    """Whether something else ran beside a figure: its slowest round took over 1.5 times as long as its fastest."""
+    return figure["stats"]["max"] > 1.5 * figure["stats"]["min"]
 
 
 def is_clean(run: dict) -> bool:

@@ -141,7 +141,7 @@ def record(name: str, expression: str) -> None:
     from . import __main__ as bench
 
     done = bench.run([name], with_peers=False, options=("-k", expression))
-    print(f"recorded in {bench.record(done).relative_to(ROOT)}")
+    print(f"recorded in {bench.record(done, filtered=True).relative_to(ROOT)}")
     bench.print_goals(done)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pyattr import backends
 
-from .figures import read_runs
+from .figures import disturbed, read_runs
 from .machine import ROOT
 
 RESULTS = ROOT / "bench" / "results"
@@ -34,6 +34,8 @@ def _cell(figure: dict | None, best: float, scale: float) -> str:
         text += f" ({_number(best / info['work_per_s'])}x)"
     if "peak_mib" in info:
         text += f", {info['peak_mib']:.0f} MiB"
+    if disturbed(figure):
+        text += " †"
     return text
 
 
@@ -62,6 +64,8 @@ def table(run: dict, name: str) -> str:
         notes = dict.fromkeys(at[row, column]["extra_info"]["note"] for column in columns if (row, column) in at)
         cells = [_cell(at.get((row, column)), best[column], scale) for column in columns]
         lines.append(f"| {row} | {' | '.join(cells)} | {'; '.join(filter(None, notes))} |")
+    if any(map(disturbed, figures)):
+        lines.append("\n† disturbed: the slowest round took over 1.5 times as long as the fastest.")
     absent = dict.fromkeys((s["row"], s["reason"]) for s in run.get("skipped", []) if s["table"] == name)
     lines += [f"\nLeft out: {row}: {reason}" for row, reason in absent]
     return "\n".join(lines)

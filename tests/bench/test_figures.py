@@ -86,21 +86,76 @@ def test_trimmed_output_is_still_compared_by_pytest_benchmark(tmp_path, capsys, 
     assert "op[pyattr-B=1] (" in printed and "2 tests" in printed
 
 
+def goal(table, text, measured):
+    return {"table": table, "text": text, "measured": measured}
+
+
+def test_a_filtered_run_replaces_its_own_figures_and_keeps_the_table(tmp_path):
+    old = run(
+        figure("cpu", "B=1", 1.0, ours=True),
+        figure("cuda", "B=1", 2.0, ours=True),
+        goals=[goal("op", "of the CPU", 1.0), goal("op", "of the GPU", 2.0), goal("op", "of both", None)],
+        skipped=[
+            {"table": "op", "row": "peer", "column": "B=1", "reason": "no peer"},
+            {"table": "op", "row": "triton", "column": "B=1", "reason": "no triton"},
+        ],
+    )
+    new = run(
+        figure("cuda", "B=1", 3.0, ours=True),
+        figure("triton", "B=1", 4.0, ours=True),
+        goals=[goal("op", "of the CPU", None), goal("op", "of the GPU", 3.0), goal("op", "of both", None)],
+    )
+    merged = figures.merge(old, new, filtered=True)
+    assert {(f["extra_info"]["row"], f["extra_info"]["work_per_s"]) for f in merged["benchmarks"]} == {
+        ("cpu", 1.0),
+        ("cuda", 3.0),
+        ("triton", 4.0),
+    }  # fmt: skip
+    assert merged["goals"] == [
+        goal("op", "of the CPU", 1.0),
+        goal("op", "of both", None),
+        goal("op", "of the GPU", 3.0),
+    ]
+    assert [entry["row"] for entry in merged["skipped"]] == ["peer"]
+
+
+def test_a_run_of_one_table_says_nothing_of_the_goals_of_another():
+    """Two tables of one file, run one after the other: each goal stands once, with its number."""
+    goals = [("small", "30 ms"), ("large", "235 ms")]
+    first = run(figure("a", "B=1", 1.0, ours=True, table="small"), goals=[goal(*goals[0], 25.0), goal(*goals[1], None)])
+    then = run(figure("a", "B=1", 1.0, ours=True, table="large"), goals=[goal(*goals[0], None), goal(*goals[1], 200.0)])
+    for filtered in (False, True):
+        merged = figures.merge(first, then, filtered=filtered)
+        assert merged["goals"] == [goal(*goals[0], 25.0), goal(*goals[1], 200.0)]
+
+
+def test_a_disturbed_figure_is_known_by_its_rounds():
+    calm = figure("a", "B=1", 1.0, ours=True)
+    calm["stats"] |= {"min": 1.0, "max": 1.4}
+    assert not figures.disturbed(calm)
+    calm["stats"]["max"] = 1.6
+    assert figures.disturbed(calm)
+
+
 def test_a_partial_run_replaces_its_own_tables_and_keeps_the_others():
     old = run(
         figure("pyattr", "B=1", 1.0, ours=True),
         figure("gone", "B=1", 1.0, ours=False),
         figure("pyattr", "B=1", 5.0, ours=True, table="other"),
-        goals=[{"table": "op", "text": "old"}, {"table": "other", "text": "kept"}],
+        goals=[goal("op", "old", 1.0), goal("other", "kept", 5.0)],
         skipped=[{"table": "op", "row": "x"}],
     )
-    new = run(figure("pyattr", "B=1", 2.0, ours=True), goals=[{"table": "op", "text": "new"}], date="2026-01-02")
+    new = run(
+        figure("pyattr", "B=1", 2.0, ours=True),
+        goals=[goal("op", "new", 2.0), goal("other", "kept", None)],
+        date="2026-01-02",
+    )
     merged = figures.merge(old, new)
     assert {(f["extra_info"]["table"], f["extra_info"]["work_per_s"]) for f in merged["benchmarks"]} == {
         ("op", 2.0),
         ("other", 5.0),
     }
-    assert [goal["text"] for goal in merged["goals"]] == ["kept", "new"]
+    assert merged["goals"] == [goal("other", "kept", 5.0), goal("op", "new", 2.0)]
     assert merged["skipped"] == []
     assert merged["machine_info"]["date"] == "2026-01-02"
     assert figures.merge(None, new) is new
