@@ -33,9 +33,14 @@ def last_run(new: dict, runs: list[tuple[Path, dict]]) -> tuple[Path, dict] | No
     return found[-1] if found else None
 
 
+def speed(new: dict, old: dict, key: str = "median") -> float:
+    """How many times as much work a second a figure does as before; the two may be of different shapes."""
+    return new["extra_info"]["work"] / new["stats"][key] / (old["extra_info"]["work"] / old["stats"][key])
+
+
 def slower(new: dict, old: dict, threshold: float = THRESHOLD) -> bool:
     """Whether a figure got slower by more than the threshold, in its median and in its fastest round both."""
-    return all(new["stats"][key] > (1 + threshold) * old["stats"][key] for key in ("median", "min"))
+    return all(1 / speed(new, old, key) > 1 + threshold for key in ("median", "min"))
 
 
 def compare(new: dict, old: dict, threshold: float = THRESHOLD) -> list[dict]:
@@ -51,7 +56,8 @@ def compare(new: dict, old: dict, threshold: float = THRESHOLD) -> list[dict]:
             {
                 "name": figure["fullname"],
                 "ours": figure["extra_info"].get("ours", True),
-                "speed": other["stats"]["median"] / figure["stats"]["median"],
+                "speed": speed(figure, other),
+                "shapes": (other["extra_info"].get("shape"), figure["extra_info"].get("shape")),
                 "peers": {
                     peer: (ratios[peer], ratio)
                     for peer, ratio in figure["extra_info"].get("times_faster_than", {}).items()
@@ -66,14 +72,22 @@ def compare(new: dict, old: dict, threshold: float = THRESHOLD) -> list[dict]:
 
 
 def show(rows: list[dict], console: Console) -> None:
-    """Ratios first: our speed against before, then our lead over each peer before and now, then seconds."""
+    """Ratios first: our speed against before, then our lead over each peer before and now, then seconds and other shapes."""
     table = Table("figure", "speed, now / before", "times faster than a peer: before -> now", "seconds: before -> now")
     for row in sorted(rows, key=lambda row: (not row["ours"], row["speed"])):
-        speed = f"{row['speed']:.2f}" + (" SLOWER" if row["slower"] and row["ours"] else "")
+        ratio = f"{row['speed']:.2f}" + (" SLOWER" if row["slower"] and row["ours"] else "")
         ratios = "\n".join(f"{peer}: {a:.3g} -> {b:.3g}" for peer, (a, b) in row["peers"].items())
+        seconds = f"{row['before']:.4g} -> {row['now']:.4g}"
+        before, now = row["shapes"]
+        if before != now:
+            seconds += f"\n{_shape(before)} -> {_shape(now)}"
         # A name holds brackets, which rich would take for markup.
-        table.add_row(Text(row["name"]), speed, ratios, f"{row['before']:.4g} -> {row['now']:.4g}")
+        table.add_row(Text(row["name"]), ratio, ratios, seconds)
     console.print(table)
+
+
+def _shape(shape: dict | None) -> str:
+    return ", ".join(f"{name}={size}" for name, size in (shape or {"shape": "?"}).items())
 
 
 def show_machine(new: dict, old: dict, console: Console) -> None:

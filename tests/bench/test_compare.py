@@ -8,8 +8,9 @@ from rich.console import Console
 from bench import compare
 
 
-def figure(name, median, fastest, ours=True, **ratios):
+def figure(name, median, fastest, ours=True, proj_dim=10, **ratios):
     info = {"ours": ours, "times_faster_than": ratios} if ours else {"ours": ours}
+    info |= {"work": 100 * proj_dim, "shape": {"B": 1, "P": 100, "D": proj_dim}}
     return {"fullname": name, "extra_info": info, "stats": {"median": median, "min": fastest}}
 
 
@@ -26,6 +27,18 @@ def test_slower_means_median_and_fastest_round_both(median, fastest, flagged):
     [row] = compare.compare(run(figure("a", median, fastest)), run(figure("a", 1.0, 0.9)))
     assert row["slower"] is flagged
     assert row["speed"] == pytest.approx(1 / median)
+
+
+def test_rates_are_compared_where_the_shape_is_another():
+    """Twice the work in 1.2 times the seconds is faster, and half the work in the same seconds is slower."""
+    old = run(figure("grown", 1.0, 1.0), figure("shrunk", 1.0, 1.0))
+    new = run(figure("grown", 1.2, 1.2, proj_dim=20), figure("shrunk", 1.0, 1.0, proj_dim=5))
+    grown, shrunk = compare.compare(new, old)
+    assert grown["speed"] == pytest.approx(2 / 1.2) and not grown["slower"]
+    assert shrunk["speed"] == pytest.approx(0.5) and shrunk["slower"]
+    console = Console(width=160, record=True, file=io.StringIO())
+    compare.show([grown, shrunk], console)
+    assert "B=1, P=100, D=10 -> B=1, P=100, D=20" in console.export_text()
 
 
 def test_ratios_to_peers_stand_side_by_side():
