@@ -5,7 +5,7 @@ import pytest
 from bench import projection
 from bench.figures import Goal
 
-CASES = projection.cases("rademacher", small=512)
+CASES = projection.cases("rademacher", small=projection.PROJ_DIM)
 TABLE = "rademacher_project"
 
 
