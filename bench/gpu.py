@@ -8,9 +8,11 @@ is skipped is named with its reason. The interpreter must be one that may be ins
 
 import argparse
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,10 +22,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ("rademacher_project", "gaussian_project")
-PACKAGES = {"pybind11": "pybind11", "setuptools": "setuptools", "pytest": "pytest", "pytest_benchmark": "pytest-benchmark",
-            "hypothesis": "hypothesis"}  # fmt: skip
-SOURCES = ("csrc", "pyattr", "triton_kernels", "tests/gpu", "tests/ops", "bench")
+# One op, one public file: no list to keep in step.
+OPS = tuple(sorted(path.stem for path in (ROOT / "pyattr" / "ops").glob("*.py") if not path.stem.startswith("_")))
+# What the steps import besides torch and triton, and what builds the extension: pip installs it with --no-deps.
+PACKAGES = (
+    "pybind11>=2.13",
+    "setuptools>=77",
+    "cmake>=3.25",
+    "pytest>=8",
+    "pytest-benchmark",
+    "hypothesis",
+    "numpy",
+    "scipy",
+)
+SOURCES = ("csrc", "pyattr", "triton_kernels", "tests/gpu", "tests/ops", "tests/conftest.py", "bench", "CMakeLists.txt",
+           "setup.py", "pyproject.toml")  # fmt: skip
+SUFFIXES = (".py", ".h", ".cpp", ".cu", ".cuh", ".cmake", ".txt", ".toml")
 # Every step must fit into one call.
 CALL_SECONDS = 520.0
 # cuBLAS otherwise refuses torch.use_deterministic_algorithms, which the tests turn on.
@@ -50,12 +64,30 @@ class Step:
 
 
 def missing_packages() -> list[str]:
-    """Names to install."""
-    return [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    """Requirements to install: absent, or too old."""
+
+    def numbers(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+    found = []
+    for requirement in PACKAGES:
+        name, _, least = requirement.partition(">=")
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name == "cmake" and shutil.which("cmake"):
+                continue  # the system's; CMakeLists.txt refuses one that is too old
+            found.append(requirement)
+            continue
+        if least and numbers(version) < numbers(least):
+            found.append(requirement)
+    return found
 
 
 def architecture() -> str:
-    """This GPU, as CMake names it."""
+    """This GPU, as CMake names it; "all" where there is none to name."""
+    if no_gpu():
+        return "all"
     import torch
 
     major, minor = torch.cuda.get_device_capability()
@@ -86,7 +118,8 @@ def steps(ops: list[str], wheels: Path | None) -> list[Step]:
     for op in ops:
         found.append(Step(f"tests of {op}", [*pytest, f"tests/ops/test_{op}.py"], 200))
         figures = [(f"benchmark {op}", op, "cuda or triton or GPU")]
-        for size in (4096, 32768) if op == "rademacher_project" else (4096,):
+        sizes = {"rademacher_project": (4096, 32768), "gaussian_project": (4096,)}
+        for size in sizes.get(op, ()):
             figures.append((f"benchmark {op} at full size, D={size}", "projection_at_scale", f"{op}_at_scale_{size}"))
         for name, file, expression in figures:
             found.append(Step(name, [python, "-m", "bench.gpu", "--record", file, expression], 200))
@@ -102,9 +135,10 @@ def steps(ops: list[str], wheels: Path | None) -> list[Step]:
 def digest() -> str:
     """Of the sources: a step done on others is not done."""
     found = hashlib.sha256()
-    for folder in SOURCES:
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.is_file() and path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
+    for source in SOURCES:
+        inside = (ROOT / source).rglob("*") if (ROOT / source).is_dir() else [ROOT / source]
+        for path in sorted(inside):
+            if path.is_file() and path.suffix in SUFFIXES:
                 found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]
 
@@ -149,7 +183,8 @@ def work(ops: list[str], wheels: Path | None, seconds: float) -> int:
     """Do what is left of the steps within the time; the process's status."""
     reason = no_gpu()
     if reason:
-        print(f"bench.gpu: everything skipped: {reason}")
+        for step in steps(ops, wheels):
+            print(f"skipped   {step.name}: {reason}")
         return 0
     started = time.monotonic()
     todo = steps(ops, wheels)

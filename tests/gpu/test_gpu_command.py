@@ -1,6 +1,7 @@
 """``python -m bench.gpu``: order, resumption, time limits, and what it says where there is no GPU."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -90,10 +91,50 @@ def test_steps_of_an_op(gpu, monkeypatch):
         assert all((ROOT / word).exists() for word in step.command if word.startswith("tests/"))
 
 
+def test_the_ops_are_those_that_are_registered(gpu):
+    from pyattr import backends
+
+    assert list(gpu.OPS) == sorted(backends.report())
+
+
+def test_packages_that_are_absent_or_too_old_are_installed(gpu, monkeypatch):
+    installed = {name.partition(">=")[0]: "99.1" for name in gpu.PACKAGES} | {"setuptools": "68.2.post1", "pytest": "8"}
+    del installed["scipy"]
+
+    def version(name):
+        if name not in installed:
+            raise gpu.importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(gpu.importlib.metadata, "version", version)
+    assert gpu.missing_packages() == ["setuptools>=77", "scipy"]
+
+
+@pytest.mark.parametrize(
+    "changed", ["CMakeLists.txt", "tests/conftest.py", "csrc/cuda/architectures.cmake", "bench/gpu.py"]
+)
+def test_every_source_counts(monkeypatch, tmp_path, changed):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import gpu
+
+    for source in gpu.SOURCES:
+        copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+        (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / source, tmp_path / source)
+    before = gpu.digest()
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert gpu.digest() == before
+    with open(tmp_path / changed, "a", encoding="utf8") as file:
+        file.write("\n# another\n")
+    assert gpu.digest() != before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_everything_is_skipped(monkeypatch, capsys):
+def test_without_a_gpu_each_step_is_named_and_skipped(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT))
     from bench import gpu
 
     assert gpu.work(["rademacher_project"], None, 60) == 0
-    assert capsys.readouterr().out == "bench.gpu: everything skipped: torch sees no CUDA device\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"skipped   {s.name}: torch sees no CUDA device" for s in gpu.steps(["rademacher_project"], None)]
+    assert "skipped   tests of rademacher_project: torch sees no CUDA device" in lines
