@@ -1,0 +1,112 @@
+"""Commands run in this process, and an output folder after all of them, on a toy of 8 x 8 pixels."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from pyattr.cli import app
+
+TRAIN = ["--steps", "3", "--batch-size", "8", "--ema", "0.9", "--threads", "1", "--device", "cpu"]
+SCORE = ["--num-timesteps", "2", "--proj-dim", "16", "--batch-size", "8", "--threads", "1", "--device", "cpu"]
+
+
+def _pyattr(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _succeeds(*arguments):
+    result = _pyattr(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout
+
+
+def _fails(line, *arguments, code=1):
+    """The command fails with exactly this line and leaves its output folder as it was."""
+    before = _contents(arguments)
+    result = _pyattr(*arguments)
+    assert (result.exit_code, result.stderr) == (code, f"pyattr: {line}\n")
+    assert _contents(arguments) == before
+
+
+def _contents(arguments):
+    """The files and folders in the output folder of a command, and when they were written."""
+    out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else Path("pyattr-run")
+    return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
+
+
+def _arrays(path):
+    with np.load(path) as archive:
+        return dict(archive)
+
+
+def _folders(out):
+    return {path.name for path in out.iterdir() if path.is_dir()}
+
+
+def _half_written(out):
+    return [path for path in out.rglob("*") if path.name.endswith(".part")]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """24 noisy images in two classes, as a folder."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        pixels = rng.integers(0, 80, (8, 8), np.uint8)
+        pixels[:4] += np.uint8(150) if number % 2 else np.uint8(0)
+        (folder / ("dark", "light")[number % 2]).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / ("dark", "light")[number % 2] / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(images, tmp_path_factory):
+    """An output folder after train, generate and attribute."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    _succeeds("train", images, "--out", out, *TRAIN)
+    _succeeds("generate", "--out", out, "-n", 3, "--steps", 2, "--device", "cpu")
+    _succeeds("attribute", "--out", out, "--top", 4, "-m", "dtrak", "-m", "pixels", *SCORE)
+    return out
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """A copy of it that a test may change."""
+    shutil.copytree(finished, tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="session")
+def pyattr():
+    return _pyattr
+
+
+@pytest.fixture(scope="session")
+def succeeds():
+    return _succeeds
+
+
+@pytest.fixture(scope="session")
+def fails():
+    return _fails
+
+
+@pytest.fixture(scope="session")
+def arrays():
+    return _arrays
+
+
+@pytest.fixture(scope="session")
+def folders():
+    return _folders
+
+
+@pytest.fixture(scope="session")
+def half_written():
+    return _half_written
