@@ -4,6 +4,7 @@ import multiprocessing
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -65,6 +66,27 @@ def test_a_forked_child_may_be_the_first_to_project(imports, tmp_path):
     )
     assert done.returncode == 0, f"the forked child hangs or fails: {done.stderr}"
     assert (tmp_path / "out").read_bytes() == project().numpy().tobytes()
+
+
+def test_other_python_threads_run_meanwhile():
+    """The lock is released in a call: a thread ticks in the middle of it, not only before and after."""
+    torch.set_num_threads(1)
+    grads, ticks, done = testing.make_gradients(64, 50_000), [], threading.Event()
+
+    def tick():
+        while not done.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    clock = threading.Thread(target=tick)
+    clock.start()
+    try:
+        start = time.perf_counter()
+        rademacher_project(grads, 4096, backend="cpu")
+        seconds = time.perf_counter() - start
+    finally:
+        done.set()
+        clock.join()
+    assert [t for t in ticks if start + seconds / 4 < t < start + seconds * 3 / 4]
 
 
 def test_python_threads_at_once():
