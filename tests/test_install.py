@@ -207,13 +207,40 @@ def test_without_a_gpu_the_cuda_backend_says_so(tmp_path):
 # CMake without setuptools.
 
 
-def test_plain_cmake_builds_a_module_that_loads(tmp_path):
-    build = ROOT / "build" / "cmake-plain"  # kept, so that the next run compiles only what changed
-    run("cmake", "-S", ROOT, "-B", build, "-DPYATTR_CUDA=off", f"-DPython_EXECUTABLE={sys.executable}", cwd=tmp_path)
-    run("cmake", "--build", build, "--parallel", "2", cwd=tmp_path)
-    load = f"import sys; sys.path.insert(0, {str(build)!r}); import _C; print(_C.simd_levels(), _C.built_with_cuda)"
+@pytest.fixture(scope="module")
+def plain_build(tmp_path_factory) -> Path:
+    """A build by CMake alone."""
+    build, cwd = (
+        ROOT / "build" / "cmake-plain",
+        tmp_path_factory.mktemp("plain"),
+    )  # kept: the next run compiles what changed
+    run("cmake", "-S", ROOT, "-B", build, "-DPYATTR_CUDA=off", f"-DPython_EXECUTABLE={sys.executable}", cwd=cwd)
+    run("cmake", "--build", build, "--parallel", "2", cwd=cwd)
+    return build
+
+
+def test_plain_cmake_builds_a_module_that_loads(plain_build, tmp_path):
+    load = (
+        f"import sys; sys.path.insert(0, {str(plain_build)!r}); import _C; print(_C.simd_levels(), _C.built_with_cuda)"
+    )
     printed = run(sys.executable, "-c", load, cwd=tmp_path)
     assert "'scalar'" in printed and printed.strip().endswith("False")
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="no nm on PATH")
+@pytest.mark.parametrize("level", ["avx2", "avx512"])
+def test_files_of_a_simd_level_define_their_entry_alone(level, plain_build, tmp_path):
+    """A weak function in them, compiled for this level, could be the copy that the linker keeps for every level."""
+    found = sorted(plain_build.rglob(f"*_{level}.cpp.o"))
+    assert len(found) == len(list((ROOT / "csrc" / "cpu").glob(f"*_{level}.cpp")))
+    for path in found:
+        lines = [
+            line.split(maxsplit=2)[1:] for line in run("nm", "--defined-only", "-C", path, cwd=tmp_path).splitlines()
+        ]
+        shared = [name for kind, name in lines if kind.isupper() or kind in "uvw"]  # lower case is this file's own
+        shared = [name for name in shared if not name.startswith("DW.ref.")]  # an address for the unwinder, no code
+        entry = path.name.removesuffix(f"_project_{level}.cpp.o")
+        assert shared == [f"pyattr::cpu::{entry}_tile_{level}(pyattr::cpu::ProjectTile const&)"]
 
 
 def path_without_nvcc(folder: Path) -> str:
