@@ -32,8 +32,9 @@ class DampedKernel:
     Raises:
         ValueError: a feature is not finite.
 
-    Extra memory: 24 min(N, D)^2 bytes; in the dual form the features in float32 and 16 N KiB besides, in the primal form one
-    block of the features in float64.
+    Extra memory: about 40 min(N, D)^2 bytes during the decomposition (the matrix, its eigenvectors and the library's
+    workspace) and 8 min(N, D)^2 afterwards; in the dual form the features in float32 and 16 N KiB besides, in the primal form
+    one block of the features in float64.
     """
 
     def __init__(self, features: Features, device: torch.device | str = "cpu"):
@@ -43,6 +44,7 @@ class DampedKernel:
         if not torch.isfinite(gram).all():
             raise ValueError("attribution: the features of the training images hold values that are not finite")
         values, vectors = torch.linalg.eigh(gram)
+        del gram
         self.eigenvalues = values.flip(0).clamp(min=0)  # [M], M = min(N, D)
         self.vectors = vectors.flip(1)  # [M, M], a column for each eigenvalue
 

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -47,7 +48,8 @@ class TRAK:
         lambda_: positive; or a grid, whose member nearest to the automatic choice is taken; None for that choice itself.
         seed: of the projection.
         batch_size: images whose gradients are taken together.
-        timesteps_per_pass: rows of one image that go through the model together.
+        timesteps_per_pass: rows of one image that go through the model together, at most.
+        memory: bytes that the gradients of a batch may take; see :meth:`~pyattr.diffusion.features.FeatureMap.batch`.
         directory: where features are kept as they are made and found again; None keeps them in memory.
         progress: stages "features", "eigendecomposition", "query features".
 
@@ -77,11 +79,12 @@ class TRAK:
         feature: Loss | str | None = None,
         num_noises: int = 1,
         kind: str = "rademacher",
-        lambda_: float | Sequence[float] | None = None,
+        lambda_: float | Iterable[float] | None = None,
         seed: int = 0,
         noise_seed: int = 0,
         batch_size: int = 16,
         timesteps_per_pass: int = 32,
+        memory: int = features.MEMORY,
         directory: str | os.PathLike | None = None,
         progress: Progress = silent,
     ):
@@ -96,13 +99,11 @@ class TRAK:
             seed=seed,
             noise_seed=noise_seed,
         )
-        if lambda_ is not None:
-            for value in [lambda_] if isinstance(lambda_, (int, float)) else lambda_:
-                self._check_lambda(value)
         self.model, self.batch_size, self.timesteps_per_pass = model, batch_size, timesteps_per_pass
+        self.memory = memory
         self.directory = None if directory is None else Path(directory)
         self.progress = progress
-        self._asked_lambda = lambda_
+        self._asked_lambda = None if lambda_ is None else self._lambdas(lambda_)
         self._kernel: DampedKernel | None = None
         self._model_hash = ""
         self._queries: tuple[str, Features] | None = None
@@ -156,7 +157,9 @@ class TRAK:
         if self._kernel is None:
             raise RuntimeError(f"{name}: fit must be called before scores")
         if lambda_ is not None:
-            self._check_lambda(lambda_)
+            lambda_ = self._lambdas(lambda_)
+            if isinstance(lambda_, list):
+                raise ValueError(f"{name}: lambda_ must be one number here, got {len(lambda_)}")
         if isinstance(queries, Samples):
             images, ids = queries.images, QUERY_IDS + queries.ids if ids is None else ids
         else:
@@ -181,11 +184,19 @@ class TRAK:
             ids=ids,
             batch_size=self.batch_size,
             timesteps_per_pass=self.timesteps_per_pass,
+            memory=self.memory,
             directory=None if self.directory is None else self.directory / folder,
             progress=self.progress,
             stage=stage,
         )
 
-    def _check_lambda(self, value: float) -> None:
-        if not (0 < value < math.inf):
-            raise ValueError(f"{type(self).__name__}: lambda_ must be positive and finite, got {value}")
+    def _lambdas(self, given) -> float | list[float]:
+        """A number of any library as a float, a grid as a list of them."""
+        single = isinstance(given, Real) or getattr(given, "ndim", 1) == 0
+        values = [float(value) for value in ([given] if single else given)]
+        if not values:
+            raise ValueError(f"{type(self).__name__}: lambda_ must be a number or a grid of some, got an empty grid")
+        for value in values:
+            if not 0 < value < math.inf:
+                raise ValueError(f"{type(self).__name__}: lambda_ must be positive and finite, got {value}")
+        return values[0] if single else values

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
-from .options import METHODS, DataOptions, Machine, SampleOptions, ScoreOptions, TrainOptions
+from .options import METHODS, DataOptions, Machine, SampleOptions, ScoreOptions, TrainOptions, parse_bytes
 from .shell import OneLineErrors
 
 app = typer.Typer(
@@ -189,6 +189,9 @@ def attribute(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images whose gradients are taken together.")
     ] = SCORE.batch_size,
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="For the gradients of a batch: GiB, or with a unit, as in 512MiB.")
+    ] = f"{SCORE.memory >> 30}GiB",
     top: Annotated[int, typer.Option(min=1, help="Proponents and opponents shown for each query.")] = 10,
     page: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")] = True,
     device: Device = "auto",
@@ -202,6 +205,10 @@ def attribute(
             raise typer.BadParameter(f"must be one of {', '.join(METHODS)}, got {name}", param_hint="--method")
     if data is None and (size or limit):
         raise typer.BadParameter("--size and --limit say how to read it: give it as well", param_hint="--data")
+    try:
+        memory_bytes = parse_bytes(memory)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--memory") from None
     options = [
         ScoreOptions(
             method=name,
@@ -211,6 +218,7 @@ def attribute(
             lambda_=lambda_,
             seed=seed,
             batch_size=batch_size,
+            memory=memory_bytes,
         )
         for name in dict.fromkeys(method)
     ]

@@ -1,9 +1,25 @@
 """What can be chosen, and what is chosen when nobody does; free of torch, so that --help is instant."""
 
+import re
 from dataclasses import dataclass
 
 # name on the command line -> name for people
 METHODS = {"dtrak": "D-TRAK", "trak": "TRAK", "pixels": "Pixel cosine"}
+
+_UNITS = {"": 1 << 30, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes from "1.5" (GiB), "512MiB" or "2GB".
+
+    Raises:
+        ValueError: it is of another form, or less than a byte.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-z]*)\s*", text.lower())
+    size = int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
+    if size < 1:
+        raise ValueError(f"must be a number of GiB, or of bytes with a unit (512MiB, 2GB), got {text}")
+    return size
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,7 @@ class ScoreOptions:
     lambda_: float | None = None
     seed: int = 0
     batch_size: int = 16
+    memory: int = 2 << 30  # bytes for the gradients of a batch; moves scores by rounding only
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import gradients, ops
+from .. import gradients
+from .checkpoint import identity
 from .images import as_images, evaluating, predict_noise, reference_parameter, to_unit
 from .losses import Loss, as_loss
 from .noise import MAX_DRAWS, noise
 from .progress import Progress, silent
 from .schedule import Schedule
-from .storage import model_hash, tensors_hash
+from .storage import tensors_hash
 from .store import FeatureDirectory, Features, open_features
 
 __all__ = ["STRATEGIES", "FeatureMap", "Features", "compute", "open_features"]
 
 STRATEGIES = ("uniform", "cumulative")
-KINDS = {"rademacher": ops.rademacher_project, "gaussian": ops.gaussian_project}
+KINDS = ("rademacher", "gaussian")
+MEMORY = 2 << 30  # bytes for the gradients of a batch
 _DEFINITION = 1  # of the features; a change that moves their values by more than rounding raises it
 
 
@@ -85,47 +87,59 @@ class FeatureMap:
         """All fields, as they go into the manifest of a directory."""
         return {**dataclasses.asdict(self), "definition": _DEFINITION}
 
-    def batch(self, model: nn.Module, images: Tensor, ids: Tensor, *, timesteps_per_pass: int = 32) -> Tensor:
+    def batch(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        ids: Tensor,
+        *,
+        timesteps_per_pass: int = 32,
+        memory: int = MEMORY,
+    ) -> Tensor:
         """Features of a batch.
 
         Args:
             model: in eval mode.
             images: [B, C, H, W] uint8, or floating point in [-1, 1].
             ids: [B] int64.
-            timesteps_per_pass: rows of one image that go through the model together; changes rounding only.
+            timesteps_per_pass: rows of one image that go through the model together, at most; changes rounding only.
+            memory: bytes that the gradients may take (:func:`pyattr.gradients.project_gradients`). Fewer rows and images
+                go through the model together to stay within it; changes rounding only.
 
         Returns:
             [B, D] float32 (float64 for a float64 model), on the model's device.
 
-        Extra memory: what :func:`pyattr.gradients.project_gradients` takes. With more than ``timesteps_per_pass`` rows
-        an image, whole gradients: 8 B P bytes in float32.
+        Raises:
+            ValueError: ``memory`` is too small for one row of one image.
+
+        Extra memory: ``memory``, and the images with their noise once for each row of a pass.
         """
         like = reference_parameter(model, "features")
         x = to_unit(images, like)  # [B, C, H, W]
         times = self.timesteps().repeat_interleave(self.num_noises)  # [R], R = K * num_noises
         draws = torch.arange(self.num_noises).repeat(self.num_timesteps)  # [R]
         loss = functools.partial(_values, loss=self.loss, schedule=self.schedule)
-        passes = list(zip(times.split(timesteps_per_pass), draws.split(timesteps_per_pass), strict=True))
-        sums: dict[str, Tensor] = {}
-        for t, draw in passes:
+
+        def rows(x: Tensor, ids: Tensor, which: slice) -> dict[str, Tensor]:
+            t, draw = times[which], draws[which]
             eps = noise(x.shape[1:], seed=self.noise_seed, ids=ids[:, None], timesteps=t, draws=draw).to(x)
             t = t.to(x.device).expand(len(x), -1)  # [B, R']
-            batch = {"noisy": self.schedule.add_noise(x[:, None], eps, t), "noise": eps, "timesteps": t}
-            if len(passes) == 1:
-                return gradients.project_gradients(model, loss, batch, self.proj_dim, kind=self.kind, seed=self.seed)
-            for name, grad in gradients.per_sample_gradients(model, loss, batch).items():  # means over R'
-                weighted = grad * (t.shape[1] / len(times))
-                sums[name] = weighted if name not in sums else sums[name].add_(weighted)
-        return self._project(sums)
+            return {"noisy": self.schedule.add_noise(x[:, None], eps, t), "noise": eps, "timesteps": t}
 
-    def _project(self, grads: dict[str, Tensor]) -> Tensor:
-        """The flat gradient's projection from its pieces, in ``named_parameters()`` order."""
-        total, offset = None, 0
-        for grad in grads.values():
-            flat = grad.flatten(1)  # [B, P of this parameter]
-            piece = KINDS[self.kind](flat, self.proj_dim, seed=self.seed, column_offset=offset)
-            total = piece if total is None else total + piece
-            offset += flat.shape[1]
+        count = min(timesteps_per_pass, len(times))
+        if count > 1:
+            # Two images at a time are measured, so half of the budget is for one.
+            least = gradients.least_memory(model, loss, rows(x[:2], ids[:2], slice(0, 1)))
+            count = max(1, min(count, memory // 2 // least))
+        count = -(-len(times) // -(-len(times) // count))  # equal passes
+        total = None
+        for start in range(0, len(times), count):
+            batch = rows(x, ids, slice(start, start + count))
+            part = gradients.project_gradients(
+                model, loss, batch, self.proj_dim, kind=self.kind, seed=self.seed, memory=memory
+            )
+            part *= batch["timesteps"].shape[1] / len(times)  # a mean over the rows of this pass
+            total = part if total is None else total.add_(part)
         return total
 
 
@@ -144,6 +158,7 @@ def compute(
     ids=None,
     batch_size: int = 16,
     timesteps_per_pass: int = 32,
+    memory: int = MEMORY,
     directory: str | os.PathLike | None = None,
     shard_rows: int = 256,
     progress: Progress = silent,
@@ -152,15 +167,16 @@ def compute(
     """Features of many images, kept on disk as they are made when a directory is given.
 
     An interrupted call that is made again goes on from the last shard it wrote; shards that were deleted are made again. The
-    result does not depend on ``batch_size``, ``timesteps_per_pass`` or the interruption but for rounding, and not at all for
-    the same ``batch_size`` and ``timesteps_per_pass`` on the same machine and thread count.
+    result does not depend on ``batch_size``, ``timesteps_per_pass``, ``memory``, ``shard_rows`` or the interruption but for
+    rounding, and not at all where these four are the same, on the same machine and thread count. (Batches end where a shard
+    ends, without a directory too; a directory that exists keeps its own ``shard_rows``.)
 
     Args:
         model: predicts the noise; evaluated in eval mode and left in its own.
         images: [N, C, H, W] uint8, or floating point in [-1, 1].
         ids: [N] distinct integers in [0, 2^63) that the noise is a function of; 0..N-1 if None.
         batch_size: images whose gradients are taken together.
-        timesteps_per_pass: see :meth:`FeatureMap.batch`.
+        timesteps_per_pass, memory: see :meth:`FeatureMap.batch`.
         directory: where shards go; None keeps the features in memory.
         shard_rows: rows in a shard: what an interruption may lose.
         progress, stage: counts images.
@@ -170,10 +186,10 @@ def compute(
 
     Raises:
         ValueError: an argument is not as above, or the directory was made with another model, other images or another
-            feature map; the message says what differs.
-        DamagedFileError: the directory's manifest cannot be read.
+            feature map; the message says what differs. Or ``memory`` is too small.
+        DamagedFileError: the directory's manifest cannot be read, or a shard in it is damaged.
 
-    Extra memory: that of :meth:`FeatureMap.batch`, and one shard or all features.
+    Extra memory: that of :meth:`FeatureMap.batch`, and one shard twice or all features twice.
     """
     images = as_images(images, "features", "images")
     if len(images) == 0:
@@ -182,6 +198,7 @@ def compute(
         ("batch_size", batch_size),
         ("timesteps_per_pass", timesteps_per_pass),
         ("shard_rows", shard_rows),
+        ("memory", memory),
     ):
         if value < 1:
             raise ValueError(f"features: {name} must be at least 1, got {value}")
@@ -195,7 +212,9 @@ def compute(
         parts = []
         for first in range(start, end, batch_size):
             which = slice(first, min(first + batch_size, end))
-            part = feature_map.batch(model, images[which], ids[which], timesteps_per_pass=timesteps_per_pass)
+            part = feature_map.batch(
+                model, images[which], ids[which], timesteps_per_pass=timesteps_per_pass, memory=memory
+            )
             parts.append(part.cpu())
             done += len(part)
             progress(done, total, stage)
@@ -204,12 +223,13 @@ def compute(
     with evaluating(model):
         if directory is None:
             progress(0, total, stage)
-            return Features.from_tensor(rows(0, total), ids)
+            shards = [rows(start, min(start + shard_rows, total)) for start in range(0, total, shard_rows)]
+            return Features.from_tensor(torch.cat(shards), ids)
         store = FeatureDirectory(
             directory,
             settings={
                 **feature_map.settings(),
-                "model": model_hash(model),
+                **identity(model),
                 "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             },
             data={"images and ids": tensors_hash({"images": images, "ids": ids})},

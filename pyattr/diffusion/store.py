@@ -16,6 +16,8 @@ from .storage import DamagedFileError, differences
 
 FORMAT, VERSION = "pyattr-features", 1
 MANIFEST = "manifest.json"
+KEYS = {"version": int, "settings": dict, "data": dict, "rows": int, "shard_rows": int, "shards": list}
+SHARD_KEYS = {"file": str, "first_row": int, "rows": int, "dtype": str, "dim": int, "bytes": int, "sha256": str}
 
 
 class Features:
@@ -51,9 +53,12 @@ class Features:
     def tensor(self) -> Tensor:
         """All rows, [N, D].
 
-        Extra memory: the features, 4 N D bytes in float32.
+        Extra memory: the features, 4 N D bytes in float32, and one block.
         """
-        return torch.cat([block for _, block in self.blocks()])
+        out = torch.empty(len(self), self.dim, dtype=self.dtype)
+        for start, block in self.blocks():
+            out[start : start + len(block)] = block
+        return out
 
 
 class FeatureDirectory:
@@ -137,18 +142,18 @@ class FeatureDirectory:
                     f"{path} is damaged (its checksum does not match): delete it and compute the features again"
                 )
             self._checked.add(shard["file"])
-        return safetensors.torch.load(content)
+        try:
+            tensors = safetensors.torch.load(content)
+            return {name: tensors[name] for name in ("features", "ids")}
+        except (safetensors.SafetensorError, KeyError) as error:  # changed since it was checked, or not written by us
+            raise DamagedFileError(f"{path} is damaged ({error}): delete it and compute the features again") from None
 
     def features(self) -> Features:
-        """The rows, once none is missing."""
+        """The rows, once none is missing; every shard is read and checked."""
         if self.missing():
             raise ValueError(f"features: {self.path} is not complete: {len(self.missing())} shards are missing")
         first = self.manifest["shards"][0]
-        ids = []
-        for shard in self.manifest["shards"]:
-            with safetensors.safe_open(self.path / shard["file"], "pt") as file:
-                ids.append(file.get_tensor("ids"))
-        ids = torch.cat(ids)
+        ids = torch.cat([self.read(start)["ids"] for start in self.starts])
         dtype = getattr(torch, first["dtype"])
         return Features(ids, first["dim"], dtype, lambda start: self.read(start)["features"], self.starts)
 
@@ -158,7 +163,7 @@ def read_manifest(path: str | os.PathLike) -> dict:
 
     Raises:
         FileNotFoundError: there is none.
-        DamagedFileError: it cannot be parsed.
+        DamagedFileError: it cannot be parsed, or something is missing from it.
         ValueError: it is of another format or a newer version.
     """
     file = Path(path) / MANIFEST
@@ -168,9 +173,21 @@ def read_manifest(path: str | os.PathLike) -> dict:
         raise DamagedFileError(f"{file} is damaged ({error}): delete {path} and compute the features again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"features: {file} is not a manifest of pyattr's features")
-    if manifest["version"] != VERSION:
+    if manifest.get("version", VERSION) != VERSION:
         raise ValueError(f"features: {file} has version {manifest['version']}, this pyattr reads version {VERSION}")
+    lacks = _lacks(manifest, KEYS, "")
+    for number, shard in enumerate(manifest["shards"] if not lacks else ()):
+        lacks = lacks or _lacks(shard, SHARD_KEYS, f"shard {number}'s ")
+    if lacks:
+        raise DamagedFileError(f"{file} is damaged ({lacks}): delete {path} and compute the features again")
     return manifest
+
+
+def _lacks(entry, keys: dict[str, type], where: str) -> str:
+    """What is missing from a part of a manifest, or of another type; empty when nothing is."""
+    if not isinstance(entry, dict):
+        return f"{where}entry is not an object"
+    return next((f"no valid {where}{name}" for name, kind in keys.items() if type(entry.get(name)) is not kind), "")
 
 
 def open_features(path: str | os.PathLike) -> tuple[Features, dict]:

@@ -77,6 +77,19 @@ def project_gradients(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def least_memory(module: nn.Module, loss: Loss, batch) -> int:
+    """The least ``memory`` that `project_gradients` accepts: what one sample takes.
+
+    Args:
+        module, loss, batch: as in `per_sample_gradients`.
+
+    Extra memory: what two samples take, the first time.
+    """
+    batch = Batch.of(batch)
+    planner = Planner(module, loss, batch)
+    return sum(_needs(planner.plan.slow, planner.memory(batch), planner.parameters))
+
+
 def split(
     slow: Collection[str], passes: tuple[int, int], parameters: dict[str, Tensor], batch_size: int, memory: int
 ) -> tuple[int, int]:
@@ -92,21 +105,27 @@ def split(
     Raises:
         ValueError: if one sample and one row of a weight do not fit.
     """
+    per_sample, row = _needs(slow, passes, parameters)
+    if per_sample + row > memory:
+        raise ValueError(
+            f"project_gradients: memory must be at least {per_sample + row} bytes for one sample, got {memory}"
+        )
+    size = min(batch_size, max(1, memory // 2 // max(1, per_sample)))
+    size = -(-batch_size // -(-batch_size // size))  # equal sub-batches
+    while size > 1 and size * (per_sample + row) > memory:
+        size -= 1
+    return size, memory - size * per_sample
+
+
+def _needs(slow: Collection[str], passes: tuple[int, int], parameters: dict[str, Tensor]) -> tuple[int, int]:
+    """Bytes for one sample: for the two passes, and for one row of the widest gradient."""
     size_of = {name: p.numel() * result_dtype(p).itemsize for name, p in parameters.items()}
     peak, largest = passes
     per_sample = peak + TRANSIENTS * largest
     if slow:  # torch.func: its own activations and errors, the gradients and a copy of them in one piece
         per_sample = max(per_sample, 2 * peak + 2 * sum(size_of[name] for name in slow))
     row = max((size // len(parameters[name]) for name, size in size_of.items() if size and name not in slow), default=0)
-    if per_sample + COPIES * row > memory:
-        raise ValueError(
-            f"project_gradients: memory must be at least {per_sample + COPIES * row} bytes for one sample, got {memory}"
-        )
-    size = min(batch_size, max(1, memory // 2 // max(1, per_sample)))
-    size = -(-batch_size // -(-batch_size // size))  # equal sub-batches
-    while size > 1 and size * (per_sample + COPIES * row) > memory:
-        size -= 1
-    return size, memory - size * per_sample
+    return per_sample, COPIES * row
 
 
 class _Projected:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -183,6 +184,36 @@ def test_scores_before_fit(linear_net, schedule, images):
 def test_lambda_must_be_positive(linear_net, schedule, images, value):
     with pytest.raises(ValueError, match="TRAK: lambda_ must be positive and finite, got"):
         TRAK(linear_net(4), schedule, lambda_=value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [5, 5.0, np.float32(5), np.array(5.0), torch.tensor(5), [5], (v for v in [5.0, 1e9]), torch.tensor([5.0, 1e9])],
+    ids=repr,
+)
+def test_lambda_is_a_number_or_a_grid_of_any_kind(linear_net, schedule, images, given):
+    fitted = TRAK(linear_net(4), schedule, **{**SETTINGS, "lambda_": given}).fit(images)
+    assert fitted.lambda_ == 5 and type(fitted.lambda_) is float
+
+
+@pytest.mark.parametrize("given", [[], (), (v for v in ()), torch.empty(0)], ids=repr)
+def test_an_empty_grid_is_refused(linear_net, schedule, given):
+    with pytest.raises(ValueError, match="TRAK: lambda_ must be a number or a grid of some, got an empty grid"):
+        TRAK(linear_net(4), schedule, lambda_=given)
+
+
+def test_scores_take_one_lambda(linear_net, schedule, images):
+    fitted = TRAK(linear_net(4), schedule, **SETTINGS).fit(images)
+    assert torch.equal(fitted.scores(images, lambda_=np.float32(2)), fitted.scores(images, lambda_=2.0))
+    with pytest.raises(ValueError, match="lambda_ must be one number here, got 2"):
+        fitted.scores(images, lambda_=[1.0, 2.0])
+
+
+def test_memory_changes_rounding_only(linear_net, schedule, images):
+    scores = [TRAK(linear_net(4), schedule, **SETTINGS, memory=m).fit(images).scores(images) for m in (4000, 1 << 30)]
+    torch.testing.assert_close(*scores)
+    with pytest.raises(ValueError, match=r"memory must be at least [0-9]+ bytes for one sample, got 10"):
+        TRAK(linear_net(4), schedule, **SETTINGS, memory=10).fit(images)
 
 
 def test_features_that_are_all_zero_say_so(linear_net, schedule, images):

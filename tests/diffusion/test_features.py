@@ -72,7 +72,16 @@ def test_timesteps():
     assert feature_map(num_timesteps=1000).timesteps().tolist() == list(range(1000))
 
 
-@pytest.mark.parametrize("chunks", [{"batch_size": 1}, {"batch_size": 4}, {"timesteps_per_pass": 3}])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        {"batch_size": 1},
+        {"batch_size": 4},
+        {"timesteps_per_pass": 3},
+        {"batch_size": 3, "shard_rows": 4},
+        {"memory": 400_000},
+    ],
+)
 def test_chunking_changes_rounding_only(tiny_unet, images, chunks):
     model, which = tiny_unet(), feature_map(num_noises=2)
     whole = features.compute(model, images, which, batch_size=16).tensor()
@@ -88,6 +97,33 @@ def test_a_row_depends_on_image_and_id_alone(tiny_unet, images):
     torch.testing.assert_close(whole[order], part, atol=1e-9, rtol=1e-9)
     moved = features.compute(model, images[order], feature_map()).tensor()  # other ids, other noise
     assert not torch.isclose(part[0], moved[0]).any()
+
+
+class RowsPerPass(torch.nn.Module):
+    """Notes how many images come together."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.rows = model, []
+
+    def forward(self, images, timesteps):
+        self.rows.append(len(images))
+        return self.model(images, timesteps)
+
+
+def test_memory_decides_how_much_goes_through_the_model_together(tiny_unet, images):
+    which = feature_map(num_timesteps=50)
+    model = RowsPerPass(tiny_unet()).eval()
+    with pytest.raises(ValueError, match=r"memory must be at least [0-9]+ bytes for one sample, got 1") as refusal:
+        which.batch(model, images[:4], torch.arange(4), memory=1)
+    least = int(str(refusal.value).split("at least ")[1].split()[0])
+    whole, most = which.batch(model, images[:4], torch.arange(4)), []
+    for memory in (least, 8 * least, 1000 * least):
+        model.rows.clear()
+        got = which.batch(model, images[:4], torch.arange(4), memory=memory)
+        torch.testing.assert_close(got, whole, rtol=0, atol=1e-4 * float(whole.abs().max()))
+        most.append(max(model.rows))
+    assert most[0] == 1 and most[1] <= 8 and most[2] == 4 * 25
 
 
 class Stop(Exception):
@@ -118,10 +154,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, tiny_unet, images, s
     assert calls[-1] == (11, 11, "features") and [c[0] for c in calls] == sorted(c[0] for c in calls)
 
 
-def test_memory_and_disk_agree_bit_for_bit(tmp_path, tiny_unet, images):
+@pytest.mark.parametrize("batch_size", [3, 4])
+def test_memory_and_disk_agree_bit_for_bit(tmp_path, tiny_unet, images, batch_size):
     model, which = tiny_unet(), feature_map()
-    on_disk = features.compute(model, images, which, directory=tmp_path, batch_size=4, shard_rows=4)
-    in_memory = features.compute(model, images, which, batch_size=4)
+    on_disk = features.compute(model, images, which, directory=tmp_path, batch_size=batch_size, shard_rows=4)
+    in_memory = features.compute(model, images, which, batch_size=batch_size, shard_rows=4)
     assert torch.equal(on_disk.tensor(), in_memory.tensor())
     assert [(start, len(block)) for start, block in on_disk.blocks()] == [(0, 4), (4, 4), (8, 3)]
     assert (len(on_disk), on_disk.dim, on_disk.dtype) == (11, 32, torch.float32)
@@ -170,14 +207,39 @@ def test_other_model_images_ids_and_number_are_refused(tmp_path, tiny_net, image
         features.compute(tiny_net(), images[:10], feature_map(), directory=tmp_path)
 
 
-def test_damaged_shard_is_refused_and_made_again_once_deleted(tmp_path, tiny_unet, images):
+def test_networks_with_the_same_weights_are_told_apart(tmp_path, tiny_unet, images):
+    features.compute(tiny_unet(), images, feature_map(), directory=tmp_path)
+    other = tiny_unet()
+    other.register_to_config(norm_eps=0.1)
+    with pytest.raises(ValueError, match=r"was made otherwise: network\.config\.norm_eps was 1e-05, now 0\.1"):
+        features.compute(other, images, feature_map(), directory=tmp_path)
+    frozen = tiny_unet()
+    frozen.conv_in.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="was made otherwise: frozen was "):
+        features.compute(frozen, images, feature_map(), directory=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["tail", "header", "length", "cut", "cut in the header", "emptied"])
+def test_damaged_shard_is_refused_and_made_again_once_deleted(tmp_path, tiny_unet, images, damage):
     arguments = {"directory": tmp_path, "batch_size": 2, "shard_rows": 4}
     whole = features.compute(tiny_unet(), images, feature_map(), **arguments).tensor()
     shard = tmp_path / "shard-000000000004.safetensors"
     content = shard.read_bytes()
-    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(DamagedFileError, match=r"shard-000000000004\.safetensors is damaged"):
-        features.open_features(tmp_path)[0].tensor()
+    damaged = {
+        "tail": content[:-1] + bytes([content[-1] ^ 1]),
+        "header": content.replace(b"features", b"fixtures"),
+        "length": b"\xff" + content[1:],
+        "cut": content[:-9],
+        "cut in the header": content[:20],
+        "emptied": b"",
+    }
+    shard.write_bytes(damaged[damage])
+    for use in (
+        lambda: features.open_features(tmp_path)[0].tensor(),
+        lambda: features.compute(tiny_unet(), images, feature_map(), **arguments),
+    ):
+        with pytest.raises(DamagedFileError, match=r"shard-000000000004\.safetensors is damaged"):
+            use()
     shard.unlink()
     with pytest.raises(ValueError, match="is not complete: 1 shards are missing"):
         features.open_features(tmp_path)
@@ -192,6 +254,11 @@ def test_damaged_shard_is_refused_and_made_again_once_deleted(tmp_path, tiny_une
         again.tensor()
 
 
+SHARDS = (
+    '{"format": "pyattr-features", "version": 1, "settings": {}, "data": {}, "rows": 1, "shard_rows": 1, "shards": %s}'
+)
+
+
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
@@ -199,6 +266,10 @@ def test_damaged_shard_is_refused_and_made_again_once_deleted(tmp_path, tiny_une
         ("[]", ValueError, "is not a manifest"),
         ('{"format": "other"}', ValueError, "is not a manifest"),
         ('{"format": "pyattr-features", "version": 2}', ValueError, "has version 2, this pyattr reads version 1"),
+        ('{"format": "pyattr-features"}', DamagedFileError, r"is damaged \(no valid version\)"),
+        ('{"format": "pyattr-features", "version": 1, "settings": 3}', DamagedFileError, "no valid settings"),
+        (SHARDS % "[3]", DamagedFileError, "shard 0's entry is not an object"),
+        (SHARDS % '[{"file": "x"}]', DamagedFileError, "no valid shard 0's first_row"),
     ],
 )
 def test_foreign_manifests_are_refused(tmp_path, tiny_net, images, text, error, message):
@@ -258,6 +329,7 @@ def test_errors_of_the_map(others, message):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"timesteps_per_pass": 0}, "timesteps_per_pass must be at least 1"),
         ({"shard_rows": 0}, "shard_rows must be at least 1"),
+        ({"memory": 0}, "memory must be at least 1"),
         ({"ids": [1, 2]}, "ids must be 11 distinct integers"),
         ({"ids": [1] * 11}, "ids must be 11 distinct integers"),
     ],
