@@ -79,7 +79,7 @@ def test_timesteps():
         {"batch_size": 4},
         {"timesteps_per_pass": 3},
         {"batch_size": 3, "shard_rows": 4},
-        {"memory": 400_000},
+        {"memory": 2_000_000},
     ],
 )
 def test_chunking_changes_rounding_only(tiny_unet, images, chunks):
@@ -111,19 +111,19 @@ class RowsPerPass(torch.nn.Module):
         return self.model(images, timesteps)
 
 
-def test_memory_decides_how_much_goes_through_the_model_together(tiny_unet, images):
-    which = feature_map(num_timesteps=50)
-    model = RowsPerPass(tiny_unet()).eval()
+def test_memory_decides_how_much_goes_through_the_model_together(tiny_net, images):
+    which = feature_map(num_timesteps=33)
+    model = RowsPerPass(tiny_net()).eval()
     with pytest.raises(ValueError, match=r"memory must be at least [0-9]+ bytes for one sample, got 1") as refusal:
-        which.batch(model, images[:4], torch.arange(4), memory=1)
+        which.batch(model, images[:2], torch.arange(2), memory=1)
     least = int(str(refusal.value).split("at least ")[1].split()[0])
-    whole, most = which.batch(model, images[:4], torch.arange(4)), []
+    whole, most = which.batch(model, images[:2], torch.arange(2)), []
     for memory in (least, 8 * least, 1000 * least):
         model.rows.clear()
-        got = which.batch(model, images[:4], torch.arange(4), memory=memory)
+        got = which.batch(model, images[:2], torch.arange(2), memory=memory)
         torch.testing.assert_close(got, whole, rtol=0, atol=1e-4 * float(whole.abs().max()))
         most.append(max(model.rows))
-    assert most[0] == 1 and most[1] <= 8 and most[2] == 4 * 25
+    assert most[0] == 1 and most[1] <= 8 and most[2] == 2 * 17
 
 
 class Stop(Exception):
