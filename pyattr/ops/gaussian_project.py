@@ -41,7 +41,7 @@ def gaussian_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, scal
         TypeError, ValueError: an argument is not as above.
         BackendError: the backend cannot take these inputs; the reasons are listed.
 
-    Extra memory: CPU, 8.5 MB per thread and, where D is under 64 per thread, 4 B D bytes per thread.
+    Extra memory: CPU, 8.5 MB per thread.
     CUDA and Triton, partial sums of at most 64 MiB. Reference, 90 MB and 16 B D bytes. The transpose (reverse mode), 90 MB.
 
     Source: Box and Muller 1958 on Philox4x32-10 (Salmon et al., SC 2011); D-TRAK, Zheng et al., ICLR 2024, projects so.

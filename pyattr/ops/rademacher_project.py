@@ -44,7 +44,7 @@ def rademacher_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, sc
         TypeError, ValueError: an argument is not as above.
         BackendError: the backend cannot take these inputs; the reasons are listed.
 
-    Extra memory: CPU, 0.4 MB per thread and, where D is under 64 per thread, 4 B D bytes per thread.
+    Extra memory: CPU, 0.5 MB per thread.
     CUDA and Triton, partial sums of at most 64 MiB. Reference, 70 MB and 16 B D bytes. The transpose (reverse mode), 60 MB.
 
     Source: Philox4x32-10, Salmon et al., SC 2011; TRAK, Park et al., ICML 2023, section 3.2 (random projection of gradients).
