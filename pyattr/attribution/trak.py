@@ -1,5 +1,6 @@
 """TRAK on a diffusion model: projected gradients of the training loss, weighed by a damped inverse kernel."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterable
@@ -44,6 +45,8 @@ class TRAK:
         schedule: the one it was trained with.
         proj_dim: D.
         num_timesteps, strategy, num_noises, kind, noise_seed: see :class:`~pyattr.diffusion.features.FeatureMap`.
+        query_noises: draws of the noise at each timestep of a query; None: ``num_noises``, as published. Queries are few,
+            so more of them take their share of the noise off the scores at little cost.
         feature: f, a :class:`~pyattr.diffusion.Loss` or its name; None for the method's own.
         lambda_: positive; or a grid, whose member nearest to the automatic choice is taken; None for that choice itself.
         seed: of the projection.
@@ -78,6 +81,7 @@ class TRAK:
         strategy: str = "uniform",
         feature: Loss | str | None = None,
         num_noises: int = 1,
+        query_noises: int | None = None,
         kind: str = "rademacher",
         lambda_: float | Iterable[float] | None = None,
         seed: int = 0,
@@ -99,6 +103,9 @@ class TRAK:
             seed=seed,
             noise_seed=noise_seed,
         )
+        self.query_map = self.feature_map
+        if query_noises is not None:
+            self.query_map = dataclasses.replace(self.feature_map, num_noises=query_noises)
         self.model, self.batch_size, self.timesteps_per_pass = model, batch_size, timesteps_per_pass
         self.memory = memory
         self.directory = None if directory is None else Path(directory)
@@ -124,7 +131,7 @@ class TRAK:
         Extra memory: that of the features and of :class:`~pyattr.attribution.kernel.DampedKernel`.
         """
         train = as_images(train, type(self).__name__, "train")
-        found = self._features(train, torch.arange(len(train)), "train", "features")
+        found = self._features(self.feature_map, train, torch.arange(len(train)), "train", "features")
         self.progress(0, 1, "eigendecomposition")
         self._kernel = DampedKernel(found, reference_parameter(self.model, type(self).__name__).device)
         self.eigenvalues = self._kernel.eigenvalues
@@ -172,15 +179,16 @@ class TRAK:
         ids = torch.as_tensor(ids, dtype=torch.int64)
         key = tensors_hash({"images": images, "ids": ids})
         if self._queries is None or self._queries[0] != key:
-            self._queries = key, self._features(images, ids, f"queries-{key[:16]}", "query features")
+            folder = f"queries-{key[:16]}-{self.query_map.num_noises}"
+            self._queries = key, self._features(self.query_map, images, ids, folder, "query features")
         phi = self._queries[1].tensor()  # [Q, D]
         return self._kernel.scores(phi, self.lambda_ if lambda_ is None else lambda_)
 
-    def _features(self, images: Tensor, ids: Tensor, folder: str, stage: str) -> Features:
+    def _features(self, feature_map: FeatureMap, images: Tensor, ids: Tensor, folder: str, stage: str) -> Features:
         return features.compute(
             self.model,
             images,
-            self.feature_map,
+            feature_map,
             ids=ids,
             batch_size=self.batch_size,
             timesteps_per_pass=self.timesteps_per_pass,

@@ -181,6 +181,9 @@ def attribute(
         int, typer.Option(min=1, help="Timesteps that gradients average over.")
     ] = SCORE.num_timesteps,
     strategy: Annotated[str, typer.Option(help="Which timesteps: uniform or cumulative.")] = SCORE.strategy,
+    query_noises: Annotated[
+        int, typer.Option(min=1, help="Noise draws for each timestep of a query; more make its scores steadier.")
+    ] = SCORE.query_noises,
     proj_dim: Annotated[int, typer.Option(min=1, help="Numbers that each gradient is projected to.")] = SCORE.proj_dim,
     lambda_: Annotated[
         float | None, typer.Option("--lambda", help="Damping; default: chosen from the spectrum.")
@@ -214,6 +217,7 @@ def attribute(
             method=name,
             num_timesteps=num_timesteps,
             strategy=strategy,
+            query_noises=query_noises,
             proj_dim=proj_dim,
             lambda_=lambda_,
             seed=seed,

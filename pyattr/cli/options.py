@@ -68,6 +68,7 @@ class ScoreOptions:
     method: str = "dtrak"
     num_timesteps: int = 10
     strategy: str = "uniform"
+    query_noises: int = 1
     proj_dim: int = 4096
     lambda_: float | None = None
     seed: int = 0

@@ -135,6 +135,7 @@ def settings_of(
         shown = ", ".join(map(str, times[:4])) + (f", … {times[-1]}" if len(times) > 4 else "")
         pairs = [
             ("timesteps", f"{o.num_timesteps} of {schedule.num_timesteps:,}, {o.strategy}: {shown}"),
+            ("noise", f"{draws(1)} of a training image, {draws(o.query_noises)} of a query"),
             ("projection", f"random signs, to {o.proj_dim:,} numbers, seed {o.seed}"),
             ("lambda", f"{found['lambda']:.4g}, {'chosen automatically' if o.lambda_ is None else 'given'}"),
             ("effective dimension", f"{found['effective dimension']:.0f} of {min(o.proj_dim, len(data)):,}"),
@@ -149,6 +150,11 @@ def settings_of(
     return [*groups, ("Machine of the last run", machine)]
 
 
+def draws(count: int) -> str:
+    """How often the noise of an image is drawn at a timestep, in words."""
+    return "one noise draw at each" if count == 1 else f"{count:,} noise draws at each"
+
+
 def caveats_of(scorings: Sequence[Scoring]) -> list[str]:
     """What the settings mean for how far the scores can be trusted."""
     main = scorings[0]
@@ -156,8 +162,9 @@ def caveats_of(scorings: Sequence[Scoring]) -> list[str]:
     if main.features is not None:
         o = main.options
         told.append(
-            f"{main.name} averages gradients over {o.num_timesteps} of {main.schedule.num_timesteps:,} timesteps with one "
-            "noise draw each; published results use 10 to 1,000. More timesteps make the scores steadier."
+            f"{main.name} averages gradients over {o.num_timesteps} of {main.schedule.num_timesteps:,} timesteps, with "
+            f"{draws(1)} of a training image and {draws(o.query_noises)} of a query; published results use 10 to 1,000 "
+            "timesteps. More of them make the scores steadier."
         )
         if o.lambda_ is None:
             told.append(

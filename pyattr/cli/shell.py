@@ -68,7 +68,7 @@ def message(error: Exception) -> str:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}"
     if isinstance(error, MemoryError):
-        return "out of memory: use fewer images, a smaller --proj-dim or a smaller --batch-size"
+        return "out of memory: use fewer images, or a smaller --memory, --proj-dim or --batch-size"
     # Refusals of the library are written for people; anything else is a defect, and its kind helps to report it.
     if isinstance(error, (ValueError, TypeError, RuntimeError, ImportError, OSError)) and str(error):
         return str(error)

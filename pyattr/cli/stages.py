@@ -307,10 +307,11 @@ class Scoring:
         if options.lambda_ is not None and not 0 < options.lambda_ < math.inf:
             raise ValueError(f"attribute: lambda must be positive and finite, got {options.lambda_}")
         shared = {"model": model_key, "data": data.fingerprint(), "schedule": dataclasses.asdict(schedule)}
-        # Lambda changes no feature, and memory no result but by rounding.
-        settings = {
-            name: value for name, value in dataclasses.asdict(options).items() if name not in ("lambda_", "memory")
-        }
+        FeatureMap(schedule, num_noises=options.query_noises)
+        # Lambda and the queries' noise change no training feature, and memory no result but by rounding.
+        settings = dataclasses.asdict(options)
+        for name in ("lambda_", "query_noises", "memory"):
+            del settings[name]
         self.base = {**shared, **settings} if options.method != "pixels" else {"data": data.fingerprint()}
         self.features: Step | None = None
         if options.method != "pixels":
@@ -323,7 +324,9 @@ class Scoring:
 
     def plan(self, queries_key: str, count: int) -> list[Step]:
         """The steps for `count` queries."""
-        settings = {**self.base, "queries": queries_key, "lambda": self.options.lambda_}
+        settings = {**self.base, "queries": queries_key}
+        if self.features is not None:
+            settings |= {"lambda": self.options.lambda_, "query noises": self.options.query_noises}
         self.step = Step(
             f"{self.name} scores",
             f"{count} queries × {len(self.data):,} images",

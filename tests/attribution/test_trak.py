@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,25 +12,25 @@ from pyattr.ops import sign_matrix
 SETTINGS = {"proj_dim": 16, "num_timesteps": 3, "seed": 5, "noise_seed": 2, "lambda_": 0.7}
 
 
-def closed_form(method, model, images, queries, query_ids, lambda_):
+def closed_form(method, model, images, queries, query_ids, lambda_, query_noises=1):
     """W x_t predicts eps: d mean (W x_t - eps)^2 = 2 (W x_t - eps) x_t^T / D, and without eps for the squared norm."""
     weight, schedule = model.layer.weight.detach(), Schedule()
     signs = sign_matrix(range(16), range(weight.numel()), 5).double()
 
-    def phi(batch, ids):
+    def phi(batch, ids, noises=1):
         rows = []
         for image, i in zip(batch, ids, strict=True):
             total = torch.zeros_like(weight)
-            for t in (0, 333, 666):
-                eps = noise((4,), seed=2, ids=int(i), timesteps=t).double()
+            for t, draw in itertools.product((0, 333, 666), range(noises)):
+                eps = noise((4,), seed=2, ids=int(i), timesteps=t, draws=draw).double()
                 abar = schedule.alphas_cumprod[t]
                 x = abar.sqrt() * (image.double() / 127.5 - 1).flatten() + (1 - abar).sqrt() * eps
                 error = weight @ x - (eps if method is TRAK else 0)
-                total += 2 * torch.outer(error, x) / 4 / 3
+                total += 2 * torch.outer(error, x) / 4 / 3 / noises
             rows.append(signs @ total.flatten())
         return torch.stack(rows)
 
-    train_phi, query_phi = phi(images, range(len(images))), phi(queries, query_ids)
+    train_phi, query_phi = phi(images, range(len(images))), phi(queries, query_ids, query_noises)
     gram = train_phi.T @ train_phi + lambda_ * torch.eye(16, dtype=torch.float64)
     return query_phi @ torch.linalg.solve(gram, train_phi.T)
 
@@ -46,6 +48,15 @@ def test_linear_model_in_closed_form(linear_net, method, count):
     torch.testing.assert_close(
         fitted.scores(queries, lambda_=3.0, ids=[1, 0, 7]).double(), expected, atol=1e-5, rtol=1e-4
     )
+
+
+def test_queries_with_more_noise_draws_than_training_images(linear_net, schedule, tmp_path):
+    images, queries = torch.randint(0, 256, (2, 9, 1, 2, 2)).to(torch.uint8)
+    model = linear_net(4)
+    for noises in (3, 2):  # the features of one must not be taken for those of the other
+        fitted = TRAK(model, schedule, query_noises=noises, directory=tmp_path, **SETTINGS).fit(images)
+        expected = closed_form(TRAK, model, images, queries, QUERY_IDS + torch.arange(9), 0.7, noises)
+        torch.testing.assert_close(fitted.scores(queries).double(), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_signed():

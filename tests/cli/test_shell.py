@@ -44,7 +44,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "/data/x")
         (OSError(errno.ENOSPC, "No space left on device"), 1,
          "the disk is full: free some space, then run the same command again to go on from here"),
         (PermissionError(errno.EACCES, "Permission denied", "/etc/x"), 1, "Permission denied: /etc/x"),
-        (MemoryError(), 1, "out of memory: use fewer images, a smaller --proj-dim or a smaller --batch-size"),
+        (MemoryError(), 1, "out of memory: use fewer images, or a smaller --memory, --proj-dim or --batch-size"),
         (KeyError("x"), 1, "KeyError: 'x' (a defect; `pyattr --debug ...` shows where)"),
         (RuntimeError(), 1, "RuntimeError: (a defect; `pyattr --debug ...` shows where)"),
         (KeyboardInterrupt(), 130, "interrupted: run the same command again to go on from here"),
