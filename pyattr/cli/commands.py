@@ -180,7 +180,7 @@ def attribute(
     num_timesteps: Annotated[
         int, typer.Option(min=1, help="Timesteps that gradients average over.")
     ] = SCORE.num_timesteps,
-    strategy: Annotated[str, typer.Option(help="Which timesteps: uniform or cumulative.")] = SCORE.strategy,
+    strategy: Annotated[str, typer.Option(help="Which timesteps: uniform, cumulative or midpoint.")] = SCORE.strategy,
     query_noises: Annotated[
         int, typer.Option(min=1, help="Noise draws for each timestep of a query; more make its scores steadier.")
     ] = SCORE.query_noises,

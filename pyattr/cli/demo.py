@@ -28,7 +28,7 @@ FULL = Recipe(
     # Ancestral sampling mends what a briefly trained network gets wrong; 50 deterministic steps do not.
     SampleOptions(num_images=8, method="ddpm", steps=1000),
     (
-        ScoreOptions("dtrak", num_timesteps=4, query_noises=32, proj_dim=1024),
+        ScoreOptions("dtrak", num_timesteps=4, strategy="midpoint", query_noises=32, proj_dim=1024),
         # What merely looks alike, for contrast: a second pass of features does not fit in the time.
         ScoreOptions("pixels"),
     ),

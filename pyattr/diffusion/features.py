@@ -20,7 +20,7 @@ from .store import FeatureDirectory, Features, open_features
 
 __all__ = ["STRATEGIES", "FeatureMap", "Features", "compute", "open_features"]
 
-STRATEGIES = ("uniform", "cumulative")
+STRATEGIES = ("uniform", "cumulative", "midpoint")
 KINDS = ("rademacher", "gaussian")
 MEMORY = 2 << 30  # bytes for the gradients of a batch
 _DEFINITION = 1  # of the features; a change that moves their values by more than rounding raises it
@@ -38,7 +38,9 @@ class FeatureMap:
         schedule: gives abar_t and T.
         loss: f, a :class:`~pyattr.diffusion.Loss` or its name.
         num_timesteps: K, 1 to T.
-        strategy: S: "uniform" is {0, T div K, 2 (T div K), ...}, "cumulative" is {0..K-1}.
+        strategy: S: "uniform" is {0, T div K, 2 (T div K), ...}, "cumulative" is {0..K-1}, "midpoint" is uniform shifted by
+            half a step: with few timesteps, the first of a uniform choice, where there is next to no noise to predict, is a
+            large part of it.
         num_noises: independent draws of eps at each timestep.
         proj_dim: D.
         kind: "rademacher" or "gaussian".
@@ -80,8 +82,8 @@ class FeatureMap:
 
     def timesteps(self) -> Tensor:
         """S, [K] int64, rising."""
-        stride = self.schedule.num_timesteps // self.num_timesteps if self.strategy == "uniform" else 1
-        return torch.arange(self.num_timesteps) * stride
+        stride = 1 if self.strategy == "cumulative" else self.schedule.num_timesteps // self.num_timesteps
+        return torch.arange(self.num_timesteps) * stride + (stride // 2 if self.strategy == "midpoint" else 0)
 
     def settings(self) -> dict:
         """All fields, as they go into the manifest of a directory."""

@@ -203,7 +203,9 @@ def test_options_that_are_not_possible_leave_nothing_behind(images, out, tmp_pat
     fails("sample: eta must lie in [0, 1], and be 0 for ddpm, got 0.5", *generate, "--method", "ddpm", "--eta", 0.5)
     # Nor are the scores made of the method before the one that cannot be.
     attribute = ["attribute", "--out", out, "--queries", images / "dark", "-m", "pixels", "-m", "dtrak", *SCORE]
-    fails("FeatureMap: strategy must be one of uniform, cumulative, got 'foo'", *attribute, "--strategy", "foo")
+    fails(
+        "FeatureMap: strategy must be one of uniform, cumulative, midpoint, got 'foo'", *attribute, "--strategy", "foo"
+    )
     fails("FeatureMap: num_timesteps must lie in [1, 1000], got 2000", *attribute, "--num-timesteps", 2000)
     for number in ("-1.0", "0.0", "inf", "nan"):
         fails(f"attribute: lambda must be positive and finite, got {number}", *attribute, "--lambda", number)

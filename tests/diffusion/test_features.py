@@ -69,6 +69,8 @@ def test_timesteps():
     assert feature_map(num_timesteps=10).timesteps().tolist() == list(range(0, 1000, 100))
     assert feature_map(num_timesteps=3).timesteps().tolist() == [0, 333, 666]
     assert feature_map(num_timesteps=5, strategy="cumulative").timesteps().tolist() == [0, 1, 2, 3, 4]
+    assert feature_map(num_timesteps=4, strategy="midpoint").timesteps().tolist() == [125, 375, 625, 875]
+    assert feature_map(num_timesteps=1000, strategy="midpoint").timesteps().tolist() == list(range(1000))
     assert feature_map(num_timesteps=1000).timesteps().tolist() == list(range(1000))
 
 
@@ -309,7 +311,7 @@ def test_bytes_and_floats_of_the_same_pixels_agree(tiny_net, images):
     [
         ({"num_timesteps": 0}, r"num_timesteps must lie in \[1, 1000\], got 0"),
         ({"num_timesteps": 1001}, "num_timesteps must lie"),
-        ({"strategy": "random"}, "strategy must be one of uniform, cumulative"),
+        ({"strategy": "random"}, "strategy must be one of uniform, cumulative, midpoint"),
         ({"kind": "sparse"}, "kind must be one of rademacher, gaussian"),
         ({"num_noises": 0}, "num_noises must lie"),
         ({"proj_dim": 0}, "proj_dim must lie"),
