@@ -24,7 +24,7 @@ class Recipe:
 
 FULL = Recipe(
     # Far from convergence: many small steps of a high rate, and a loss that does not forget the noisy timesteps.
-    TrainOptions(steps=1750, batch_size=32, learning_rate=5e-3, betas=(0.9, 0.99), ema=0.995, weighting="velocity"),
+    TrainOptions(steps=1950, batch_size=32, learning_rate=5e-3, betas=(0.9, 0.99), ema=0.995, weighting="velocity"),
     # Ancestral sampling mends what a briefly trained network gets wrong; 50 deterministic steps do not.
     SampleOptions(num_images=8, method="ddpm", steps=1000),
     (
