@@ -83,7 +83,7 @@ class DampedKernel:
                 cross.addmm_(ours, theirs.to(torch.float64).T)
             return self._damped(cross, lambda_).to("cpu", torch.float32)
         weighed = self._damped(queries, lambda_)  # [Q, D]
-        out = torch.empty(len(queries), len(self.features))
+        out = torch.empty(len(queries), len(self.features), dtype=torch.float32, device="cpu")
         for start, rows in self.features.blocks():
             out[:, start : start + len(rows)] = weighed @ rows.to(self.device, torch.float64).T
         return out

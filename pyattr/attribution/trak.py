@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion import features
+from ..diffusion.checkpoint import identity
 from ..diffusion.features import FeatureMap, Features
 from ..diffusion.images import as_images, reference_parameter
 from ..diffusion.losses import Loss
 from ..diffusion.progress import Progress, silent
 from ..diffusion.sampling import Samples
 from ..diffusion.schedule import Schedule
-from ..diffusion.storage import model_hash, tensors_hash
+from ..diffusion.storage import differences, tensors_hash
 from .kernel import DampedKernel, choose_lambda
 
 # Training image n has noise id n. Queries start here, so that a query shares the noise of a training image only when its id
@@ -112,7 +113,7 @@ class TRAK:
         self.progress = progress
         self._asked_lambda = None if lambda_ is None else self._lambdas(lambda_)
         self._kernel: DampedKernel | None = None
-        self._model_hash = ""
+        self._model: dict = {}  # which network was fitted
         self._queries: tuple[str, Features] | None = None
 
     def fit(self, train) -> "TRAK":
@@ -137,7 +138,7 @@ class TRAK:
         self.eigenvalues = self._kernel.eigenvalues
         self.lambda_ = choose_lambda(self.eigenvalues, self._asked_lambda)
         self.progress(1, 1, "eigendecomposition")
-        self._model_hash, self._queries = model_hash(self.model), None
+        self._model, self._queries = identity(self.model), None
         return self
 
     def scores(self, queries, *, lambda_: float | None = None, ids=None) -> Tensor:
@@ -173,9 +174,10 @@ class TRAK:
             images = as_images(queries, name, "queries")
             ids = QUERY_IDS + torch.arange(len(images)) if ids is None else ids
         if len(images) == 0:
-            return torch.empty(0, len(self._kernel.features))
-        if model_hash(self.model) != self._model_hash:
-            raise ValueError(f"{name}: the model has changed since fit; fit again")
+            return torch.empty(0, len(self._kernel.features), dtype=torch.float32, device="cpu")
+        changed = differences(self._model, identity(self.model))
+        if changed:
+            raise ValueError(f"{name}: the model has changed since fit ({changed}); fit again")
         ids = torch.as_tensor(ids, dtype=torch.int64)
         key = tensors_hash({"images": images, "ids": ids})
         if self._queries is None or self._queries[0] != key:

@@ -303,11 +303,10 @@ class Scoring:
         self.workspace, self.data, self.options, self.schedule = workspace, data, options, schedule
         self.name = METHODS[options.method]
         chosen = {name: getattr(options, name) for name in ("num_timesteps", "strategy", "proj_dim", "seed")}
-        self.timesteps = FeatureMap(schedule, **chosen).timesteps().tolist()
+        self.timesteps = FeatureMap(schedule, num_noises=options.query_noises, **chosen).timesteps().tolist()
         if options.lambda_ is not None and not 0 < options.lambda_ < math.inf:
             raise ValueError(f"attribute: lambda must be positive and finite, got {options.lambda_}")
         shared = {"model": model_key, "data": data.fingerprint(), "schedule": dataclasses.asdict(schedule)}
-        FeatureMap(schedule, num_noises=options.query_noises)
         # Lambda and the queries' noise change no training feature, and memory no result but by rounding.
         settings = dataclasses.asdict(options)
         for name in ("lambda_", "query_noises", "memory"):

@@ -1,6 +1,7 @@
 """Models on disk: the weights together with what it takes to build the network again."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -46,14 +47,18 @@ def identity(model: nn.Module) -> dict:
 
     Returns:
         "model": a hash of weights and buffers. "network": :func:`architecture`, or the class and printed arguments of every
-        module, since dropout, heads or epsilons leave no trace in the weights. "frozen": the parameters that take no
-        gradient.
+        module, since dropout, heads or epsilons leave no trace in the weights. "modules": beside an architecture, a hash of the
+        latter, which sees what was changed since. "frozen": the parameters that take no gradient.
     """
-    layers = {name: f"{type(module).__name__}({module.extra_repr()})" for name, module in model.named_modules()}
+    layers = {
+        name or "itself": f"{type(module).__name__}({module.extra_repr()})" for name, module in model.named_modules()
+    }
+    network = architecture(model)
     return {
         "model": model_hash(model),
-        "network": architecture(model) or {name or "itself": text for name, text in layers.items()},
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        "network": network or layers,
+        **({"modules": hashlib.sha256(json.dumps(layers).encode()).hexdigest()} if network else {}),
     }
 
 

@@ -170,7 +170,8 @@ def compute(
 
     An interrupted call that is made again goes on from the last shard it wrote; shards that were deleted are made again. The
     result does not depend on ``batch_size``, ``timesteps_per_pass``, ``memory``, ``shard_rows`` or the interruption but for
-    rounding, and not at all where these four are the same, on the same machine and thread count. (Batches end where a shard
+    rounding, and not at all where these four are the same, on the same machine and thread count, as long as no
+    layer loses its rule on the way, which a FallbackWarning tells. (Batches end where a shard
     ends, without a directory too; a directory that exists keeps its own ``shard_rows``.)
 
     Args:

@@ -55,13 +55,13 @@ def noise(shape, *, seed: int, ids, timesteps, draws=0, purpose: int = FEATURES)
     calls = -(-count // 4)
     if calls > 2**32:
         raise ValueError(f"noise: shape must hold at most 2^34 numbers, got {tuple(shape)}")
-    out = torch.empty(ids.numel(), calls * 4)  # [B, calls * 4]
+    out = torch.empty(ids.numel(), calls * 4, dtype=torch.float32, device="cpu")  # [B, calls * 4]
     rows, columns = max(1, _BLOCK // (4 * max(calls, 1))), _BLOCK // 4
     flat_ids, flat_label = ids.reshape(-1, 1), label.reshape(-1, 1)
     for r in range(0, out.shape[0], rows):
         i, k = flat_ids[r : r + rows], flat_label[r : r + rows]
         for c in range(0, calls, columns):
-            call = torch.arange(c, min(c + columns, calls))
+            call = torch.arange(c, min(c + columns, calls), device="cpu")
             words = philox4x32_10((call, k, i & 0xFFFFFFFF, i >> 32), (seed, purpose))  # 4 x [rows, calls]
             out[r : r + rows, 4 * c : 4 * (c + columns)] = _normals(words).flatten(1)
     return out[:, :count].reshape(*ids.shape, *shape)

@@ -18,6 +18,7 @@ from .storage import DamagedFileError, differences, load_tensors, save_tensors
 
 METHODS = ("ddim", "ddpm")
 RECORDS = ("noise", "trajectory")
+HELD = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 SAVE_SECONDS = 30.0  # between the states of a batch that are kept
 
 
@@ -176,9 +177,9 @@ def sample(
         directory.mkdir(parents=True, exist_ok=True)
     sampler = _Sampler(model, schedule, timesteps, settings)
     # The batches are copied into the whole as they come, so that they need not all be held twice.
-    images = torch.empty(len(ids), *shape)
-    noises = torch.empty(len(ids), 1 + len(sampler.noisy_steps), *shape)
-    trajectory = torch.empty(len(ids), steps + 1, *shape) if record == "trajectory" else None
+    images = torch.empty(len(ids), *shape, **HELD)
+    noises = torch.empty(len(ids), 1 + len(sampler.noisy_steps), *shape, **HELD)
+    trajectory = torch.empty(len(ids), steps + 1, *shape, **HELD) if record == "trajectory" else None
     done = 0
 
     def count(batch_steps: int) -> None:
@@ -279,7 +280,7 @@ class _Sampler:
         x = exogenous[:, 0].to(self.like.device, self.like.dtype)
         first, trajectory = 0, None
         if record:
-            trajectory = torch.empty(len(ids), len(self.timesteps) + 1, *shape)  # [B, S + 1, C, H, W]
+            trajectory = torch.empty(len(ids), len(self.timesteps) + 1, *shape, **HELD)  # [B, S + 1, C, H, W]
             trajectory[:, 0] = x
         if unfinished is not None:
             first, x = self._resume(unfinished, ids, x, trajectory)

@@ -55,7 +55,7 @@ class Features:
 
         Extra memory: the features, 4 N D bytes in float32, and one block.
         """
-        out = torch.empty(len(self), self.dim, dtype=self.dtype)
+        out = torch.empty(len(self), self.dim, dtype=self.dtype, device="cpu")
         for start, block in self.blocks():
             out[start : start + len(block)] = block
         return out

@@ -284,8 +284,9 @@ class _Run:
 
     def save_checkpoint(self, directory: Path, step: int, keep: int | None) -> None:
         self.save(directory, "checkpoint", step)
-        old = [] if keep is None else list(checkpoints(directory).values())[:-keep]
-        for path in old:
+        # A damaged one of a later step does not count, and is written again when its step comes.
+        sound = [path for other, path in checkpoints(directory).items() if other <= step]
+        for path in [] if keep is None else sound[:-keep]:
             path.unlink()
 
     def save(self, directory: Path, kind: str, step: int) -> None:
@@ -299,10 +300,11 @@ class _Run:
             tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
         tensors["losses"] = self.losses[:step]
         record = {"kind": "checkpoint", "step": step, "settings": self.settings, "model": architecture(self.model)}
-        older = list(numbered(directory, "resume").values())
-        save_tensors(directory / f"{kind}-{step:08d}.safetensors", tensors, record)
-        for path in older:
-            path.unlink()
+        path = directory / f"{kind}-{step:08d}.safetensors"
+        older = set(numbered(directory, "resume").values()) - {path}
+        save_tensors(path, tensors, record)
+        for other in older:
+            other.unlink()
 
     def resume(self, directory: Path) -> int:
         """Load the newest sound state; the step to go on from."""

@@ -15,7 +15,8 @@ def per_sample_gradients(module: nn.Module, loss: Loss, batch) -> dict[str, Tens
 
     ``g_b = d loss(module, batch)_b / d theta``, with the mean over T where the loss is [B, T].
 
-    One forward and one backward pass for the batch. Linear, Conv1d to 3d (transposed too), GroupNorm, LayerNorm and
+    One forward and one backward pass for the batch, and another backward pass for models whose number of rows follows from
+    values. Linear, Conv1d to 3d (transposed too), GroupNorm, LayerNorm and
     Embedding layers have rules; parameters of anything else go through ``torch.func`` with a `FallbackWarning`, once
     for each kind of module. The model may fold T rows of each sample into the leading dimension, sample by sample:
     ``x.repeat_interleave(T, 0)``, ``x.flatten(0, 1)``. Whether it does is tested, not assumed: the first call for a
@@ -36,7 +37,8 @@ def per_sample_gradients(module: nn.Module, loss: Loss, batch) -> dict[str, Tens
         TypeError, ValueError: for a batch or loss of another form, and for a module that mixes samples (batch
             normalisation in training mode) so that per-sample gradients are undefined.
 
-    Extra memory: what the forward pass keeps for the backward pass, without weight gradients, beside the result.
+    Extra memory: what the forward pass keeps for the backward pass, without weight gradients, beside the result. With a
+    second backward pass it is kept through the first.
 
     Source: Goodfellow, "Efficient Per-Example Gradient Computations" (2015), equation 5, for fully connected layers;
     Rochette, Manoel, Tramel, "Efficient Per-Example Gradient Computations in Convolutional Neural Networks" (2019).

@@ -229,6 +229,8 @@ def make_plan(module: nn.Module, parameters: dict[str, nn.Parameter], loss: Loss
     plan.exclude([name for name, grad in zip(ruled, found, strict=True) if grad is not None], OUTSIDE)
     mixed = [site for site in sites if 0 in plan.rows.get(site.name, ())]
     plan.exclude([name for site in mixed for name in site.parameters.values()], ROWS)
+    # A later look that sees no errors of these must not find them told apart.
+    plan.seen -= {(site.name, rows) for site in mixed for rows in plan.rows[site.name]}
     return plan
 
 

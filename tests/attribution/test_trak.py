@@ -182,7 +182,16 @@ def test_a_model_that_changed_since_fit_is_refused(linear_net, schedule, images)
     model = linear_net(4)
     fitted = TRAK(model, schedule, **SETTINGS).fit(images)
     model.layer.weight.data[0, 0] += 1
-    with pytest.raises(ValueError, match="TRAK: the model has changed since fit; fit again"):
+    with pytest.raises(ValueError, match=r"TRAK: the model has changed since fit \(model was .*\); fit again"):
+        fitted.scores(images)
+
+
+def test_a_parameter_frozen_since_fit_is_refused(linear_net, schedule, images):
+    """The gradients of the others would meet other columns of the projection, and nothing would show it."""
+    model = linear_net(4)
+    fitted = TRAK(model, schedule, **SETTINGS).fit(images)
+    next(model.parameters()).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"TRAK: the model has changed since fit \(frozen"):
         fitted.scores(images)
 
 

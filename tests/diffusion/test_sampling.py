@@ -36,6 +36,18 @@ def walk(scheduler, model, samples, step):
         yield x
 
 
+def test_samples_are_float32_whatever_torch_defaults_to(tiny_net):
+    expected = run(tiny_net(), record="trajectory", eta=0.5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        samples = run(tiny_net().float(), record="trajectory", eta=0.5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for tensor in (samples.images, samples.noise, samples.trajectory):
+        assert tensor.dtype == torch.float32
+    assert torch.equal(samples.noise, expected.noise)
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("clip", [True, False])
 def test_ddim_is_that_of_diffusers_at_every_step(tiny_net, eta, clip):

@@ -137,6 +137,17 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, tiny_n
     assert_same(whole, resumed)
 
 
+def test_damaged_checkpoints_of_later_steps_do_not_crowd_out_sound_ones(tmp_path, tiny_net, images):
+    whole = train(tiny_net(), images, checkpoint_directory=tmp_path, **settings())
+    for path in checkpoints(tmp_path).values():  # of steps 20 and 23
+        path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(Stop):
+        train(tiny_net(), images, checkpoint_directory=tmp_path, progress=stop_at(12), **settings())
+    resumed = train(tiny_net(), images, checkpoint_directory=tmp_path, **settings())
+    assert resumed.resumed_from == 10
+    assert_same(whole, resumed)
+
+
 def test_checkpoints_kept(tmp_path, tiny_net, images):
     train(tiny_net(), images, checkpoint_directory=tmp_path / "two", **settings())
     assert list(checkpoints(tmp_path / "two")) == [20, 23]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pyattr.gradients.batch import Batch
-from pyattr.gradients.plan import Planner
+from pyattr.gradients.plan import Planner, make_plan
 from pyattr.gradients.project import COPIES, TRANSIENTS, split
 
 
@@ -80,3 +80,18 @@ def test_gradients_without_a_rule_count_whole():
     least = 2 * 400 + 2 * 400 + COPIES * 4 * 10
     with pytest.raises(ValueError, match=f"at least {least} bytes"):
         split(["b"], (400, 100), parameters, 5, 0)
+
+
+def test_a_layer_whose_rows_are_mixed_is_never_taken_for_told_apart():
+    class SequenceFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 2)
+
+        def forward(self, x):  # [B, 4, 3]
+            return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+    module = SequenceFirst()
+    plan = make_plan(module, dict(module.named_parameters()), squares, Batch.of(torch.randn(2, 4, 3)))
+    assert set(plan.slow) == {"inner.weight", "inner.bias"}
+    assert plan.seen == set()
