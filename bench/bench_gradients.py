@@ -132,19 +132,19 @@ def by_opacus(setting: Setting) -> dict[str, torch.Tensor]:
 
 
 def of_the_sum(setting: Setting) -> torch.Tensor:
-    """An ordinary training step's passes, whose gradient is the batch's alone: what no per-sample gradient can undercut, since
-    it takes the same products and adds them up less."""
+    """An ordinary training step's passes, whose gradient is the batch's alone: a yardstick that owes nobody a gradient for
+    each sample."""
     loss = denoising(setting.unet, setting.data).mean(1).sum()
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(setting.unet.parameters()))])
 
 
-FLOOR = "torch.autograd.grad, the batch's sum alone"
+ORDINARY = "torch.autograd.grad, the batch's sum alone"
 ROWS = {
     "pyattr per_sample_gradients": ours,
     "torch.func vmap(grad)": by_vmap,
     "torch.func vmap(grad), a timestep at a time": by_vmap_in_a_loop,
     "Opacus GradSampleModule": by_opacus,
-    FLOOR: of_the_sum,
+    ORDINARY: of_the_sum,
 }
 
 
@@ -288,7 +288,7 @@ def _measure(measure, leave_out, table, rows, row, column, check, unit_bytes):
 @pytest.mark.parametrize("column", SETTINGS)
 @pytest.mark.parametrize("row", ROWS)
 def test_gradients(row, column, measure, leave_out):
-    check = check_sum if row == FLOOR else check_whole
+    check = check_sum if row == ORDINARY else check_whole
     _measure(measure, leave_out, "gradients", ROWS, row, column, check, lambda s: 4 * s.batch * s.parameters)
 
 

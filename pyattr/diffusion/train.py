@@ -285,8 +285,8 @@ class _Run:
     def save_checkpoint(self, directory: Path, step: int, keep: int | None) -> None:
         self.save(directory, "checkpoint", step)
         # A damaged one of a later step does not count, and is written again when its step comes.
-        sound = [path for other, path in checkpoints(directory).items() if other <= step]
-        for path in [] if keep is None else sound[:-keep]:
+        so_far = [path for other, path in checkpoints(directory).items() if other <= step]
+        for path in [] if keep is None else so_far[:-keep]:
             path.unlink()
 
     def save(self, directory: Path, kind: str, step: int) -> None:

@@ -2,15 +2,12 @@
 
 import pytest
 import torch
+from small_models import squares
 from torch import nn
 
 from pyattr.gradients.batch import Batch
 from pyattr.gradients.plan import Planner, make_plan
 from pyattr.gradients.project import COPIES, TRANSIENTS, split
-
-
-def squares(module, batch):
-    return module(batch).square().flatten(1).sum(1)
 
 
 def test_the_memory_of_both_passes_is_measured():
