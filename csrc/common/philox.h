@@ -22,9 +22,10 @@ struct PhiloxBlock {
   uint32_t word[4];
 };
 
-// counter = (c0, c1, 0, 0), key = (k0, k1).
-PYATTR_HOST_DEVICE PhiloxBlock philox4x32_10(uint32_t c0, uint32_t c1, uint32_t k0, uint32_t k1) {
-  uint32_t x0 = c0, x1 = c1, x2 = 0, x3 = 0;
+// counter = (c0, c1, c2, c3), key = (k0, k1).
+PYATTR_HOST_DEVICE PhiloxBlock philox4x32_10(uint32_t c0, uint32_t c1, uint32_t k0, uint32_t k1, uint32_t c2 = 0,
+                                             uint32_t c3 = 0) {
+  uint32_t x0 = c0, x1 = c1, x2 = c2, x3 = c3;
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * x0;
     const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * x2;

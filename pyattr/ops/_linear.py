@@ -8,24 +8,25 @@ import torch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-SCHEMA = (
-    "(Tensor x, SymInt width, SymInt seed, SymInt stream, SymInt column_offset, float scale, str? backend) -> Tensor"
-)
+TYPES = {int: "SymInt", float: "float"}
 _LIBRARY = torch.library.Library("pyattr", "FRAGMENT")
 
 
-def register_pair(name: str, project, transpose):
+def register_pair(name: str, project, transpose, matrix: type):
     """The op ``pyattr::<name>`` and its transpose ``pyattr::<name>_transpose``.
 
     Args:
         name: of the op.
         project: ``(x [B, P], width D, *matrix, backend) -> [B, D]``.
         transpose: the same for the transpose, ``[B, D], width P -> [B, P]``.
+        matrix: the named tuple whose fields are the parameters in between.
 
     Both give float64 for float64 and float32 for everything else.
     """
+    parameters = ", ".join(f"{TYPES[kind]} {field}" for field, kind in matrix.__annotations__.items())
+    schema = f"(Tensor x, SymInt width, {parameters}, str? backend) -> Tensor"
     for op, kernel in ((name, project), (f"{name}_transpose", transpose)):
-        _LIBRARY.define(op + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"pyattr::{op}", _fake, lib=_LIBRARY)
     forward, backward = (getattr(torch.ops.pyattr, op).default for op in (name, f"{name}_transpose"))

@@ -1,4 +1,4 @@
-"""What the dense projections share: argument checks and backend records."""
+"""What the projections share: argument checks and backend records."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # pyattr::Dtyp
 
 
 class Matrix(NamedTuple):
-    """A random matrix with its scale: everything that defines it but its width."""
+    """A dense random matrix with its scale: everything that defines it but its width."""
 
     seed: int
     stream: int
@@ -21,17 +21,25 @@ class Matrix(NamedTuple):
     scale: float
 
 
+def check_matrix(op: str, matrix, max_offset: int):
+    """The same matrix with the parameters that every kind has checked; a kind's own come checked by its op."""
+    limits = {"seed": 2**32 - 1, "stream": 2**32 - 1, "column_offset": max_offset}
+    checked = {name: check_integer(op, name, getattr(matrix, name), 0, limits[name]) for name in limits}
+    return matrix._replace(scale=check_scale(op, matrix.scale), **checked)
+
+
 class Projection:
     """One random matrix M [D, P] as an op: ``Y = scale * G M^T``, its transpose, and their derivatives.
 
     Args:
         name: the op's name.
-        definition: ``(grads, proj_dim, *Matrix) -> [B, D]``, the reference.
-        adjoint: ``(coefficients, num_columns, *Matrix) -> [B, P]``, the transpose.
+        definition: ``(grads, proj_dim, *matrix) -> [B, D]``, the reference.
+        adjoint: ``(coefficients, num_columns, *matrix) -> [B, P]``, the transpose.
         max_columns: the largest ``column_offset + P`` that the generator's 32-bit counter reaches.
+        matrix: the named tuple of the parameters, with those of `Matrix` among them.
     """
 
-    def __init__(self, name: str, definition, adjoint, max_columns: int):
+    def __init__(self, name: str, definition, adjoint, max_columns: int, matrix: type = Matrix):
         self.name, self.definition, self.adjoint, self.max_columns = name, definition, adjoint, max_columns
         backends.register(
             name,
@@ -42,9 +50,9 @@ class Projection:
                 Backend("triton", self._run_triton, backends.triton_unavailable, self._triton_unsupported),
             ],
         )
-        self._op, _ = register_pair(name, self._project, self._transpose)
+        self._op, _ = register_pair(name, self._project, self._transpose, matrix)
 
-    def __call__(self, grads, proj_dim, seed, stream, column_offset, scale, backend):
+    def __call__(self, grads, proj_dim, matrix, backend):
         """Check the arguments, choose the backend, run. Public ops carry the documentation."""
         grads, restore = arrays.to_torch(grads, self.name, "grads")
         if grads.layout != torch.strided or grads.is_nested:
@@ -55,15 +63,10 @@ class Projection:
         if grads.dtype not in DTYPES and grads.dtype != torch.float64:
             raise TypeError(f"{self.name}: grads must be float16, bfloat16, float32 or float64, got {grads.dtype}")
         proj_dim = check_integer(self.name, "proj_dim", proj_dim, 1, 2**32)
-        matrix = Matrix(
-            check_integer(self.name, "seed", seed, 0, 2**32 - 1),
-            check_integer(self.name, "stream", stream, 0, 2**32 - 1),
-            check_integer(self.name, "column_offset", column_offset, 0, self.max_columns - grads.shape[1]),
-            check_scale(self.name, scale),
-        )
+        matrix = check_matrix(self.name, matrix, self.max_columns - grads.shape[1])
         return restore(self._op(grads, proj_dim, *matrix, backend))
 
-    # Backends. All take (grads [B, P], proj_dim, seed, stream, column_offset, scale).
+    # Backends. All take (grads [B, P], proj_dim, *matrix).
 
     def _device_and_dtype(self, grads, device: str) -> list[str]:
         reasons = []

@@ -2,7 +2,7 @@
 
 from ..reference import gaussian_project as reference
 from ._arguments import check_indices, check_integer
-from ._projection import Projection
+from ._projection import Matrix, Projection
 
 _PROJECT = Projection(
     "gaussian_project",
@@ -46,7 +46,7 @@ def gaussian_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, scal
 
     Source: Box and Muller 1958 on Philox4x32-10 (Salmon et al., SC 2011); D-TRAK, Zheng et al., ICLR 2024, projects so.
     """
-    return _PROJECT(grads, proj_dim, seed, stream, column_offset, scale, backend)
+    return _PROJECT(grads, proj_dim, Matrix(seed, stream, column_offset, scale), backend)
 
 
 def normal_matrix(rows, columns, seed, stream=0):

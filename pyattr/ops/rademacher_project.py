@@ -4,7 +4,7 @@ import torch
 
 from ..reference import rademacher_project as reference
 from ._arguments import check_indices, check_integer
-from ._projection import Projection
+from ._projection import Matrix, Projection
 
 _PROJECT = Projection(
     "rademacher_project",
@@ -49,7 +49,7 @@ def rademacher_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, sc
 
     Source: Philox4x32-10, Salmon et al., SC 2011; TRAK, Park et al., ICML 2023, section 3.2 (random projection of gradients).
     """
-    return _PROJECT(grads, proj_dim, seed, stream, column_offset, scale, backend)
+    return _PROJECT(grads, proj_dim, Matrix(seed, stream, column_offset, scale), backend)
 
 
 def sign_matrix(rows, columns, seed, stream=0):
