@@ -2,5 +2,6 @@
 
 from .gaussian_project import gaussian_project, normal_matrix
 from .rademacher_project import rademacher_project, sign_matrix
+from .sparse_project import sketch_entries, sparse_project
 
-__all__ = ["gaussian_project", "normal_matrix", "rademacher_project", "sign_matrix"]
+__all__ = ["gaussian_project", "normal_matrix", "rademacher_project", "sign_matrix", "sketch_entries", "sparse_project"]

@@ -37,9 +37,13 @@ class Projection:
         adjoint: ``(coefficients, num_columns, *matrix) -> [B, P]``, the transpose.
         max_columns: the largest ``column_offset + P`` that the generator's 32-bit counter reaches.
         matrix: the named tuple of the parameters, with those of `Matrix` among them.
+        max_proj_dim: the largest D.
     """
 
-    def __init__(self, name: str, definition, adjoint, max_columns: int, matrix: type = Matrix):
+    def __init__(
+        self, name: str, definition, adjoint, max_columns: int, matrix: type = Matrix, max_proj_dim: int = 2**32
+    ):
+        self.max_proj_dim = max_proj_dim
         self.name, self.definition, self.adjoint, self.max_columns = name, definition, adjoint, max_columns
         backends.register(
             name,
@@ -62,7 +66,7 @@ class Projection:
             raise ValueError(f"{self.name}: grads must have shape [B, P], got {list(grads.shape)}")
         if grads.dtype not in DTYPES and grads.dtype != torch.float64:
             raise TypeError(f"{self.name}: grads must be float16, bfloat16, float32 or float64, got {grads.dtype}")
-        proj_dim = check_integer(self.name, "proj_dim", proj_dim, 1, 2**32)
+        proj_dim = check_integer(self.name, "proj_dim", proj_dim, 1, self.max_proj_dim)
         matrix = check_matrix(self.name, matrix, self.max_columns - grads.shape[1])
         return restore(self._op(grads, proj_dim, *matrix, backend))
 
