@@ -92,10 +92,11 @@ class Layer(NamedTuple):
     def sketchable(self) -> list[str]:
         """Why `sketch` cannot take this layer; empty when it can."""
         reasons = backends.cpu_unavailable("layer_sketch_cpu")()
-        if self.acts.device.type != "cpu":
-            reasons.append(f"acts is on {self.acts.device}, this kernel needs cpu")
-        if self.acts.dtype != torch.float32:
-            reasons.append(f"acts is {self.acts.dtype}, this kernel takes float32")
+        for argument, tensor in (("acts", self.acts), ("errs", self.errs)):
+            if tensor.device.type != "cpu":
+                reasons.append(f"{argument} is on {tensor.device}, this kernel needs cpu")
+            if tensor.dtype != torch.float32:
+                reasons.append(f"{argument} is {tensor.dtype}, this kernel takes float32")
         if len(self.kernel_size) > 2:
             reasons.append(f"a kernel of {len(self.kernel_size)} dimensions, this kernel takes up to 2")
         return reasons
