@@ -302,7 +302,7 @@ def test_a_smaller_budget_takes_less_memory():
         (
             {"nonzeros": 2},
             ValueError,
-            "nonzeros must lie in [1, 8], and be 1 unless kind is \"sparse\", got 2 for 'rademacher'",
+            r"nonzeros must lie in \[1, 8\], and be 1 unless kind is \"sparse\", got 2 for 'rademacher'",
         ),
         ({"kind": "sparse", "nonzeros": 4, "proj_dim": 3}, ValueError, "proj_dim must be at least nonzeros, 4, got 3"),
         ({"proj_dim": 0}, ValueError, "proj_dim must be at least 1, got 0"),
