@@ -24,7 +24,9 @@ def pieces_of(where: str, grads) -> list[torch.Tensor]:
         raise ValueError(f"{where}: grads must hold at least one tensor, got an empty dict")
     for name, piece in named.items():
         if not isinstance(piece, torch.Tensor):
-            raise TypeError(f"{where}: grads must be a tensor or a dict of tensors, got {type(piece).__name__} for {name}")
+            raise TypeError(
+                f"{where}: grads must be a tensor or a dict of tensors, got {type(piece).__name__} for {name}"
+            )
         if piece.dim() == 0:
             raise ValueError(f"{where}: grads must have a batch dimension, got a scalar for {name}")
     batches = sorted({piece.shape[0] for piece in named.values()})
@@ -41,7 +43,8 @@ def width(piece: torch.Tensor) -> int:
 def project_pieces(kind: str, pieces, proj_dim: int, device=None, **matrix) -> torch.Tensor:
     """[B, D] ``sum_i pieces[i] M_i^T``, M_i the columns of one matrix that follow those of the pieces before.
 
-    Nothing is joined: one piece at a time is projected, at its column offset. The result is that of the joined pieces to rounding.
+    Nothing is joined: one piece at a time is projected, at its column offset. The result is that of the joined pieces, to
+    rounding.
     """
     out, column = None, 0
     for piece in pieces:

@@ -6,8 +6,9 @@
     processor = GradientProcessor(projection_dim=4096, projection_target="global")
     collect_gradients(model=model, data=dataset, processor=processor, cfg=cfg)  # features that fit an existing index
 
-A matrix belongs to its name: the first eight bytes of the name's MD5 are the Philox key, our (seed, stream). Signs are bergson's bit
-for bit, normal entries within 2e-6, on every device, so features made with either fit the same index. bergson itself is not needed.
+A matrix belongs to its name: the first eight bytes of the name's MD5 are the Philox key, our (seed, stream). Signs are
+bergson's bit for bit and normal entries within 2e-6, on every device, so features made with either fit the same index. bergson
+itself is not needed.
 """
 
 import functools
@@ -62,8 +63,8 @@ def random_matrix(identifier, m, n, device, projection_type, dtype=torch.float32
 def project_global(identifier, P, m, projection_type="normal", projection_scale="jl"):
     """Project gradients, formed or as factors, with the matrix R [m, n] of a name: ``Y = P R^T / scale``.
 
-    R is made of blocks of ``2^27 div m`` columns, each the matrix of the name "identifier/start". None is held: the kernels make
-    its entries where they are used, in place of bergson's buffer of 512 MB.
+    R is made of blocks of ``2^27 div m`` columns, each the matrix of the name "identifier/start". None is held: the kernels
+    make its entries where they are used, in place of bergson's buffer of 512 MB.
 
     Args:
         identifier: the name, "layer/single".
@@ -77,8 +78,8 @@ def project_global(identifier, P, m, projection_type="normal", projection_scale=
             column of Y the norm of its row of R: sqrt(n) for signs.
 
     Returns:
-        [N, m] of the dtype and on the device of P (of g), with no autograd history. Sums are in float32 over all blocks and rounded once; bergson sums in
-        the dtype of P, and rounds its normal entries to it.
+        [N, m] of the dtype and on the device of P (of g), with no autograd history. Sums are in float32 over all blocks and
+        rounded once; bergson sums in the dtype of P, and rounds its normal entries to it.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -123,7 +124,9 @@ class _Factors:
             raise TypeError(message + type(P).__name__) from None
         shapes = f"g {list(self.g.shape)} and a {list(self.a.shape)}"
         if self.g.dim() not in (2, 3) or self.g.shape[:-1] != self.a.shape[:-1]:
-            raise ValueError(f"project_global: P must have g [N, S, O] and a [N, S, W], or [N, O] and [N, W], got {shapes}")
+            raise ValueError(
+                f"project_global: P must have g [N, S, O] and a [N, S, W], or [N, O] and [N, W], got {shapes}"
+            )
         if self.g.dim() == 2:  # one gradient for each token: a sum of one
             self.g, self.a = self.g[:, None], self.a[:, None]
         (num_samples, _, height), columns = self.g.shape, self.a.shape[2]
@@ -132,7 +135,9 @@ class _Factors:
         for name, shape in expected.items():
             value = getattr(self, name)
             if value is not None and list(value.shape) != shape:
-                raise ValueError(f"project_global: P.{name} must have shape {shape} for {shapes}, got {list(value.shape)}")
+                raise ValueError(
+                    f"project_global: P.{name} must have shape {shape} for {shapes}, got {list(value.shape)}"
+                )
         if (self.bias is None) != (self.bias_col is None):
             raise ValueError("project_global: P must have both bias and bias_col, or neither")
 
@@ -161,7 +166,7 @@ class _Factors:
 
 
 def _rectangles(start, stop, width, limit):
-    """(rows, columns) slices of a matrix of that width whose row-major entries are start to stop, at most ``limit`` at a time."""
+    """(rows, columns) slices of a matrix that hold its row-major entries start to stop, at most ``limit`` in each."""
     while start < stop:
         row, column = divmod(start, width)
         if column or min(limit, stop - start) < width:  # within one row

@@ -6,11 +6,12 @@
     import fast_jl
     features = fast_jl.project_rademacher_8(torch.randn(8, 10_241), 512, 0, 108)  # [8, 512]
 
-The result is ``Y = G M^T``, unscaled, with M [N, F] of +-1 or standard normal entries. M belongs to the seed alone: entry (j, f) is
-``pyattr.ops.sign_matrix([j], [f], seed)``, or that of ``normal_matrix``, on every device and whatever ``num_feature_tiles``. In
-fast_jl that number is part of the matrix: every tile of features has a generator of its own, and callers pass the number of the
-card's multiprocessors, so that features from an A100 and an H100 cannot be compared. Ours cannot be compared with features that
-fast_jl made. The suffix is the number of gradients that a pass of theirs takes; it has no meaning here, and any batch goes with any.
+The result is ``Y = G M^T``, unscaled, with M [N, F] of +-1 or standard normal entries. M belongs to the seed alone: entry
+(j, f) is ``pyattr.ops.sign_matrix([j], [f], seed)``, or that of ``normal_matrix``, on every device and whatever
+``num_feature_tiles``. In fast_jl that number is part of the matrix: every tile of features has a generator of its own, and
+callers pass the number of the card's multiprocessors, so that features from an A100 and an H100 cannot be compared. Nor can
+ours be compared with features that fast_jl made. The suffix is the number of gradients that a pass of theirs takes; here it
+means nothing, and each function takes any batch.
 """
 
 import torch

@@ -24,9 +24,9 @@ MAX_COLUMNS = {"normal": 2**34, "rademacher": 2**39}  # what the generators' cou
 class Projector(AbstractProjector):
     """A projector for ``TRAKer(projector=...)``: ``Y = G M^T``, M [D, P] of +-1 or standard normal entries, unscaled.
 
-    M belongs to (seed, model_id) alone, our Philox key: entry (j, p) is ``pyattr.ops.sign_matrix([j], [p], seed, model_id)``, or
-    that of ``normal_matrix``, on every device. It is neither TRAK's matrix nor fast_jl's, whose entries depend on the device.
-    Nothing of it is stored. Inner products grow by a factor D in expectation; TRAKer divides by sqrt(P) itself.
+    M belongs to (seed, model_id) alone, our Philox key: entry (j, p) is ``pyattr.ops.sign_matrix([j], [p], seed, model_id)``,
+    or that of ``normal_matrix``, on every device. It is neither TRAK's matrix nor fast_jl's, whose entries depend on the
+    device. Nothing of it is stored. Inner products grow by a factor D in expectation; TRAKer divides by sqrt(P) itself.
 
     Args:
         grad_dim: P, the length of a gradient, at most 2^39 ("rademacher") or 2^34 ("normal").
@@ -34,8 +34,8 @@ class Projector(AbstractProjector):
         seed: in [0, 2^32).
         proj_type: "rademacher" or "normal", or the member of TRAK's ProjectionType; kept as a string, which JSON can hold.
         device: where to project; gradients elsewhere are moved there. None: where they are.
-        dtype, block_size, max_batch_size: taken because TRAK's projectors take them. Without effect: any batch goes in one call,
-            and sums and results are float32.
+        dtype, block_size, max_batch_size: taken because TRAK's projectors take them. Without effect: any batch goes in one
+            call, and sums and results are float32.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

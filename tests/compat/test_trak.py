@@ -73,7 +73,8 @@ def test_a_dict_of_normals_to_rounding():
 def test_other_seeds_and_checkpoints_are_independent(kind):
     identity = torch.eye(256)
     entries = [
-        Projector(256, 256, seed, kind).project(identity, model_id).flatten() for seed, model_id in [(0, 0), (0, 1), (1, 0)]
+        Projector(256, 256, seed, kind).project(identity, model_id).flatten()
+        for seed, model_id in [(0, 0), (0, 1), (1, 0)]
     ]
     correlations = torch.corrcoef(torch.stack(entries)) - torch.eye(3)
     assert correlations.abs().max() < 5 / 256  # five standard errors of 256^2 pairs
@@ -127,7 +128,11 @@ def test_empty_gradients():
         ({"proj_dim": 0}, ValueError, r"Projector: proj_dim must lie in \[1, 4294967296\], got 0"),
         ({"seed": 2**32}, ValueError, r"Projector: seed must lie in \[0, 4294967295\], got 4294967296"),
         ({"seed": 0.5}, TypeError, "Projector: seed must be an integer, got float"),
-        ({"proj_type": "sparse"}, ValueError, r"Projector: proj_type must be one of \['normal', 'rademacher'\], got 'sparse'"),
+        (
+            {"proj_type": "sparse"},
+            ValueError,
+            r"Projector: proj_type must be one of \['normal', 'rademacher'\], got 'sparse'",
+        ),
     ],
 )
 def test_errors_of_the_constructor(change, error, message):
@@ -141,7 +146,11 @@ def test_errors_of_the_constructor(change, error, message):
         (torch.ones(2, 6), ValueError, "grads must have grad_dim = 5 columns, got 6"),
         ({"a": torch.ones(2, 3)}, ValueError, "grads must have grad_dim = 5 columns, got 3"),
         ({}, ValueError, "grads must hold at least one tensor, got an empty dict"),
-        ({"a": torch.ones(2, 3), "b": torch.ones(3, 2)}, ValueError, r"grads must agree in their first dimension, got \[2, 3\]"),
+        (
+            {"a": torch.ones(2, 3), "b": torch.ones(3, 2)},
+            ValueError,
+            r"grads must agree in their first dimension, got \[2, 3\]",
+        ),
         (torch.ones(()), ValueError, "grads must have a batch dimension, got a scalar for grads"),
         ({"a": [1.0]}, TypeError, "grads must be a tensor or a dict of tensors, got list for a"),
     ],

@@ -4,13 +4,12 @@ fast_jl itself needs nvcc and a CUDA build of torch, and its source distribution
 """
 
 from ..peer import Adapted, Peer
+from .trak import ON_THE_CPU, SMALL_ENOUGH
 
-ON_THE_CPU = ("cuda:0", "cpu")
 # Theirs is the number of the card's multiprocessors.
-TILES = (
-    "ch.cuda.get_device_properties(\n        ch.cuda.current_device()\n    ).multi_processor_count",
-    "108",
-)
+TILES = ("ch.cuda.get_device_properties(\n        ch.cuda.current_device()\n    ).multi_processor_count", "108")
+# The normal matrices of the same inputs are tested with the projector.
+SIGNS = ("[ProjectionType.normal, ProjectionType.rademacher]", "[ProjectionType.rademacher]")
 
 PEER = Peer(
     distribution="traker==0.3.2",
@@ -18,16 +17,6 @@ PEER = Peer(
     tests=(
         Adapted(path="tests/test_rademacher.py", edits=(ON_THE_CPU, TILES)),
         Adapted(path="tests/test_jl_additional.py", edits=(ON_THE_CPU,)),
-        Adapted(
-            path="tests/test_jl.py",
-            edits=(
-                ON_THE_CPU,
-                ("PARAM = list(\n    product(\n        [123],", "GIANTS = list(\n    product(\n        [123],"),
-                # As for the projector, and the normal matrices of the wide inputs are tested there.
-                ("            (1, int(1e9)),\n", ""),
-                ("[0, 1, 10**8],  # seed", "[10**8],  # seed"),
-                ("[ProjectionType.normal, ProjectionType.rademacher]", "[ProjectionType.rademacher]"),
-            ),
-        ),
+        Adapted(path="tests/test_jl.py", edits=(ON_THE_CPU, *SMALL_ENOUGH, SIGNS)),
     ),
 )

@@ -15,6 +15,16 @@ def resnet18():
     return nn.Sequential(OrderedDict(stem + head))
 """
 
+# test_jl.py's list of shapes for every day; a second one in it, of tensors of up to 23 GB, replaces that.
+SMALL_ENOUGH = (
+    ("PARAM = list(\n    product(\n        [123],", "GIANTS = list(\n    product(\n        [123],"),
+    ("            (1, int(1e9)),\n", ""),
+    # Several pieces from small inputs. Theirs is what 32 bits index, for which ChunkedCudaProjector takes 17 GB.
+    ("np.iinfo(np.uint32).max", "2**17"),
+    # One seed: with three, the normal matrices take ten minutes of one core.
+    ("[0, 1, 10**8],  # seed", "[10**8],  # seed"),
+)
+
 PEER = Peer(
     distribution="traker==0.3.2",
     packages=("numpy<2", "tqdm", "assertpy"),
@@ -24,11 +34,7 @@ PEER = Peer(
             edits=(
                 ("BasicProjector = CudaProjector", "from pyattr.compat.trak import Projector as BasicProjector"),
                 ON_THE_CPU,
-                # The list for every day; the second one, of tensors of up to 23 GB, replaces it.
-                ("PARAM = list(\n    product(\n        [123],", "GIANTS = list(\n    product(\n        [123],"),
-                ("            (1, int(1e9)),\n", ""),
-                # One seed: with three, the normal matrices take ten minutes of one core.
-                ("[0, 1, 10**8],  # seed", "[10**8],  # seed"),
+                *SMALL_ENOUGH,
             ),
         ),
         Adapted(

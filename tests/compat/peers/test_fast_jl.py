@@ -25,7 +25,10 @@ def alias(monkeypatch):
 
 def gradients(batch):
     generator = torch.Generator().manual_seed(batch)
-    return {"weight": torch.randn(batch, 6, 10, generator=generator), "bias": torch.randn(batch, 10, generator=generator)}
+    return {
+        "weight": torch.randn(batch, 6, 10, generator=generator),
+        "bias": torch.randn(batch, 10, generator=generator),
+    }
 
 
 @pytest.mark.parametrize("batch", [3, 8, 9, 16, 17, 40])

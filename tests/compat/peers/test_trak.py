@@ -94,7 +94,12 @@ def test_usage_example(tmp_path):
     model, data = network(), images(TRAIN, 1)
     projector = Projector(sum(p.numel() for p in model.parameters()), 512, seed=0, proj_type="rademacher", device="cpu")
     traker = TRAKer(
-        model, task="image_classification", train_set_size=len(data[0]), projector=projector, device="cpu", save_dir=tmp_path
+        model,
+        task="image_classification",
+        train_set_size=len(data[0]),
+        projector=projector,
+        device="cpu",
+        save_dir=tmp_path,
     )
     traker.load_checkpoint(model.state_dict(), model_id=0)
     traker.featurize(data, num_samples=TRAIN)
