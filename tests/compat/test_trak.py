@@ -90,6 +90,18 @@ def test_norms_and_products_are_kept(kind):
     assert (error.abs() < 5 * (2 / 4096) ** 0.5 * norms[:, None] * norms).all()
 
 
+@pytest.mark.parametrize("shape", [(8, 10_000), (16, 10_001), (9, 10_002), (45, 1049)])
+@pytest.mark.parametrize("proj_dim", [1024, 4096])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_orthogonal_gradients_stay_so(shape, proj_dim, dtype):
+    """The product of two projections has standard deviation about sqrt(D) |g| |g'|."""
+    g = torch.randn(shape)
+    g[-1] -= g[0] @ g[-1] / g[0].square().sum() * g[0]
+    y = Projector(shape[1], proj_dim, 10**8, "rademacher").project(g.to(dtype), 0)
+    assert abs(y[0] @ y[-1]) < 5 * proj_dim**0.5 * g[0].norm() * g[-1].norm()
+    torch.testing.assert_close(y.norm(dim=1), proj_dim**0.5 * g.norm(dim=1), rtol=5 / (2 * proj_dim) ** 0.5, atol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_dependence_on_the_batch(kind):
     g = torch.randn(45, 300)

@@ -2,6 +2,9 @@
 
 import sys
 
+import numpy as np
+import pytest
+import torch
 from trak.projectors import AbstractProjector, CudaProjector
 
 import pyattr.compat.fast_jl
@@ -16,3 +19,10 @@ def init(self, grad_dim, proj_dim, seed, proj_type, device, max_batch_size, *arg
 
 
 CudaProjector.__init__ = init
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Their inputs are random; a run is to be repeatable."""
+    torch.manual_seed(0)
+    np.random.seed(0)
