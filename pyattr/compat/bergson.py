@@ -25,8 +25,8 @@ from ._dense import OPS
 BLOCK_ENTRIES = 1 << 27
 # float32 entries of the gradients that are formed at a time: 32 MB, and as much again for what is formed of narrower factors.
 TILE_ENTRIES = 1 << 23
-# Entries of a matrix written out at a time, at 100 to 150 bytes of working memory each.
-WRITTEN_ENTRIES = 1 << 18
+# Working memory while a matrix is written out, at 4 bytes an entry by the kernel and up to 150 in torch.
+WRITTEN_BYTES = 1 << 25
 SCALES = ("jl", "row_norm")
 ENTRIES = {"normal": normal_matrix, "rademacher": sign_matrix}
 
@@ -47,7 +47,7 @@ def random_matrix(identifier, m, n, device, projection_type, dtype=torch.float32
     Raises:
         TypeError, ValueError: an argument is not as above.
 
-    Extra memory: 40 MB.
+    Extra memory: 34 MB, or one column.
     """
     _check_type(projection_type)
     m, n = (check_integer("random_matrix", name, size, 0, 2**63) for name, size in (("m", m), ("n", n)))
@@ -85,7 +85,7 @@ def project_global(identifier, P, m, projection_type="normal", projection_scale=
         TypeError, ValueError: an argument is not as above.
 
     Extra memory: [N, m] float32 and that of one projection; for factors 64 MB besides (more only if a single column of the
-    gradients has over 2^23 rows). "row_norm" with normal entries writes R out a piece at a time (40 MB), once for each name and
+    gradients has over 2^23 rows). "row_norm" with normal entries writes R out a piece at a time (34 MB), once for each name and
     shape: the norms of the last 1024 are kept, 8 m bytes each.
     """
     _check_type(projection_type)
@@ -189,16 +189,17 @@ def _blocks(identifier, m, num_columns):
 def _written(identifier, m, n, device, projection_type):
     """(rows, columns, [rows, columns] entries) of a name's matrix, in pieces."""
     seed, stream = _key(identifier)
-    if device.type == "cpu" and 32 <= m <= 1 << 16:
-        # The kernel times the identity, which is exact, makes entries several times faster than they can be written out in
-        # torch. Elsewhere a kernel's rounding may exceed 2e-6.
-        identity = torch.eye(128)
-        for start in range(0, n, 128):
+    if device.type == "cpu":
+        # The kernel times the identity, which is exact, makes entries several times faster than torch can write them out.
+        width = min(512 if m < 32 else 128, max(1, WRITTEN_BYTES // (4 * max(m, 1))))
+        identity = torch.eye(width)
+        for start in range(0, n if m else 0, width):
             piece = identity[: n - start, : n - start]
             entries = OPS[projection_type](piece, m, seed=seed, stream=stream, column_offset=start)
-            yield slice(0, m), slice(start, start + 128), entries.T
+            yield slice(0, m), slice(start, start + width), entries.T
         return
-    width = min(max(n, 1), WRITTEN_ENTRIES // min(max(m, 1), 512))
+    # Elsewhere a kernel's rounding may exceed 2e-6.
+    width = WRITTEN_BYTES // (150 * 512)
     for row in range(0, m, 512):
         rows = torch.arange(row, min(m, row + 512), device=device)
         for start in range(0, n, width):

@@ -122,6 +122,36 @@ def test_entries_are_those_of_the_key(kind, rows, columns):
     np.testing.assert_allclose(got, expected, rtol=0, atol=0 if kind == "rademacher" else 2e-6)
 
 
+@pytest.mark.parametrize("kind", ["rademacher", "normal"])
+def test_entries_do_not_depend_on_the_shape(kind):
+    large = random_matrix(NAME, 70, 1300, "cpu", kind)
+    for rows, columns in [(1, 1), (3, 1001), (31, 512), (32, 513), (70, 129)]:
+        assert torch.equal(random_matrix(NAME, rows, columns, "cpu", kind), large[:rows, :columns])
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "normal"])
+@pytest.mark.parametrize("budget", [600, 1 << 17, 1 << 20])
+def test_entries_do_not_depend_on_the_pieces(kind, budget, monkeypatch):
+    expected = random_matrix(NAME, 70, 300, "cpu", kind)
+    monkeypatch.setattr(bergson, "WRITTEN_BYTES", budget)
+    assert torch.equal(random_matrix(NAME, 70, 300, "cpu", kind), expected)
+
+
+def test_entries_written_out_on_other_devices(monkeypatch):
+    """The path of a GPU, whose kernels round otherwise, gone here with the CPU's tensors."""
+
+    class Elsewhere:
+        type = "elsewhere"
+
+    arange = torch.arange
+    monkeypatch.setattr(torch, "arange", lambda *a, device=None, **k: arange(*a, **k))
+    for kind in ("rademacher", "normal"):
+        expected, got = random_matrix(NAME, 600, 1000, "cpu", kind), torch.full((600, 1000), torch.nan)
+        for rows, columns, entries in bergson._written(NAME, 600, 1000, Elsewhere, kind):
+            got[rows, columns] = entries.float()
+        torch.testing.assert_close(got, expected, rtol=0, atol=0 if kind == "rademacher" else 2e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["rademacher", "normal"])
 def test_dtypes_are_roundings_of_float32(kind, dtype):

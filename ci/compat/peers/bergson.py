@@ -46,7 +46,11 @@ PEER = Peer(
         Adapted(path="tests/test_projection_inner_products.py"),
         Adapted(
             path="tests/test_global_projection.py",
-            edits=(smaller_blocks(64),),
+            edits=(
+                smaller_blocks(64),
+                ('@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA not available")\n', ""),
+                ("model=model.cuda()", "model=model"),
+            ),
         ),
         Adapted(
             path="tests/test_outer_product_gradients.py",
