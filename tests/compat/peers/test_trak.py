@@ -8,6 +8,7 @@ import torch
 from trak import TRAKer
 from trak.projectors import AbstractProjector, ProjectionType
 
+import pyattr.compat.trak
 from pyattr.compat.trak import Projector
 from pyattr.ops import normal_matrix, sign_matrix
 
@@ -89,19 +90,10 @@ def test_it_is_a_projector_of_theirs_and_its_metadata_is_json(tmp_path):
     assert json.loads((tmp_path / "metadata.json").read_text())["JL matrix type"] == "normal"
 
 
-def test_usage_example(tmp_path):
-    """The lines of the module's docstring."""
+def test_usage_example(tmp_path, monkeypatch, run_example):
+    monkeypatch.chdir(tmp_path)  # TRAKer's default folder is below the current one
     model, data = network(), images(TRAIN, 1)
-    projector = Projector(sum(p.numel() for p in model.parameters()), 512, seed=0, proj_type="rademacher", device="cpu")
-    traker = TRAKer(
-        model,
-        task="image_classification",
-        train_set_size=len(data[0]),
-        projector=projector,
-        device="cpu",
-        save_dir=tmp_path,
-    )
-    traker.load_checkpoint(model.state_dict(), model_id=0)
+    traker = run_example(pyattr.compat.trak, model=model, data=torch.utils.data.TensorDataset(*data))["traker"]
     traker.featurize(data, num_samples=TRAIN)
     stored = torch.from_numpy(np.array(traker.saver.current_store["grads"])).float()  # [TRAIN, 512]
     gradient = traker.gradient_computer.compute_per_sample_grad(data)
