@@ -4,8 +4,10 @@
 a convolution's kernel.
 """
 
+import functools
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -154,9 +156,16 @@ def _factors(job, height: int, width: int, device):
 def _chosen(job, height: int, width: int) -> tuple[Tensor, Tensor]:
     k_out, k_in = job.factor_dims
     return (
-        mask_indices(height, k_out, job.seed, 2 * job.stream),
-        mask_indices(width + job.bias, k_in, job.seed, 2 * job.stream + 1),
+        torch.from_numpy(_kept(height, k_out, job.seed, 2 * job.stream)),
+        torch.from_numpy(_kept(width + job.bias, k_in, job.seed, 2 * job.stream + 1)),
     )
+
+
+@functools.lru_cache(maxsize=512)
+def _kept(num_columns: int, count: int, seed: int, stream: int) -> np.ndarray:
+    """Kept from call to call, since a layer's few indices take as long to compute as its products; no tensor, which would stay
+    in the mode (inference, say) that it was made in."""
+    return mask_indices(num_columns, count, seed, stream).numpy()
 
 
 def _strip(images: Tensor, convolution, rows: slice) -> tuple[Tensor, tuple[int, int]]:

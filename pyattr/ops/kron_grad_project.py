@@ -106,11 +106,11 @@ def kron_grad_project(
 
     Extra memory: both factors, ``4 (k_out O + k_in I)`` bytes and as much again for the library's own layout, 20 MB while they
     are made, and pieces of at most 24 MiB, or of one row of positions where that is more; with ``sketch_dim`` a piece has the
-    samples' [k_out * k_in] besides. Reference: the gradient and the patches of one sample in float64. When the inputs require
-    gradients, all pieces stay.
+    samples' [k_out * k_in] besides. The indices of the last 512 masks stay, 8 bytes each. Reference: the gradient and the
+    patches of one sample in float64. When the inputs require gradients, all pieces stay.
 
-    Source: Choe et al., "What is Your Data Worth to GPT? LLM-Scale Data Valuation with Influence Functions", 2024 (LoGra,
-    equation 5); Hu et al., "GraSS: Scalable Data Attribution with Gradient Sparsification and Sparse Projection", 2025
+    Source: Choe et al., "What is Your Data Worth to GPT? LLM-Scale Data Valuation with Influence Functions", 2024
+    (LoGra); Hu et al., "GraSS: Scalable Data Attribution with Gradient Sparsification and Sparse Projection", 2025
     (FactGraSS: "mask" with ``sketch_dim``). The form for convolutions is ours.
     """
     acts, errs, restore = _check_arrays(acts, errs)

@@ -350,7 +350,7 @@ def test_variance_formula_over_every_sign_matrix(k_out, k_in):
 @pytest.mark.parametrize("tokens", (1, 6))
 def test_inner_products_over_seeds(tokens):
     """Unbiased, with the documented variance: |g|^2 far from dense for one token (rank one), nearer for six."""
-    acts, errs, (k_out, k_in), seeds = torch.randn(2, tokens, 12), torch.randn(2, tokens, 10), (8, 6), 800
+    acts, errs, (k_out, k_in), seeds = torch.randn(2, tokens, 12), torch.randn(2, tokens, 10), (8, 6), 500
     grads = (errs.mT @ acts).double()
     scale = (k_out * k_in) ** -0.5
     Y = torch.stack(
@@ -367,7 +367,7 @@ def test_inner_products_over_seeds(tokens):
 
 @pytest.mark.parametrize(("kind", "sketch_dim"), (("gaussian", None), ("mask", None), ("rademacher", 16), ("mask", 16)))
 def test_expectation_of_the_other_kinds_over_seeds(kind, sketch_dim):
-    acts, errs, (k_out, k_in), seeds = torch.randn(1, 3, 256), torch.randn(1, 3, 256), (5, 6), 150
+    acts, errs, (k_out, k_in), seeds = torch.randn(1, 3, 256), torch.randn(1, 3, 256), (5, 6), 100
     n = (errs.mT @ acts).square().sum()
     kept = k_out * k_in / 2**16 if kind == "mask" else k_out * k_in
     options = {"kind": kind, "sketch_dim": sketch_dim, "scale": kept**-0.5}
@@ -396,6 +396,18 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(
         lambda a, e: kron_grad_project(a, e, (2, 2), **options), (acts, errs), check_forward_ad=True, fast_mode=True
     )
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_mask_first_seen_in_inference_mode_serves_autograd(backend):
+    """The indices are kept from call to call."""
+    acts, errs = (torch.randn(2, 7, device=testing.device_of(backend), requires_grad=True) for _ in range(2))
+    options = {"kind": "mask", "seed": 77, "backend": backend}
+    with torch.inference_mode():
+        first = kron_grad_project(acts, errs, (2, 3), **options)
+    out = kron_grad_project(acts, errs, (2, 3), **options)
+    assert torch.equal(out, first)
+    torch.autograd.grad(out.sum(), (acts, errs))
 
 
 @pytest.mark.parametrize("backend", FAST)
