@@ -1,4 +1,4 @@
-"""Whole-model features of a 35M-parameter U-Net: activations to [B, 4096], in seconds for a batch and with the peak memory.
+"""Whole-model features of a 35M-parameter U-Net, images to [B, 4096], beside forming the gradients first; with peak memory.
 
 ``python -m bench.bench_unet_features ROW`` runs one contender once and prints the MiB that it took at most.
 """
@@ -118,7 +118,7 @@ def test_unet_features(row, measure, leave_out, peer_python):
             block_size=BLOCK,
         )  # fmt: skip
         contender = Extrapolated(worker)
-        note = "projector timed on a fortieth of its columns, in which it is linear, four at a time; its peak memory is with those"
+        note = "projector timed on a fortieth of its columns, four at a time (it is linear in them); peak memory with those four"
     else:
         contender, note = Here(functools.partial(ours, OURS[row]) if row in OURS else then_dense), ""
     measure(
