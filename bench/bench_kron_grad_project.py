@@ -4,7 +4,6 @@
 """
 
 import functools
-import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -13,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from bench import machine
-from bench.bench_gradients import _resident
 from bench.contenders import Here
 from bench.figures import Goal
+from bench.memory import peak_mib, print_peak
 from pyattr import ops
 from pyattr.ops import mask_indices, sign_matrix, sparse_project
 
@@ -137,25 +136,12 @@ def check(setting: Setting, row: str):
     return run
 
 
-def peak_mib(row: str, column: str) -> dict[str, float]:
-    """The most memory that a first call takes beside its inputs and torch's factors, measured in a process of its own."""
-    if not sys.platform.startswith("linux"):
-        return {}
-    command = [sys.executable, "-m", "bench.bench_kron_grad_project", row, column]
-    printed = subprocess.run(command, cwd=machine.ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return {"peak_mib": float(printed.split()[-1])}
-
-
 def main(row: str, column: str):
     setting = SETTINGS[column]
     assert setting.data and (row in (OURS, OUR_SKETCH) or setting.factors)
     # What the library loads and keeps at its first products is no contender's.
     F.conv2d(torch.randn(2, 8, 8, 8), torch.randn(8, 8, 3, 3)), torch.randn(2, 64, 64) @ torch.randn(2, 64, 64)
-    with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")  # the peak starts anew from here
-    before = _resident("VmRSS")
-    ROWS[row](setting)
-    print(f"{_resident('VmHWM') - before:.1f}")
+    print_peak(lambda: ROWS[row](setting))
 
 
 def _lead(above: str, below: str, column: str):
@@ -204,7 +190,7 @@ def test_kron_grad_project(row, column, measure, leave_out):
         if "mask" not in row
         else "",
         rounds=7,
-        extra=peak_mib(row, column),
+        extra=peak_mib("bench_kron_grad_project", row, column),
     )
 
 
