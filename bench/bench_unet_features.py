@@ -118,7 +118,9 @@ def test_unet_features(row, measure, leave_out, peer_python):
             block_size=BLOCK,
         )  # fmt: skip
         contender = Extrapolated(worker)
-        note = "projector timed on a fortieth of its columns, four at a time (it is linear in them); peak memory with those four"
+        note = (
+            "projector timed on a fortieth of its columns, four at a time (it is linear in them); peak memory with four"
+        )
     else:
         contender, note = Here(functools.partial(ours, OURS[row]) if row in OURS else then_dense), ""
     measure(

@@ -11,6 +11,7 @@ from ..backends import Backend
 from ..reference.multisketch_project import WIDTH
 from ._arguments import check_integer, check_scale
 from ._layers import Layer
+from ._precision import full_float32
 from .gaussian_project import MAX_COLUMNS as GAUSSIAN_COLUMNS
 from .gaussian_project import gaussian_project
 from .rademacher_project import MAX_COLUMNS, rademacher_project
@@ -99,7 +100,8 @@ class LayerProjection:
                 part = slice(start, start + step)
                 # Sums of products of 16-bit numbers need float32, and a library's matmul would round them again.
                 layer = self.as_layer(acts[part].float(), errs[part].float(), *geometry)
-                out[part] = project_layer(layer, projector, name)
+                with full_float32(acts.device):
+                    out[part] = project_layer(layer, projector, name)
             return out
 
         return run

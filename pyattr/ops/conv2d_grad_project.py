@@ -1,7 +1,7 @@
 """Projection of a convolution's per-sample gradients, which are never in memory, nor are its patches."""
 
 from ..reference.conv2d_grad_project import conv2d_grad_project as definition
-from ._arguments import check_integer
+from ._convolution import check_convolution, check_images
 from ._layer_projection import LayerProjection, Projector, check_pair
 from ._layers import Layer
 
@@ -69,27 +69,7 @@ def conv2d_grad_project(
         raise ValueError(
             f"{op}: errs must have the samples and timesteps of acts, {list(acts.shape[:2])}, got {list(errs.shape[:2])}"
         )
-    kernel_size = _pair(op, "kernel_size", kernel_size, 1)
-    stride, dilation = _pair(op, "stride", stride, 1), _pair(op, "dilation", dilation, 1)
-    padding = _pair(op, "padding", padding, 0)
-    groups = check_integer(op, "groups", groups, 1, 2**31)
-    for argument, channels in (("acts", acts.shape[2]), ("errs", errs.shape[2])):
-        if channels % groups:
-            raise ValueError(f"{op}: groups must divide the channels of {argument}, {channels}, got {groups}")
-    settings = zip(acts.shape[3:], kernel_size, stride, padding, dilation, strict=True)
-    places = [(size + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, gap in settings]
-    if list(errs.shape[3:]) != places:
-        raise ValueError(
-            f"{op}: errs must have the {places[0]} x {places[1]} positions of the convolution's output, "
-            f"got {errs.shape[3]} x {errs.shape[4]}"
-        )
+    convolution = check_convolution(op, kernel_size, stride, padding, dilation, groups)
+    check_images(op, convolution, acts, errs)
     projector = Projector(proj_dim, bias, kind, nonzeros, seed, stream, column_offset, scale)
-    geometry = (kernel_size, stride, padding, dilation, groups)
-    return restore(_PROJECT(acts, errs, geometry, projector, num_columns, backend))
-
-
-def _pair(op: str, argument: str, value, low: int) -> tuple[int, int]:
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(values) != 2:
-        raise ValueError(f"{op}: {argument} must be an integer or a pair, got {len(values)} numbers")
-    return tuple(check_integer(op, argument, number, low, 2**31) for number in values)
+    return restore(_PROJECT(acts, errs, convolution, projector, num_columns, backend))
