@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) hadamard_project_kernel(const Hadama
     const int64_t first = block * width;
     for (int call = threadIdx.x; call < width / kSignsPerCall; call += kThreads) {
       const uint32_t counter = static_cast<uint32_t>(first / kSignsPerCall + call);
-      const PhiloxBlock words = philox4x32_10(counter, 0, task.seed, task.stream, kHadamardSignWord);
+      const PhiloxBlock words = pyattr::philox4x32_10(counter, 0, task.seed, task.stream, kHadamardSignWord);
       for (int w = 0; w < 4; ++w) signs[4 * call + w] = words.word[w];
     }
     barrier();

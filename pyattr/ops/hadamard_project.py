@@ -55,18 +55,19 @@ def hadamard_project(grads, proj_dim, *, seed=0, stream=0, scale=1.0, backend=No
     Returns:
         [B, D] float32 (float64 for float64 input), of the kind and on the device of ``grads``. On cpu, cuda and triton the bits
         of a row do not depend on the thread count, on the other rows, or on the run; the CPU gives the same bits at every SIMD
-        level. Rounding is at most ``(23 + P / 2^17) * 2^-24 * |scale| * sum_p |grads[b, p]|`` on the CPU from D = 2^12 on (the
-        longest chain of sums; ``P / 2^13`` for smaller D); every backend is tested to 2^-19 of that sum. NaN and inf propagate to
-        the whole row. Differentiable in both modes and any order, also under torch.compile.
+        level. Rounding is at most ``(25 + P / (32 D')) * 2^-24 * |scale| * sum_p |grads[b, p]|`` on the CPU, D' being D but at
+        least 2^8 and at most 2^13 (the longest chain of sums); every backend is tested to 2^-19 of that sum, the CPU to 2^-21. NaN
+        and inf propagate to the whole row. Differentiable in both modes and any order, also under torch.compile.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
         BackendError: the backend cannot take these inputs; the reasons are listed.
 
-    Extra memory: CPU, 8 bytes per output, and per thread 32 D bytes and 80 KB. CUDA and Triton, partial sums of at most 64 MiB or
-    one row of outputs, whichever is more. Reference, 100 MB and 16 B D bytes. The transpose (reverse mode), 100 MB.
+    Extra memory: CPU, 8 bytes per output, and per thread 32 D bytes and at most 270 KB. CUDA and Triton, 8 bytes per output and
+    partial sums of at most 64 MiB, or of one sample where its outputs take more. Reference, 100 MB and 16 B D bytes. The
+    transpose (reverse mode), 100 MB.
 
-    Time: per entry, log2(N) additions at most; about log2(min(4 D, 2^14)) and D / 2^14 look-ups on the CPU, once D > 2^12.
+    Time: per entry, on the CPU log2 of min(4 D, 2^16) additions and max(1 / 4, D / 2^16) look-ups at most.
 
     Source: Ailon and Chazelle, SIAM J. Comput. 39 (2009); Tropp, "Improved analysis of the subsampled randomized Hadamard
     transform", Adv. Adapt. Data Anal. 3 (2011).
@@ -83,9 +84,10 @@ def check_size(grads, proj_dim):
     if shape[1] > MAX_COLUMNS:
         raise ValueError(f"hadamard_project: grads must have at most {MAX_COLUMNS} columns, got {shape[1]}")
     proj_dim = check_integer("hadamard_project", "proj_dim", proj_dim, 1, 2**32)
-    least = 1 << (proj_dim - 1).bit_length()  # the power of two that N must reach, which it does from P = least / 2 + 1 on
+    least = 1 << (proj_dim - 1).bit_length()  # what N must reach, as it does from P = least / 2 + 1 on
     if least > 1 and 2 * shape[1] <= least:
         limit = reference.hadamard_rows(int(shape[1]))
         raise ValueError(
-            f"hadamard_project: proj_dim must be at most {limit}, the first power of two from P = {shape[1]} on, got {proj_dim}"
+            f"hadamard_project: proj_dim must be at most {limit}, the first power of two from P = {shape[1]} on, "
+            f"got {proj_dim}"
         )
