@@ -2,10 +2,11 @@
 #include "cuda/gaussian_project.cu"
 #include "cuda/hadamard_project.cu"
 #include "cuda/rademacher_project.cu"
+#include "cuda/sparse_project.cu"
 
 namespace {
 struct Request {
-  pyattr::ProjectArgs args;
+  pyattr::SketchArgs args;  // nonzeros is read by the sparse projection alone
   void* workspace;
   size_t readable_bytes_before, readable_bytes_after;  // around args.grads
   int shared_limit, reverse;
@@ -31,4 +32,6 @@ size_t hadamard_project_workspace(const Request* request) { return pyattr::cuda:
 const char* rademacher_project(const Request* request) { return run(*request, pyattr::cuda::rademacher_project); }
 const char* gaussian_project(const Request* request) { return run(*request, pyattr::cuda::gaussian_project); }
 const char* hadamard_project(const Request* request) { return run(*request, pyattr::cuda::hadamard_project); }
+size_t sparse_project_workspace(const Request* request) { return pyattr::cuda::sparse_project_workspace(request->args); }
+const char* sparse_project(const Request* request) { return run(*request, pyattr::cuda::sparse_project); }
 }
