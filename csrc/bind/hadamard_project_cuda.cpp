@@ -18,15 +18,8 @@ void bind_hadamard_project_cuda(pybind11::module_& m) {
            size_t workspace_bytes, uintptr_t cuda_stream, int device) {
           const pyattr::ProjectArgs args = pyattr::bind::hadamard_args(grads, dtype, num_samples, num_columns, sample_stride,
                                                                        column_stride, out, proj_dim, seed, stream, scale);
-          const size_t needed = pyattr::cuda::hadamard_project_workspace(args);
-          if (workspace_bytes < needed || (needed > 0 && workspace_address == 0)) {
-            throw std::invalid_argument("workspace_bytes must be at least " + std::to_string(needed) + ", got " +
-                                        std::to_string(workspace_bytes));
-          }
-          pybind11::gil_scoped_release release;
-          const pyattr::bind::DeviceGuard guard(device);
-          pyattr::cuda::hadamard_project(args, reinterpret_cast<void*>(workspace_address),
-                                         reinterpret_cast<CUstream_st*>(cuda_stream));
+          pyattr::bind::run_on_device(args, pyattr::cuda::hadamard_project, pyattr::cuda::hadamard_project_workspace,
+                                      workspace_address, workspace_bytes, cuda_stream, device);
         });
 }
 #endif

@@ -56,8 +56,8 @@ def hadamard_project(grads, proj_dim, *, seed=0, stream=0, scale=1.0, backend=No
         [B, D] float32 (float64 for float64 input), of the kind and on the device of ``grads``. On cpu, cuda and triton the bits
         of a row do not depend on the thread count, on the other rows, or on the run; the CPU gives the same bits at every SIMD
         level. Rounding is at most ``(25 + P / (32 D')) * 2^-24 * |scale| * sum_p |grads[b, p]|`` on the CPU, D' being D but at
-        least 2^8 and at most 2^13 (the longest chain of sums); every backend is tested to 2^-19 of that sum, the CPU to 2^-21. NaN
-        and inf propagate to the whole row. Differentiable in both modes and any order, also under torch.compile.
+        least 2^8 and at most 2^14 (the longest chain of sums); every backend is tested to 2^-19 of that sum, the CPU to 2^-21.
+        NaN and inf propagate to the whole row. Differentiable in both modes and any order, also under torch.compile.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

@@ -192,8 +192,8 @@ def test_inner_products_have_the_mean_and_the_variance_of_theory(num_columns, or
     spread = squares[0] * squares[1] + product**2 - 2 * (x[0] * x[1]).square().sum()
     variance = proj_dim * (order - proj_dim) / (order - 1) * spread
     assert abs(found.mean() - proj_dim * product) < 4 * (variance / seeds) ** 0.5
-    # The sample variance scatters by about sqrt(2 / seeds) = 8%. A dense sign matrix, without the factor (N - D) / (N - 1), is 2.4
-    # and 4.6 times as spread.
+    # The sample variance scatters by about sqrt(2 / seeds) = 8%. A dense sign matrix, without the factor (N - D) / (N - 1),
+    # is 2.4 and 4.6 times as spread.
     assert 0.7 < found.var() / variance < 1.3
 
 
