@@ -2,7 +2,7 @@
 
 A program owns one sample and a range of blocks of columns: it reads each element once, with its sign, transforms the block
 in registers, and adds each output's entry to sums of its own. The order of summation depends on (P, D) alone. Extra memory:
-8 bytes per output, and partial sums of at most 64 MiB, or of one sample where its outputs take more.
+8 D bytes, and partial sums of at most 64 MiB, or of one sample where its outputs take more.
 """
 
 import contextlib
@@ -114,14 +114,22 @@ def hadamard_project(grads, out, seed, stream, scale):  # [B, P] -> [B, D]
     partial = torch.empty(num_ranges * samples * proj_dim, dtype=torch.float32, device=grads.device)
     with torch.cuda.device(grads.device) if grads.is_cuda else contextlib.nullcontext():
         rows_kernel[(triton.cdiv(proj_dim, 256),)](
-            rows, proj_dim, (num_columns - 1).bit_length(), seed, stream, BLOCK=256
+            rows, proj_dim, (num_columns - 1).bit_length(), seed, stream, BLOCK=256, enable_fp_fusion=True
         )
         for sample in range(0, num_samples, samples):
             group = grads[sample : sample + samples]
             hadamard_project_kernel[(num_ranges * group.shape[0],)](
                 group, rows, partial, group.shape[0], num_columns, *group.stride(), proj_dim, seed, stream, num_blocks,
-                range_blocks, BITS=bits, BLOCK_ROWS=1024, num_warps=8,
+                range_blocks, BITS=bits, BLOCK_ROWS=1024, num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
             reduce_kernel[(triton.cdiv(group.shape[0] * proj_dim, 1024),)](
-                partial, out[sample:], num_ranges, group.shape[0], proj_dim, proj_dim, scale, BLOCK=1024
+                partial,
+                out[sample:],
+                num_ranges,
+                group.shape[0],
+                proj_dim,
+                proj_dim,
+                scale,
+                BLOCK=1024,
+                enable_fp_fusion=True,
             )

@@ -15,7 +15,7 @@ void hadamard_tile_avx512(const HadamardTile& tile);
 
 namespace {
 
-// Blocks whose sum joins the total at once, and the width of a block: a function of D and P alone, since they order the summation.
+// Blocks whose sum joins the total at once, and the width of a block: functions of D and P alone, since they order the sums.
 // Four columns for each output leave a quarter of a gather to each; 2^16 of them (256 KB) stay in a second-level cache.
 constexpr int64_t kChunkBlocks = 8;
 constexpr int kFewestBits = 10, kMostBits = 16;
@@ -61,8 +61,8 @@ void hadamard_project(const ProjectArgs& args, int num_threads) {
       parallel_for(count * groups, threads, [&](int64_t task) {
         const int64_t chunk = task / groups, sample = task % groups * kGroupSamples;
         const int64_t block = (first + chunk) * kChunkBlocks;
-        kernel({&args, begin + sample, std::min(kGroupSamples, samples - sample), block, std::min(blocks, block + kChunkBlocks), bits,
-                low.get(), high.get(), padded, sums.get() + (chunk * slab + sample) * padded});
+        kernel({&args, begin + sample, std::min(kGroupSamples, samples - sample), block, std::min(blocks, block + kChunkBlocks),
+                bits, low.get(), high.get(), padded, sums.get() + (chunk * slab + sample) * padded});
       });
       parallel_for(samples, threads, [&](int64_t s) {
         float* const out = args.out + (begin + s) * D;

@@ -9,7 +9,7 @@ namespace pyattr::cpu {
 
 constexpr int64_t kHadamardPadRows = 16;  // rows come in whole vectors
 
-// sums[s * sums_stride + j] = sum over the blocks of (-1)^popcount(high[j] & block) * transform(block)[low[j]], s in [0, num_samples).
+// sums[s * padded + j] = sum over the blocks of (-1)^popcount(high[j] & block) * transform(block)[low[j]], s in [0, num_samples).
 struct HadamardTile {
   const ProjectArgs* args;
   int64_t sample_begin, num_samples;

@@ -1,7 +1,7 @@
 // Philox4x32-10 for a run of calls, at the instruction set of the file that includes this.
 //
-// philox_calls(first, calls, c2, ...): words 0 and 1 (low[i]) and 2 and 3 (high[i]) of counter (first + i, 0, c2, 0). Writes whole
-// vectors: low and high need room for calls rounded up to a multiple of 8. Internal linkage: each SIMD file has its own copy.
+// philox_calls(first, calls, c2, ...): words 0 and 1 (low[i]) and 2 and 3 (high[i]) of counter (first + i, 0, c2, 0). Writes
+// whole vectors: low and high need room for calls rounded up to a multiple of 8. Internal linkage: each SIMD file has its own copy.
 #pragma once
 
 #include <cstdint>
@@ -37,8 +37,8 @@ void philox_calls(uint32_t first, int64_t calls, uint32_t c2, uint32_t seed, uin
 
 #elif defined(__AVX2__)
 
-// Each 32-bit word lives in a 64-bit lane, where vpmuludq reads and writes it without shuffles; what is left in a lane's upper half is
-// never read.
+// Each 32-bit word lives in a 64-bit lane, where vpmuludq reads and writes it without shuffles; what is left in a lane's upper
+// half is never read.
 void philox_calls(uint32_t first, int64_t calls, uint32_t c2, uint32_t seed, uint32_t stream, uint64_t* low, uint64_t* high) {
   const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
   for (int64_t i = 0; i < calls; i += 8) {  // two vectors hide the multiplier's latency

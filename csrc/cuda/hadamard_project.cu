@@ -6,7 +6,7 @@
 //
 // Order of summation, the same for any device, batch and repetition: butterflies from the widest distance to the narrowest, the blocks
 // of a range in turn, the ranges in turn. It depends on (P, D) alone.
-// Extra memory: 8 bytes per output, and ranges * samples * D * 4 bytes of sums, at most 64 MiB or one sample's; ranges * D is at most
+// Extra memory: 8 D bytes, and ranges * samples * D * 4 bytes of sums, at most 64 MiB or one sample's; ranges * D is at most
 // 2^20, or D.
 #include "hadamard_project.h"
 

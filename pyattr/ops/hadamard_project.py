@@ -63,9 +63,9 @@ def hadamard_project(grads, proj_dim, *, seed=0, stream=0, scale=1.0, backend=No
         TypeError, ValueError: an argument is not as above.
         BackendError: the backend cannot take these inputs; the reasons are listed.
 
-    Extra memory: CPU, 8 bytes per output, and per thread 32 D bytes and at most 270 KB. CUDA and Triton, 8 bytes per output and
-    partial sums of at most 64 MiB, or of one sample where its outputs take more. Reference, 100 MB and 16 B D bytes. The
-    transpose (reverse mode), 100 MB.
+    Extra memory: CPU, 8 D bytes, and per thread 32 D bytes and at most 270 KB. CUDA and Triton, 8 D bytes and partial sums of
+    at most 64 MiB, or of one sample where its outputs take more. Reference, 100 MB and 16 B D bytes. The transpose (reverse
+    mode), 100 MB.
 
     Time: per entry, on the CPU log2 of min(4 D, 2^16) additions and max(1 / 4, D / 2^16) look-ups at most.
 

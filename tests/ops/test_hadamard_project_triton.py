@@ -42,6 +42,7 @@ def test_compiles_for_a_gpu(ones):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    options = {"num_warps": 8, "enable_fp_fusion": True}
     types = {"grads_ptr": "*bf16", "rows_ptr": "*i64", "partial_ptr": "*fp32"}
     for kernel, own in (
         (kernels.rows_kernel, {"BLOCK": 256}),
@@ -52,9 +53,7 @@ def test_compiles_for_a_gpu(ones):
             kept = ("bits", "seed", "stream", *own)  # never specialised
             own = own | {name: 1 for name, kind in signature.items() if kind == "i32" and name not in kept}
         signature |= dict.fromkeys(own, "constexpr")
-        compiled = triton.compile(
-            ASTSource(kernel, signature, own), target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}
-        )
+        compiled = triton.compile(ASTSource(kernel, signature, own), target=GPUTarget("cuda", 90, 32), options=options)
         assert len(compiled.asm["cubin"]) > 0
 
 
@@ -75,9 +74,9 @@ def counts(num_samples, num_columns, dtype=torch.float32):
 # ranges.
 CASES = [
     (1, 1, 1, torch.float32),
-    *((3, 100, 128, dtype) for dtype in DTYPES),
+    *((2, 100, 128, dtype) for dtype in DTYPES),
     (2, 1300, 1500, torch.float32),
-    (2, 5000, 3, torch.bfloat16),
+    (1, 5000, 3, torch.bfloat16),
 ]
 
 
@@ -91,10 +90,10 @@ def test_values(num_samples, num_columns, proj_dim, dtype):
 
 @interpreted
 def test_rounding_and_bits_of_a_row_do_not_depend_on_the_batch():
-    grads = torch.randn(5, 3000)
+    grads = torch.randn(3, 3000)
     whole = project(grads, 50)
     assert ((whole - definition(grads, 50)).abs() <= 2.0**-19 * grads.double().abs().sum(1, keepdim=True)).all()
-    assert torch.equal(torch.cat([project(part, 50) for part in grads.split([1, 4])]), whole)
+    assert torch.equal(torch.cat([project(part, 50) for part in grads.split([1, 2])]), whole)
 
 
 @interpreted
@@ -102,7 +101,7 @@ def test_launches_and_ranges_change_nothing_they_should_not(monkeypatch):
     """A launch a sample, as where there are millions of outputs; and one range, whose sums are exact here."""
     from pyattr.triton_kernels import hadamard_project as kernels
 
-    grads = counts(3, 5000)
+    grads = counts(2, 3000)
     expected = project(grads, 40)
     monkeypatch.setattr(kernels, "PARTIALS", 1)
     assert torch.equal(project(grads, 40), expected)
