@@ -14,7 +14,7 @@ OPTIONS = {
     "rademacher_project": (PIECE, (3,)),
     "gaussian_project": (PIECE, (3,)),
     "hadamard_project": ({}, ()),
-    "mask_project": (PIECE | {"num_columns": 300}, (3, 300)),
+    "mask_project": (PIECE | {"num_columns": 300}, (3, 400)),
     "sparse_project": (PIECE | {"num_columns": 1000}, (3, 2)),
 }
 OPS = tuple(OPTIONS)
@@ -42,7 +42,8 @@ def fresh_compiler():
 @pytest.mark.parametrize("op", [*OPS, *(f"{op}_transpose" for op in OPS)])
 def test_library_registration(op):
     _, own = OPTIONS[op.removesuffix("_transpose")]
-    arguments = (torch.randn(3, 200, requires_grad=True), 8, 1, 2, *own, 0.5, "reference")
+    width = 300 if op.endswith("_transpose") else 8
+    arguments = (torch.randn(3, 200, requires_grad=True), width, 1, 2, *own, 0.5, "reference")
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(torch.ops.pyattr, op).default, arguments, test_utils=checks)
 
