@@ -4,11 +4,13 @@
 #include <pybind11/pybind11.h>
 
 void bind_rademacher_project(pybind11::module_& m);
+void bind_hadamard_project(pybind11::module_& m);
 void bind_gaussian_project(pybind11::module_& m);
 void bind_sparse_project(pybind11::module_& m);
 void bind_layer_sketch(pybind11::module_& m);
 #if defined(PYATTR_WITH_CUDA)
 void bind_rademacher_project_cuda(pybind11::module_& m);
+void bind_hadamard_project_cuda(pybind11::module_& m);
 void bind_gaussian_project_cuda(pybind11::module_& m);
 void bind_sparse_project_cuda(pybind11::module_& m);
 #endif

@@ -2,6 +2,7 @@
 
 from .conv2d_grad_project import conv2d_grad_project
 from .gaussian_project import gaussian_project, normal_matrix
+from .hadamard_project import hadamard_project
 from .kron_grad_project import kron_grad_project
 from .linear_grad_project import linear_grad_project
 from .mask_project import mask_indices, mask_project
@@ -12,6 +13,7 @@ from .sparse_project import sketch_entries, sparse_project
 __all__ = [
     "conv2d_grad_project",
     "gaussian_project",
+    "hadamard_project",
     "kron_grad_project",
     "linear_grad_project",
     "mask_indices",

@@ -27,4 +27,11 @@ if __name__ == "__main__":
         for view in (grads, grads.T.contiguous().T):
             options = {"nonzeros": min(3, proj_dim), "column_offset": 77, "num_columns": 10_000}
             ops.sparse_project(view, proj_dim, **options, backend="cuda")
+    # One block and several, one range and several, all rows.
+    for dtype, (num_columns, proj_dim) in itertools.product(
+        (torch.float16, torch.bfloat16, torch.float32), ((1, 1), (1300, 2048), (100_001, 300))
+    ):
+        grads = torch.randn(5, num_columns, device="cuda").to(dtype)
+        for view in (grads, grads.T.contiguous().T):
+            ops.hadamard_project(view, proj_dim, backend="cuda")
     torch.cuda.synchronize()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyattr.ops import normal_matrix, sign_matrix, sparse_project
+from pyattr.ops import hadamard_project, normal_matrix, sign_matrix, sparse_project
 from pyattr.ops._projection import DTYPES
 
 HERE = Path(__file__).resolve().parent
@@ -310,3 +310,59 @@ def test_sparse_infinities_and_nans(project, dtype, proj_dim):
     ))  # fmt: skip
     assert torch.equal(out.nan_to_num(-12345.0), expected.nan_to_num(-12345.0))
     assert (out[:2].isinf().sum(1) >= 3).all() and out[2].isnan().sum() == 3 and out[3].isfinite().all()
+
+
+# The Hadamard projection: blocks of 128 or 256 columns here, at most 3 ranges of them, launches of at most 4,096 partial
+# sums. Sums of whole numbers come out exactly, in whatever order they are added.
+
+# (B, P, D): one element; P below, at and beyond a block; several launches; several blocks in every range; all rows.
+HADAMARD_SHAPES = [(1, 1, 1), (3, 100, 128), (2, 128, 5), (1, 129, 256), (9, 1300, 700), (2, 3000, 40), (3, 300, 512)]
+
+
+def transformed(grads, proj_dim, **options):
+    return hadamard_project(grads.double(), proj_dim, backend="reference", **options).float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_samples", "num_columns", "proj_dim"), HADAMARD_SHAPES)
+def test_hadamard_values(project, dtype, num_samples, num_columns, proj_dim):
+    grads = counts(num_samples, num_columns, dtype)
+    options = {"seed": 2**32 - 1, "stream": 7, "scale": -0.5}
+    expected = transformed(grads, proj_dim, **options)
+    assert torch.equal(project("hadamard_project", grads, proj_dim, **options), expected)
+    assert torch.equal(project("hadamard_project", grads, proj_dim, reverse=True, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hadamard_layouts_and_specials(project, dtype):
+    grads = counts(5, 700, dtype)
+    grads[0, 130], grads[1, 7], grads[1, 690] = float("inf"), float("inf"), float("-inf")
+    grads[2, 699] = float("nan")
+    expected = transformed(grads, 45)
+    assert expected[:3].isfinite().sum() == 0 and expected[3:].isfinite().all()
+    views = (
+        torch.zeros(5, 1400, dtype=dtype)[:, 1::2],
+        torch.zeros(10, 707, dtype=dtype)[::2, 7:],
+        torch.zeros(700, 5, dtype=dtype).T,
+        torch.zeros(5, 703, dtype=dtype)[:, 1:701],
+    )
+    for view in views:
+        view.copy_(grads)
+        out = project("hadamard_project", view, 45)
+        assert torch.equal(out.nan_to_num(-12345.0), expected.nan_to_num(-12345.0))
+
+
+def test_hadamard_bits_of_a_row_do_not_depend_on_the_batch_or_on_which_thread_comes_first(project):
+    grads = gradients(11, 3000)
+    whole = project("hadamard_project", grads, 300)
+    assert torch.equal(project("hadamard_project", grads, 300, reverse=True), whole)
+    parts = [project("hadamard_project", part, 300) for part in grads.split([1, 8, 2])]
+    assert torch.equal(torch.cat(parts), whole)
+    bound = 2.0**-19 * grads.double().abs().sum(1, keepdim=True)
+    assert ((whole.double() - hadamard_project(grads.double(), 300)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("num_samples", "num_columns"), [(0, 5), (3, 0), (0, 0)])
+def test_hadamard_empty(project, num_samples, num_columns):
+    out = project("hadamard_project", torch.zeros(num_samples, num_columns), 1)
+    assert torch.equal(out, torch.zeros(num_samples, 1))

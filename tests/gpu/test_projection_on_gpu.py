@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pyattr import backends, ops
+from pyattr.reference.hadamard_project import hadamard_matrix
 
 os.environ.setdefault(
     "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
@@ -328,6 +329,68 @@ def test_sparse_full_size_against_the_definition(backend, proj_dim):
     out = project("sparse_project", grads, proj_dim, backend, nonzeros=4)
     expected = project("sparse_project", grads.double(), proj_dim, "reference", nonzeros=4)
     assert (out - expected).norm() / expected.norm() < 2e-6
+
+
+# The Hadamard projection: sums of whole numbers below 2^24 are exact in any order.
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("num_samples", "num_columns", "proj_dim"),
+    [(1, 1, 1), (3, 100, 128), (9, 5000, 8192), (2, 300_001, 4096), (33, 70_001, 77)],
+)
+def test_hadamard_values_and_layouts_exactly(backend, dtype, num_samples, num_columns, proj_dim):
+    grads = counts(num_samples, num_columns, dtype)
+    options = {"seed": 2**32 - 1, "stream": 5, "scale": -0.5}
+    expected = ops.hadamard_project(grads.double(), proj_dim, backend="reference", **options).float()
+    columns_apart = torch.zeros(num_samples, 2 * num_columns, dtype=dtype, device="cuda")[:, 1::2]
+    for view in (grads, grads.T.contiguous().T, columns_apart.copy_(grads)):
+        assert torch.equal(ops.hadamard_project(view, proj_dim, backend=backend, **options), expected)
+
+
+@both
+def test_hadamard_bits_do_not_depend_on_batch_or_repetition(backend):
+    grads = torch.randn(70, 200_000, device="cuda")
+    whole = ops.hadamard_project(grads, 300, backend=backend)
+    assert torch.equal(ops.hadamard_project(grads, 300, backend=backend), whole)
+    parts = [ops.hadamard_project(part, 300, backend=backend) for part in grads.split([1, 7, 62])]
+    assert torch.equal(torch.cat(parts), whole)
+    bound = 2.0**-19 * grads.double().abs().sum(1, keepdim=True)
+    assert ((whole - ops.hadamard_project(grads.double(), 300, backend="reference")).abs() <= bound).all()
+
+
+@both
+def test_hadamard_more_outputs_than_sums_of_a_launch(backend):
+    """D = N = 2^21, more than the 2^20 sums that ranges share: an isometry."""
+    grads = torch.randn(9, 2**21, device="cuda")
+    out = ops.hadamard_project(grads, 2**21, scale=2.0**-10.5, backend=backend)
+    torch.testing.assert_close(out @ out.T, grads @ grads.T, rtol=1e-3, atol=10.0)
+
+
+@both
+def test_hadamard_beyond_32_bits(backend):
+    need_memory(12)
+    columns = [0, 2**31 - 1, 2**31, 2**31 + 299]
+    grads = torch.zeros(2, 2**31 + 300, dtype=torch.bfloat16, device="cuda")
+    grads[0, columns], grads[1, columns] = 1, -1
+    out = ops.hadamard_project(grads, 40, seed=3, backend=backend)
+    entries = hadamard_matrix(torch.arange(40), torch.tensor(columns), grads.shape[1], 3)
+    assert torch.equal(out[0].double().cpu(), entries.sum(1)) and torch.equal(out[1], -out[0])
+
+
+@both
+def test_hadamard_on_the_callers_stream(backend):
+    grads, ready = torch.zeros(4, 1000, device="cuda"), torch.randn(4, 1000, device="cuda")
+    expected = ops.hadamard_project(ready, 64, backend=backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        grads.copy_(ready)
+        out = ops.hadamard_project(grads, 64, backend=backend)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.gpu

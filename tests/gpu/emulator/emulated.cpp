@@ -1,5 +1,6 @@
 // The CUDA kernels' own source, compiled for a CPU, behind two C functions.
 #include "cuda/gaussian_project.cu"
+#include "cuda/hadamard_project.cu"
 #include "cuda/rademacher_project.cu"
 #include "cuda/sparse_project.cu"
 
@@ -27,8 +28,10 @@ const char* run(const Request& request, Run project) {
 extern "C" {
 size_t rademacher_project_workspace(const Request* request) { return pyattr::cuda::rademacher_project_workspace(request->args); }
 size_t gaussian_project_workspace(const Request* request) { return pyattr::cuda::gaussian_project_workspace(request->args); }
+size_t hadamard_project_workspace(const Request* request) { return pyattr::cuda::hadamard_project_workspace(request->args); }
 const char* rademacher_project(const Request* request) { return run(*request, pyattr::cuda::rademacher_project); }
 const char* gaussian_project(const Request* request) { return run(*request, pyattr::cuda::gaussian_project); }
+const char* hadamard_project(const Request* request) { return run(*request, pyattr::cuda::hadamard_project); }
 size_t sparse_project_workspace(const Request* request) { return pyattr::cuda::sparse_project_workspace(request->args); }
 const char* sparse_project(const Request* request) { return run(*request, pyattr::cuda::sparse_project); }
 }

@@ -1,0 +1,5 @@
+#include "cpu/hadamard_project_body.h"
+
+namespace pyattr::cpu {
+void hadamard_tile_avx512(const HadamardTile& tile) { hadamard_tile(tile); }
+}  // namespace pyattr::cpu
