@@ -7,7 +7,10 @@ BIN := .venv/bin
 CUDA_TEST_TARGET ?= 80
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench bench-compare lint wheel sanitize cuda clean
+# The peers that `make compat` runs; all of ci/compat/peers by default.
+PEERS ?=
+
+.PHONY: demo test compat bench bench-compare lint wheel sanitize cuda clean
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -40,6 +43,9 @@ demo: .venv/.demo
 test: .venv/.test
 	$(BIN)/python -m pytest
 
+compat: .venv/.test
+	$(BIN)/python -m ci.compat $(PEERS)
+
 bench: .venv/.test
 	$(BIN)/python -m bench
 
@@ -61,4 +67,4 @@ cuda: .venv/.dependencies
 	touch .venv/.test .venv/.demo
 
 clean:
-	rm -rf build dist .venv
+	rm -rf build dist .venv .venv-compat

@@ -30,7 +30,7 @@ LAYERS = {
     "arrays": 0, "files": 0, "datasets": 0, "threads": 0, "_C": 0, "triton_kernels": 0, "reference": 0,
     "backends": 1, "ops": 2, "testing": 3,
     "gradients": 4, "jvp": 4, "diffusion": 4,
-    "attribution": 5, "evaluation": 5, "search": 5,
+    "attribution": 5, "compat": 5, "evaluation": 5, "search": 5,
     "report": 6, "cli": 7,
 }  # fmt: skip
 

@@ -58,17 +58,17 @@ def sparse_project(
         nonzeros: entries of a column, 1 to 8.
         seed: word 0 of the Philox key, in [0, 2^32).
         stream: word 1 of the Philox key, in [0, 2^32); independent matrices of one seed.
-        column_offset: the column of M that multiplies ``grads[:, 0]``. Pieces of a gradient, each with its own offset, add up to
-            the projection of the whole (to rounding).
+        column_offset: the column of M that multiplies ``grads[:, 0]``. Pieces of a gradient, each with its own offset, add up
+            to the projection of the whole (to rounding).
         num_columns: columns of M in all, of which the piece must be a part; P by default, required with ``column_offset``.
         scale: multiplies the result; 0, or of a magnitude that float32 holds at full precision.
         backend: "reference", "cpu", "cuda", "triton", or None for the first usable.
 
     Returns:
-        [B, D] float32 (float64 for float64 input), of the kind and on the device of ``grads``. The bits of a row do not depend on
-        the thread count, on the other rows, or on the run; the CPU gives the same bits at every SIMD level. Entries are sums of
-        about ``P * nonzeros / D`` numbers, rounded to at most ``(2^11 + P / 2^15) * 2^-24`` of the sum of their magnitudes on
-        the CPU; every backend is tested to 2^-20 of it. NaN and inf propagate to the outputs that their column meets.
+        [B, D] float32 (float64 for float64 input), of the kind and on the device of ``grads``. The bits of a row do not depend
+        on the thread count, on the other rows, or on the run; the CPU gives the same bits at every SIMD level. Entries are sums
+        of about ``P * nonzeros / D`` numbers, rounded to at most ``(2^12 + P / 2^12) * 2^-24`` of the sum of their magnitudes
+        on the CPU; every backend is tested to 2^-20 of it. NaN and inf propagate to the outputs that their column meets.
         Differentiable in both modes and any order, also under torch.compile.
 
     Raises:

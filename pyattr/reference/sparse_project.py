@@ -15,6 +15,7 @@ Complexity: s * P multiply-adds per sample.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -41,7 +42,7 @@ def groups(proj_dim, nonzeros):
     """[(F_r, G_r)]: first block and number of blocks of every nonzero."""
     blocks = proj_dim // lanes(proj_dim, nonzeros)
     firsts = [r * blocks // nonzeros for r in range(nonzeros + 1)]
-    return [(first, last - first) for first, last in zip(firsts, firsts[1:], strict=False)]
+    return [(first, last - first) for first, last in pairwise(firsts)]
 
 
 def sketch_entries(columns, proj_dim, nonzeros, seed, stream=0):  # [C] int64 -> [C, s] int64 rows, [C, s] float64 +-1
