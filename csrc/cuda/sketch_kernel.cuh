@@ -1,5 +1,5 @@
-// Y = G M^T for the sparse matrix of common/sketch.h, gathered: every thread owns outputs and adds up their columns in registers.
-// Nothing is stored but sums, nothing is added atomically.
+// Y = G M^T for the sparse matrix of common/sketch.h, gathered: every thread owns outputs and adds up their columns in
+// registers. Nothing is stored but sums, nothing is added atomically.
 //
 // Order of summation, the same for any device, batch and repetition: an output's sum takes the tiles of a range of columns in
 // ascending order; after kSketchChunkTiles tiles it is added to the range's partial sum in memory; reduce_kernel adds the
@@ -75,6 +75,7 @@ __device__ __forceinline__ SketchTiles sketch_tiles(const SketchTask& task, int6
   const int64_t to = task.column_offset + (range + 1 < task.num_ranges ? (range + 1) * task.range_columns : task.num_columns);
   return {(from + (range == 0 ? 0 : tile_columns - 1)) / tile_columns, (to + tile_columns - 1) / tile_columns};
 }
+__device__ __forceinline__ int64_t num_tiles(const SketchTiles& tiles) { return tiles.end - tiles.begin; }
 
 __device__ __forceinline__ int64_t group_size(const SketchTask& task, int r) { return task.first[r + 1] - task.first[r]; }
 
@@ -94,8 +95,8 @@ __device__ __forceinline__ uint32_t source_block(const SketchGather& gather, int
 
 // The word of 32 columns' signs that holds column i, every bit inverted: a set bit means -1.
 __device__ __forceinline__ uint32_t minus_signs(const SketchTask& task, int64_t column, int r) {
-  const PhiloxBlock call = pyattr::philox4x32_10(static_cast<uint32_t>(column / kSignsPerCall), static_cast<uint32_t>(r), task.seed,
-                                         task.stream, kSketchSigns);
+  const PhiloxBlock call = pyattr::philox4x32_10(static_cast<uint32_t>(column / kSignsPerCall), static_cast<uint32_t>(r),
+                                                 task.seed, task.stream, kSketchSigns);
   const int word = static_cast<int>(column / 32 % 4);
   // Selected, not indexed: an index would put the words into memory.
   return ~(word < 2 ? (word == 0 ? call.word[0] : call.word[1]) : (word == 2 ? call.word[2] : call.word[3]));
@@ -112,9 +113,9 @@ __device__ __forceinline__ void flush(const SketchTask& task, float& sum, float*
   sum = 0.0f;
 }
 
-// Blocks of 32 lanes. A warp owns kQuads quads of blocks: four neighbours of one group, a lane each output. For every 32 / kQuads
-// tiles, each lane works out one quad of one tile (a unit), five calls of Philox and one division, and leaves it in shared
-// memory, where the whole warp reads it: the cost per element is 1/32 of that, divided by the samples.
+// Blocks of 32 lanes. A warp owns kQuads quads of blocks, four neighbours of one group each, and a lane one output of every
+// block. For every 32 / kQuads tiles, each lane works out one quad of one tile (a unit): five calls of Philox and one modulo,
+// which it leaves in shared memory, where the whole warp reads it. So an element costs 1/128 of that, divided by the samples.
 constexpr int kSketchWarps = 16;
 constexpr int kQuadBlocks = 4;
 
@@ -132,10 +133,16 @@ struct SketchQuad {
   int64_t size;
 };
 
+// Of the larger groups.
+PYATTR_HOST_DEVICE int64_t quads_of_a_group(const SketchTask& task) {
+  const int64_t largest = task.smallest + (task.smallest * task.nonzeros < task.first[task.nonzeros]);
+  return (largest + kQuadBlocks - 1) / kQuadBlocks;
+}
+
 // The last quad of a group may reach past its end, and the last quads of a thread block past the last group: what they sum is
 // read from blocks that exist, and left.
 __device__ __forceinline__ SketchQuad sketch_quad(const SketchTask& task, int64_t index) {
-  const int64_t quads = (task.smallest + (task.smallest * task.nonzeros < task.first[task.nonzeros]) + kQuadBlocks - 1) / kQuadBlocks;
+  const int64_t quads = quads_of_a_group(task);
   const int r = static_cast<int>(index / quads < task.nonzeros ? index / quads : task.nonzeros - 1);
   return {r, (index - r * quads) * kQuadBlocks, group_size(task, r)};
 }
@@ -190,8 +197,9 @@ __global__ void __launch_bounds__(32 * kSketchWarps, kSamples <= 2 ? 2 : 1) sket
 
   const SketchQuad mine = sketch_quad(task, first_quad + lane % kQuads);  // the one this lane works out
   const SketchTiles tiles = sketch_tiles(task, place.range, mine.size);
-  const SketchTiles small = sketch_tiles(task, place.range, task.smallest), large = sketch_tiles(task, place.range, task.smallest + 1);
-  const int64_t most = small.end - small.begin > large.end - large.begin ? small.end - small.begin : large.end - large.begin;
+  const int64_t small = num_tiles(sketch_tiles(task, place.range, task.smallest));
+  const int64_t large = num_tiles(sketch_tiles(task, place.range, task.smallest + 1));
+  const int64_t most = small > large ? small : large;  // the same for the whole warp
 
   float sums[kQuads][kQuadBlocks][kSamples] = {};
   for (int64_t done = 0;;) {  // tiles
@@ -203,7 +211,9 @@ __global__ void __launch_bounds__(32 * kSketchWarps, kSamples <= 2 ? 2 : 1) sket
         for (int group = 0; group < kStep; group += kLoads) {
           float value[kLoads][kQuadBlocks][kSamples];
 #pragma unroll
-          for (int i = 0; i < kLoads; ++i) load_unit<Element, kSamples, true>(task, grads, units[unit + group + i], value[i]);
+          for (int i = 0; i < kLoads; ++i) {
+            load_unit<Element, kSamples, true>(task, grads, units[unit + group + i], value[i]);
+          }
 #pragma unroll
           for (int i = 0; i < kLoads; ++i) {
 #pragma unroll
@@ -271,7 +281,7 @@ __global__ void __launch_bounds__(kSketchThreads) sketch_outputs_kernel(const Sk
   float* const to = task.sums + (place.range * task.num_samples + place.sample) * task.proj_dim + output;
 
   float sums[kSamples] = {};
-  for (int64_t done = 0;; ) {
+  for (int64_t done = 0;;) {
     const int64_t tile = tiles.begin + done;
     if (tile < tiles.end) {
       const SketchGather gather = sketch_gather(task, tile, r, size);

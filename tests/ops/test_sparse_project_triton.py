@@ -68,11 +68,11 @@ def defined(grads, proj_dim, **options):
 
 @pytest.fixture(autouse=True)
 def small_numbers(monkeypatch):
-    """Tiny problems with many programs, chunks and ranges: the interpreter takes 10 ms for a tile."""
+    """Tiny problems with many programs, chunks and ranges: the interpreter takes 0.1 s for a tile."""
     if INTERPRETED:
         from pyattr.triton_kernels import sparse_project as kernels
 
-        for name, value in {"BLOCK_OUTPUTS": 64, "CHUNK_TILES": 3, "RANGE_WIDTHS": 2, "MAX_RANGES": 4}.items():
+        for name, value in {"BLOCK_OUTPUTS": 128, "CHUNK_TILES": 3, "RANGE_WIDTHS": 2, "MAX_RANGES": 4}.items():
             monkeypatch.setattr(kernels, name, value)
 
 
@@ -80,13 +80,13 @@ def small_numbers(monkeypatch):
 # two sizes; 32 lanes, several ranges and chunks; many programs along a group; two launches; fewer columns than a tile.
 CASES = [
     (1, 1, 1, 1, 0),
-    (1, 20, 1, 1, 5),
+    (1, 12, 1, 1, 5),
     (2, 300, 45, 1, 2**39 - 300),
-    (5, 50, 20, 3, 77),
-    (3, 12, 24, 8, 640),
+    (5, 25, 20, 3, 77),
+    (3, 8, 24, 8, 640),
     (2, 400, 32, 1, 17),
-    (3, 400, 96, 3, 31),
-    (9, 900, 544, 1, 1),
+    (3, 350, 96, 3, 31),
+    (9, 600, 544, 1, 1),
     (66, 40, 64, 2, 129),
     (1, 30, 544, 2, 0),
 ]
@@ -102,18 +102,18 @@ def test_values(num_samples, num_columns, proj_dim, nonzeros, column_offset):
 
 
 @interpreted
-@pytest.mark.parametrize("nonzeros", range(1, 9))
-def test_every_number_of_nonzeros(nonzeros):
-    grads = counts(2, 100, DTYPES[nonzeros % 3])
+@pytest.mark.parametrize("nonzeros", (1, 4, 6, 8))
+def test_numbers_of_nonzeros(nonzeros):
+    grads = counts(2, 70, DTYPES[nonzeros % 3])
     assert torch.equal(project(grads, 288, nonzeros=nonzeros), defined(grads, 288, nonzeros=nonzeros))
 
 
 @interpreted
-@pytest.mark.parametrize(("num_columns", "proj_dim"), [(30, 38), (200, 288)])
+@pytest.mark.parametrize(("num_columns", "proj_dim"), [(15, 38), (70, 288)])
 def test_bits_of_a_row_do_not_depend_on_the_batch(num_columns, proj_dim):
     grads = torch.randn(11, num_columns)
     whole = project(grads, proj_dim, nonzeros=3)
-    for part in (slice(0, 1), slice(0, 9), slice(7, 11)):
+    for part in (slice(0, 1), slice(7, 11)):
         assert torch.equal(project(grads[part], proj_dim, nonzeros=3), whole[part])
     bound = 2.0**-20 * grads.double().abs().sum(1, keepdim=True)
     assert ((whole.double() - sparse_project(grads.double(), proj_dim, nonzeros=3)).abs() <= bound).all()
@@ -121,24 +121,24 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(num_columns, proj_dim):
 
 @interpreted
 def test_layouts_give_the_same_bits():
-    grads = torch.randn(5, 200)
+    grads = torch.randn(5, 60)
     options = {"nonzeros": 2, "column_offset": 9, "num_columns": 400}
     expected = project(grads, 96, **options)
-    views = torch.zeros(5, 400)[:, 1::2], torch.zeros(10, 207)[::2, 7:], torch.zeros(200, 5).T
+    views = torch.zeros(5, 120)[:, 1::2], torch.zeros(10, 67)[::2, 7:], torch.zeros(60, 5).T
     for view in views:
         view.copy_(grads)
         assert torch.equal(project(view, 96, **options), expected)
-    assert torch.equal(project(grads[:1].expand(5, 200), 96, **options), expected[:1].expand(5, 96))
+    assert torch.equal(project(grads[:1].expand(5, 60), 96, **options), expected[:1].expand(5, 96))
 
 
 @interpreted
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy says so of inf - inf
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinities_and_nans(dtype):
-    grads = counts(4, 300, dtype)
-    grads[0, 130] = float("inf")
-    grads[1, 7], grads[1, 290] = float("inf"), float("-inf")
-    grads[2, 299] = float("nan")
+    grads = counts(4, 120, dtype)
+    grads[0, 30] = float("inf")
+    grads[1, 7], grads[1, 110] = float("inf"), float("-inf")
+    grads[2, 119] = float("nan")
     out, expected = project(grads, 96, nonzeros=3), defined(grads, 96, nonzeros=3)
     assert torch.equal(out.nan_to_num(-12345.0), expected.nan_to_num(-12345.0))
     assert out[2].isnan().sum() == 3 and out[3].isfinite().all()
