@@ -80,7 +80,9 @@ def project_global(identifier, P, m, projection_type="normal", projection_scale=
 
     Returns:
         [N, m] of the dtype and on the device of P (of g), with no autograd history. Sums are in float32 over all blocks and
-        rounded once; bergson sums in the dtype of P, and rounds its normal entries to it.
+        rounded once; bergson sums in the dtype of P, and rounds its normal entries to it. The bits of a row of formed gradients
+        are as fixed as those of ``pyattr.ops.rademacher_project``; factors are first multiplied by a library's matmul, whose
+        bits may depend on the thread count.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
