@@ -15,10 +15,13 @@ PYBIND11_MODULE(_C, m) {
   });
   bind_rademacher_project(m);
   bind_gaussian_project(m);
+  bind_sparse_project(m);
+  bind_layer_sketch(m);
 #if defined(PYATTR_WITH_CUDA)
   m.attr("built_with_cuda") = true;
   bind_rademacher_project_cuda(m);
   bind_gaussian_project_cuda(m);
+  bind_sparse_project_cuda(m);
 #else
   m.attr("built_with_cuda") = false;
 #endif

@@ -2,13 +2,12 @@
 
 from torch import Tensor, nn
 
-from .rule import Rule, put_product, put_sums
+from ..ops._layers import Layer
+from .rule import Rule, from_layer, put_sums
 
 
-def weight_gradient(module: nn.Linear, acts: Tensor, errs: Tensor, rows: slice, out: Tensor, add: bool):
-    acts = acts.flatten(1, -2)  # [B, M, I]
-    errs = errs.flatten(1, -2)[..., rows]  # [B, M, R]
-    put_product(errs.transpose(1, 2), acts, out, add)
+def linear_layer(module: nn.Linear, acts: Tensor, errs: Tensor) -> Layer:
+    return Layer.linear(acts.flatten(1, -2), errs.flatten(1, -2))
 
 
 def bias_gradient(module: nn.Linear, acts: Tensor | None, errs: Tensor, rows: slice, out: Tensor, add: bool):
@@ -19,5 +18,6 @@ RULE = Rule(
     layers=(nn.Linear,),
     methods=("forward",),
     has_batch=lambda module, inputs: inputs.dim() >= 2,
-    gradients={"weight": weight_gradient, "bias": bias_gradient},
+    gradients={"weight": from_layer(linear_layer), "bias": bias_gradient},
+    as_layer=linear_layer,
 )

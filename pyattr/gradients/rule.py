@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..ops._layers import Layer, put
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -21,6 +23,8 @@ class Rule:
         gradients: by parameter name, ``(module, acts, errs, rows, out, add)``: writes the rows ``rows`` (a slice with
             both ends) of the parameter's first dimension to ``out [B, R, ...]``, contiguous, in the dtype of the errors;
             adds to what is there if ``add``.
+        as_layer: ``(module, acts, errs)``, the weight's gradient as a `Layer`, which can be projected without being formed;
+            None where it is no linear map of patches.
         needs_acts: the parameters whose gradient reads the activations.
         refuse: ``(module) -> str``, why the module has no per-sample gradient at all, or an empty string.
     """
@@ -29,6 +33,7 @@ class Rule:
     methods: tuple[str, ...]
     has_batch: Callable[[nn.Module, Tensor], bool]
     gradients: dict[str, Callable[[nn.Module, Tensor, Tensor, slice, Tensor, bool], None]]
+    as_layer: Callable[[nn.Module, Tensor, Tensor], Layer] | None = None
     needs_acts: tuple[str, ...] = ("weight",)
     refuse: Callable[[nn.Module], str] = lambda module: ""
 
@@ -40,18 +45,13 @@ class Rule:
         )
 
 
-def put(values: Tensor, out: Tensor, add: bool):
-    """Write to ``out`` or add to it."""
-    values = values.view(out.shape)
-    if add:
-        out += values
-    else:
-        out.copy_(values)
+def from_layer(as_layer: Callable[[nn.Module, Tensor, Tensor], Layer]):
+    """The rule for a weight whose gradient is that of a `Layer`."""
 
+    def weight_gradient(module: nn.Module, acts: Tensor, errs: Tensor, rows: slice, out: Tensor, add: bool):
+        as_layer(module, acts, errs).put(rows, out, add)
 
-def put_product(left: Tensor, right: Tensor, out: Tensor, add: bool):
-    """``out (+)= left @ right`` for [N, R, M], [N, M, C], into memory of N * R * C contiguous numbers."""
-    out.view(left.shape[0], left.shape[1], right.shape[2]).baddbmm_(left, right, beta=1 if add else 0)
+    return weight_gradient
 
 
 def put_sums(errs: Tensor, channels: int, rows: slice, out: Tensor, add: bool):

@@ -24,6 +24,23 @@ def check_integer(op: str, argument: str, value, low: int, high: int) -> int:
     return value
 
 
+def check_piece(op: str, grads, column_offset, num_columns, max_columns: int) -> int:
+    """The number of columns in all, of which ``grads`` [B, P] holds those from ``column_offset`` on."""
+    shape = getattr(grads, "shape", ())
+    if len(shape) != 2:  # said by the op's own check, together with what is no array at all
+        return 0
+    if num_columns is None:
+        if column_offset != 0:
+            raise ValueError(f"{op}: num_columns must be given with column_offset, got None")
+        return shape[1]
+    num_columns = check_integer(op, "num_columns", num_columns, 0, max_columns)
+    if check_integer(op, "column_offset", column_offset, 0, max_columns) + shape[1] > num_columns:
+        raise ValueError(
+            f"{op}: num_columns must be at least column_offset + P = {column_offset + shape[1]}, got {num_columns}"
+        )
+    return num_columns
+
+
 def check_scale(op: str, value) -> float:
     """A finite float that float32 can hold without going subnormal."""
     try:

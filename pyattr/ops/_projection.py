@@ -21,10 +21,27 @@ class Matrix(NamedTuple):
     scale: float
 
 
+def check_grads(op: str, grads):
+    """``grads`` as a tensor [B, P] of floating-point numbers, and what turns the result back into its kind of array."""
+    grads, restore = arrays.to_torch(grads, op, "grads")
+    if grads.layout != torch.strided or grads.is_nested:
+        layout = "nested" if grads.is_nested else grads.layout
+        raise TypeError(f"{op}: grads must be a dense (strided) tensor, got layout {layout}")
+    if grads.dim() != 2:
+        raise ValueError(f"{op}: grads must have shape [B, P], got {list(grads.shape)}")
+    if grads.dtype not in DTYPES and grads.dtype != torch.float64:
+        raise TypeError(f"{op}: grads must be float16, bfloat16, float32 or float64, got {grads.dtype}")
+    return grads, restore
+
+
 def check_matrix(op: str, matrix, max_offset: int):
-    """The same matrix with the parameters that every kind has checked; a kind's own come checked by its op."""
+    """The same matrix with those of its parameters checked that several kinds have; a kind's own come checked by its op."""
     limits = {"seed": 2**32 - 1, "stream": 2**32 - 1, "column_offset": max_offset}
-    checked = {name: check_integer(op, name, getattr(matrix, name), 0, limits[name]) for name in limits}
+    checked = {
+        name: check_integer(op, name, getattr(matrix, name), 0, limits[name])
+        for name in limits
+        if name in matrix._fields
+    }
     return matrix._replace(scale=check_scale(op, matrix.scale), **checked)
 
 
@@ -36,54 +53,37 @@ class Projection:
         definition: ``(grads, proj_dim, *matrix) -> [B, D]``, the reference.
         adjoint: ``(coefficients, num_columns, *matrix) -> [B, P]``, the transpose.
         max_columns: the largest ``column_offset + P`` that the generator's 32-bit counter reaches.
-        matrix: the named tuple of the parameters, with those of `Matrix` among them.
+        matrix: the named tuple of the parameters; seed, stream and scale among them.
+        max_proj_dim: the largest D.
     """
 
-    def __init__(self, name: str, definition, adjoint, max_columns: int, matrix: type = Matrix):
+    def __init__(
+        self, name: str, definition, adjoint, max_columns: int, matrix: type = Matrix, max_proj_dim: int = 2**32
+    ):
+        self.max_proj_dim = max_proj_dim
         self.name, self.definition, self.adjoint, self.max_columns = name, definition, adjoint, max_columns
         backends.register(
             name,
             [
                 Backend("reference", definition, backends.always, lambda *args: []),
-                Backend("cpu", self._run_cpu, backends.cpu_unavailable(f"{name}_cpu"), self._cpu_unsupported),
-                Backend("cuda", self._run_cuda, backends.cuda_unavailable(f"{name}_cuda"), self._cuda_unsupported),
-                Backend("triton", self._run_triton, backends.triton_unavailable, self._triton_unsupported),
+                Backend("cpu", self._run_cpu, backends.cpu_unavailable(f"{name}_cpu"), self._unsupported("cpu")),
+                Backend("cuda", self._run_cuda, backends.cuda_unavailable(f"{name}_cuda"), self._unsupported("cuda")),
+                Backend("triton", self._run_triton, backends.triton_unavailable, self._unsupported("triton")),
             ],
         )
         self._op, _ = register_pair(name, self._project, self._transpose, matrix)
 
     def __call__(self, grads, proj_dim, matrix, backend):
         """Check the arguments, choose the backend, run. Public ops carry the documentation."""
-        grads, restore = arrays.to_torch(grads, self.name, "grads")
-        if grads.layout != torch.strided or grads.is_nested:
-            layout = "nested" if grads.is_nested else grads.layout
-            raise TypeError(f"{self.name}: grads must be a dense (strided) tensor, got layout {layout}")
-        if grads.dim() != 2:
-            raise ValueError(f"{self.name}: grads must have shape [B, P], got {list(grads.shape)}")
-        if grads.dtype not in DTYPES and grads.dtype != torch.float64:
-            raise TypeError(f"{self.name}: grads must be float16, bfloat16, float32 or float64, got {grads.dtype}")
-        proj_dim = check_integer(self.name, "proj_dim", proj_dim, 1, 2**32)
+        grads, restore = check_grads(self.name, grads)
+        proj_dim = check_integer(self.name, "proj_dim", proj_dim, 1, self.max_proj_dim)
         matrix = check_matrix(self.name, matrix, self.max_columns - grads.shape[1])
         return restore(self._op(grads, proj_dim, *matrix, backend))
 
     # Backends. All take (grads [B, P], proj_dim, *matrix).
 
-    def _device_and_dtype(self, grads, device: str) -> list[str]:
-        reasons = []
-        if grads.device.type != device:
-            reasons.append(f"grads is on {grads.device}, this backend needs {device}")
-        if grads.dtype not in DTYPES:
-            reasons.append(f"grads is {grads.dtype}, this backend takes float16, bfloat16 and float32")
-        return reasons + backends.capability_unsupported(grads.device)
-
-    def _cpu_unsupported(self, grads, *_):
-        return self._device_and_dtype(grads, "cpu")
-
-    def _cuda_unsupported(self, grads, *_):
-        return self._device_and_dtype(grads, "cuda")
-
-    def _triton_unsupported(self, grads, *_):
-        return self._device_and_dtype(grads, "cpu" if backends.triton_interpreted() else "cuda")
+    def _unsupported(self, name: str):
+        return lambda grads, *_: backends.placement_unsupported(name, grads=grads)
 
     def _address_and_sizes(self, grads):
         return (grads.data_ptr(), DTYPES[grads.dtype], *grads.shape, *grads.stride())

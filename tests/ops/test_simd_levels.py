@@ -15,7 +15,9 @@ import hashlib, sys, torch
 from pyattr import backends, ops, testing
 assert backends.extension().simd_level() == sys.argv[1]
 digest = hashlib.sha256()
-for op in (ops.rademacher_project, ops.gaussian_project):
+sparse = lambda grads, proj_dim, column_offset, backend: ops.sparse_project(
+    grads, proj_dim, nonzeros=2, column_offset=column_offset, num_columns=column_offset + grads.shape[1], backend=backend)
+for op in (ops.rademacher_project, ops.gaussian_project, sparse):
     for dtype in testing.DTYPES:
         for shape, proj_dim, offset in (((1, 40_000), 50, 3), ((4, 700), 130, 0), ((7, 300), 19, 127), ((33, 900), 70, 64)):
             grads = testing.make_gradients(*shape, dtype)

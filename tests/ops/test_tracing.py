@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyattr import ops, testing
 
-OPS = ("rademacher_project", "gaussian_project")
+OPS = ("rademacher_project", "gaussian_project", "sparse_project")
 BACKENDS = testing.usable_backends("rademacher_project")
 COMPILERS = ("eager", "aot_eager")  # inductor would want a C++ compiler at test time; what it is handed is the same
 
@@ -16,7 +16,8 @@ COMPILERS = ("eager", "aot_eager")  # inductor would want a C++ compiler at test
 @pytest.fixture(params=OPS)
 def project(request):
     function = getattr(ops, request.param)
-    return lambda grads, **options: function(grads, 6, seed=3, column_offset=100, scale=0.5, **options)
+    total = {"num_columns": 1000} if request.param == "sparse_project" else {}
+    return lambda grads, **options: function(grads, 6, seed=3, column_offset=100, scale=0.5, **total, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,8 @@ def fresh_compiler():
 
 @pytest.mark.parametrize("op", [*OPS, *(f"{op}_transpose" for op in OPS)])
 def test_library_registration(op):
-    arguments = (torch.randn(3, 200, requires_grad=True), 8, 1, 2, 3, 0.5, "reference")
+    nonzeros = (2,) if op.startswith("sparse") else ()
+    arguments = (torch.randn(3, 200, requires_grad=True), 8, 1, 2, 3, *nonzeros, 0.5, "reference")
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(torch.ops.pyattr, op).default, arguments, test_utils=checks)
 

@@ -1,0 +1,5 @@
+#include "cpu/sparse_project_body.h"
+
+namespace pyattr::cpu {
+void sketch_chunk_avx2(const SketchTask& task) { project_chunk(task); }
+}  // namespace pyattr::cpu

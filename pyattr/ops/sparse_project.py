@@ -1,0 +1,121 @@
+"""Sparse projection (sketch) by a matrix with a few random signs in each column, never stored."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..reference import sparse_project as reference
+from . import _arguments
+from ._projection import Projection
+
+MAX_COLUMNS = 2**39  # the Philox counter holds the column div 128 in 32 bits
+MAX_PROJ_DIM = 2**31
+
+
+class Sketch(NamedTuple):
+    """A sparse matrix with its scale: everything that defines it but its width."""
+
+    seed: int
+    stream: int
+    column_offset: int
+    nonzeros: int
+    scale: float
+
+
+_PROJECT = Projection(
+    "sparse_project",
+    reference.sparse_project,
+    reference.sparse_project_transpose,
+    max_columns=MAX_COLUMNS,
+    matrix=Sketch,
+    max_proj_dim=MAX_PROJ_DIM,
+)
+
+
+def sparse_project(
+    grads, proj_dim, *, nonzeros=1, seed=0, stream=0, column_offset=0, num_columns=None, scale=1.0, backend=None
+):
+    """Project each row by a sparse random sign matrix: one addition per entry and nonzero.
+
+    ``Y[b, j] = scale * sum_p M[j, column_offset + p] * grads[b, p]``, where each column of M [D, num_columns] has ``nonzeros``
+    entries +-1 in different rows and zeros elsewhere. Row and sign of an entry are functions of (seed, stream, column, D,
+    nonzeros) alone: the same on every device, backend and batch.
+
+    Columns come in tiles of D / nonzeros consecutive ones that an entry sends to different rows, so that a layer no larger than
+    a tile is kept exactly; columns of different tiles meet with probability ``nonzeros / D``. Inner products have
+    ``E <Y, Y'> = nonzeros * <g, g'>`` (unscaled), and with ``scale = nonzeros ** -0.5`` the variance
+
+        ``Var <Y, Y'> = 1/D * sum over p != q of different tiles of (g_p^2 g'_q^2 + g_p g'_p g_q g'_q)``,
+
+    at most that of CountSketch and of SJLT with as many nonzeros, ``(|g|^2 |g'|^2 + <g, g'>^2 - 2 sum_p g_p^2 g'_p^2) / D``,
+    which is also that of a dense sign matrix. (More nonzeros do not lower it; they make large deviations rarer when few
+    entries hold most of the norm.)
+
+    Args:
+        grads: [B, P] float16, bfloat16, float32 or float64 (reference only); a torch tensor, NumPy array or CuPy array, any
+            strides.
+        proj_dim: D, from ``nonzeros`` to 2^31. Multiples of 32 are fastest.
+        nonzeros: entries of a column, 1 to 8.
+        seed: word 0 of the Philox key, in [0, 2^32).
+        stream: word 1 of the Philox key, in [0, 2^32); independent matrices of one seed.
+        column_offset: the column of M that multiplies ``grads[:, 0]``. Pieces of a gradient, each with its own offset, add up
+            to the projection of the whole (to rounding).
+        num_columns: columns of M in all, of which the piece must be a part; P by default, required with ``column_offset``.
+        scale: multiplies the result; 0, or of a magnitude that float32 holds at full precision.
+        backend: "reference", "cpu", "cuda", "triton", or None for the first usable.
+
+    Returns:
+        [B, D] float32 (float64 for float64 input), of the kind and on the device of ``grads``. The bits of a row do not depend
+        on the thread count, on the other rows, or on the run; the CPU gives the same bits at every SIMD level. Entries are sums
+        of about ``P * nonzeros / D`` numbers, rounded to at most ``(2^12 + P / 2^12) * 2^-24`` of the sum of their magnitudes
+        on the CPU; every backend is tested to 2^-20 of it. NaN and inf propagate to the outputs that their column meets.
+        Differentiable in both modes and any order, also under torch.compile.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        BackendError: the backend cannot take these inputs; the reasons are listed.
+
+    Extra memory: CPU, per thread up to 8 rows of sums (32 D bytes) and 150 KB. CUDA and Triton, partial sums of at most 64 MiB
+    or one row of outputs per sample, whichever is more. Reference and the transpose (reverse mode), 60 MB and 16 B D bytes.
+
+    Source: Charikar, Chen, Farach-Colton, "Finding Frequent Items in Data Streams", 2002 (CountSketch); Kane, Nelson, "Sparser
+    Johnson-Lindenstrauss Transforms", J. ACM 2014, section 3 (block construction); the tiles are ours.
+    """
+    nonzeros = check_nonzeros("sparse_project", nonzeros, proj_dim)
+    _arguments.check_piece("sparse_project", grads, column_offset, num_columns, MAX_COLUMNS)
+    return _PROJECT(grads, proj_dim, Sketch(seed, stream, column_offset, nonzeros, scale), backend)
+
+
+def check_nonzeros(op: str, nonzeros, proj_dim) -> int:
+    """1 to 8, and no more than there are outputs."""
+    nonzeros = _arguments.check_integer(op, "nonzeros", nonzeros, 1, 8)
+    _arguments.check_integer(op, "proj_dim", proj_dim, nonzeros, MAX_PROJ_DIM)
+    return nonzeros
+
+
+def sketch_entries(columns, proj_dim, *, nonzeros=1, seed=0, stream=0):
+    """Rows and signs of the matrix that :func:`sparse_project` multiplies by.
+
+    Args:
+        columns: [C] integers, a list, range or array, in [0, 2^39).
+        proj_dim: D, from ``nonzeros`` to 2^31.
+        nonzeros: entries of a column, 1 to 8.
+        seed, stream: the key, each in [0, 2^32).
+
+    Returns:
+        rows: [C, nonzeros] int64 tensor, in [0, D), different within a column.
+        signs: [C, nonzeros] float32 tensor of +-1. Both on the device of ``columns``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    Extra memory: about 200 bytes per entry.
+    """
+    op = "sketch_entries"
+    columns = _arguments.check_indices(op, "columns", columns, MAX_COLUMNS)
+    nonzeros = check_nonzeros(op, nonzeros, proj_dim)
+    key = [
+        _arguments.check_integer(op, name, word, 0, 2**32 - 1) for name, word in (("seed", seed), ("stream", stream))
+    ]
+    rows, signs = reference.sketch_entries(columns, int(proj_dim), nonzeros, *key)
+    return rows, signs.to(torch.float32)
