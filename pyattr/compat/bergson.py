@@ -18,7 +18,7 @@ import math
 
 import torch
 
-from ..ops import gaussian_project, normal_matrix
+from ..ops import normal_matrix
 from ..ops._arguments import check_integer
 from ..reference.philox import philox4x32_10
 from ._dense import OPS
@@ -192,14 +192,14 @@ def _blocks(identifier, m, num_columns):
 def _written(identifier, m, n, device, projection_type):
     """(rows, columns, [rows, columns] entries) of a name's matrix, in pieces."""
     key = _key(identifier)
-    if projection_type == "normal" and device.type == "cpu":
-        # The kernel times the identity, which is exact, makes entries several times faster than torch can write them out.
-        # Elsewhere a kernel's rounding may exceed 2e-6.
+    if device.type == "cpu" and (projection_type == "normal" or n <= 256):
+        # The kernel times the identity, which is exact, makes normal entries several times faster than torch can write them
+        # out, and a few signs in one call. Elsewhere a kernel's rounding may exceed 2e-6.
         width = min(512 if m < 32 else 128, max(1, WRITTEN_BYTES // (4 * max(m, 1))))
         identity = torch.eye(width)
         for start in range(0, n if m else 0, width):
             piece = identity[: n - start, : n - start]
-            entries = gaussian_project(piece, m, seed=key[0], stream=key[1], column_offset=start)
+            entries = OPS[projection_type](piece, m, seed=key[0], stream=key[1], column_offset=start)
             yield slice(0, m), slice(start, start + width), entries.T
         return
     write = _signs if projection_type == "rademacher" else normal_matrix
