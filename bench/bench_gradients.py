@@ -5,7 +5,6 @@
 
 import copy
 import functools
-import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.contenders import Here
 from bench.figures import Goal
-from bench.machine import ROOT
+from bench.memory import peak_mib, print_peak
 from pyattr import ops
 from pyattr.gradients import per_sample_gradients, project_gradients
 
@@ -213,29 +212,10 @@ def _close(got: torch.Tensor, wanted: torch.Tensor):
     assert error < 1e-4, f"differs from the definition by {error:.2g} of its norm"
 
 
-def peak_mib(row: str, column: str) -> dict[str, float]:
-    """The most memory that a first call takes beside the model and the batch, measured in a process of its own."""
-    if not sys.platform.startswith("linux"):
-        return {}
-    command = [sys.executable, "-m", "bench.bench_gradients", row, column]
-    printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return {"peak_mib": float(printed.split()[-1])}
-
-
-def _resident(field: str) -> float:
-    """A line of this process's status, MiB."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
-
-
 def main(row: str, column: str):
     setting = SETTINGS[column]
     denoising(setting.unet, setting.data)  # what a first forward pass loads and keeps is no contender's
-    with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")  # the peak starts anew from here
-    before = _resident("VmRSS")
-    (ROWS | PROJECTED_ROWS)[row](setting)
-    print(f"{_resident('VmHWM') - before:.1f}")
+    print_peak(lambda: (ROWS | PROJECTED_ROWS)[row](setting))
 
 
 def _compare(above: str, below: str, column: str):
@@ -281,7 +261,7 @@ def _measure(measure, leave_out, table, rows, row, column, check, unit_bytes):
         bytes=unit_bytes(setting),
         note="convolutions given contiguous inputs: it reads others wrongly" if row.startswith("Opacus") else "",
         rounds=7,
-        extra=peak_mib(row, column),
+        extra=peak_mib("bench_gradients", row, column),
     )
 
 

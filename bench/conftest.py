@@ -159,7 +159,9 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     figures.add_ratios(output_json["benchmarks"])
-    output_json["goals"] = figures.check_goals(config.stash[_GOALS], output_json["benchmarks"])
+    output_json["goals"] = figures.check_goals(
+        config.stash[_GOALS], output_json["benchmarks"], config.stash.get(_CEILINGS, {})
+    )
     output_json["skipped"] = config.stash[_SKIPPED]
     trimmed = figures.trim(output_json)
     output_json.clear()

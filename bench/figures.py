@@ -67,8 +67,11 @@ def add_ratios(benchmarks: list[dict]) -> None:
         }
 
 
-def check_goals(goals: Iterable[Goal], benchmarks: list[dict]) -> list[dict]:
-    """Each goal with what was measured, and whether that meets it (None: not measured)."""
+def check_goals(goals: Iterable[Goal], benchmarks: list[dict], ceilings: dict | None = None) -> list[dict]:
+    """Each goal with what was measured, and whether that meets it (None: not measured).
+
+    A goal reads the machine's ceilings as ``rate("ceiling", name)``.
+    """
     checked = []
     for goal in goals:
         rates = {
@@ -76,6 +79,7 @@ def check_goals(goals: Iterable[Goal], benchmarks: list[dict]) -> list[dict]:
             for f in benchmarks
             if f["extra_info"].get("table") == goal.table
         }
+        rates |= {("ceiling", name): value for name, value in (ceilings or {}).items()}
         measured = goal.measure(lambda row, column, rates=rates: rates.get((row, column)))
         entry = {"table": goal.table, "text": goal.text, "wanted": goal.wanted}
         if measured is None:

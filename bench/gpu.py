@@ -37,6 +37,12 @@ PACKAGES = (
 )
 SOURCES = ("csrc", "pyattr", "triton_kernels", "tests/gpu", "tests/ops", "tests/conftest.py", "bench", "CMakeLists.txt",
            "setup.py", "pyproject.toml")  # fmt: skip
+# The benchmark file of an op at full size, and its D.
+AT_SCALE = {
+    "rademacher_project": ("projection_at_scale", (4096, 32768)),
+    "gaussian_project": ("projection_at_scale", (4096,)),
+    "sparse_project": ("sparse_at_scale", (4096, 1 << 20)),
+}
 SUFFIXES = (".py", ".h", ".cpp", ".cu", ".cuh", ".cmake", ".txt", ".toml")
 # Every step must fit into one call.
 CALL_SECONDS = 520.0
@@ -118,9 +124,9 @@ def steps(ops: list[str], wheels: Path | None) -> list[Step]:
     for op in ops:
         found.append(Step(f"tests of {op}", [*pytest, f"tests/ops/test_{op}.py"], 200))
         figures = [(f"benchmark {op}", op, "cuda or triton or GPU")]
-        sizes = {"rademacher_project": (4096, 32768), "gaussian_project": (4096,)}
-        for size in sizes.get(op, ()):
-            figures.append((f"benchmark {op} at full size, D={size}", "projection_at_scale", f"{op}_at_scale_{size}"))
+        scaled, sizes = AT_SCALE.get(op, ("", ()))
+        for size in sizes:
+            figures.append((f"benchmark {op} at full size, D={size}", scaled, f"{op}_at_scale_{size}"))
         for name, file, expression in figures:
             found.append(Step(name, [python, "-m", "bench.gpu", "--record", file, expression], 200))
     sanitizer = shutil.which("compute-sanitizer")

@@ -28,14 +28,23 @@ def pyattr(x, proj_dim, kind, seed, backend="cpu"):
     return lambda: project(x, proj_dim, seed=seed, backend=backend)
 
 
+def sparse(x, proj_dim, nonzeros, seed):
+    """Our sparse projection at the level that PYATTR_SIMD sets for this process."""
+    from pyattr import ops
+
+    return lambda: ops.sparse_project(x, proj_dim, nonzeros=nonzeros, seed=seed, backend="cpu")
+
+
 _THEIR_NAMES = {"rademacher": "rademacher", "gaussian": "normal"}
 
 
-def trak(x, proj_dim, kind, seed):
-    """TRAK's projector for machines without a GPU."""
+def trak(x, proj_dim, kind, seed, block_size=100):
+    """TRAK's projector for machines without a GPU; it holds ``block_size`` rows of its matrix at a time."""
     from trak.projectors import BasicProjector, ProjectionType
 
-    projector = BasicProjector(x.shape[1], proj_dim, seed, ProjectionType(_THEIR_NAMES[kind]), torch.device("cpu"))
+    projector = BasicProjector(
+        x.shape[1], proj_dim, seed, ProjectionType(_THEIR_NAMES[kind]), torch.device("cpu"), block_size
+    )
     return lambda: projector.project(x, model_id=0)
 
 
@@ -73,8 +82,8 @@ def bergson_key(identifier: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-CONTENDERS = {"pyattr": pyattr, "trak": trak, "dattri": dattri, "bergson": bergson}
-DISTRIBUTIONS = {"pyattr": "pyattr", "trak": "traker", "dattri": "dattri", "bergson": "bergson"}
+CONTENDERS = {"pyattr": pyattr, "sparse": sparse, "trak": trak, "dattri": dattri, "bergson": bergson}
+DISTRIBUTIONS = {"pyattr": "pyattr", "sparse": "pyattr", "trak": "traker", "dattri": "dattri", "bergson": "bergson"}
 
 
 def prepare(contender: str, inputs: str, output: str, threads: int, **arguments) -> tuple[dict, object]:

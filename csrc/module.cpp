@@ -21,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("built_with_cuda") = true;
   bind_rademacher_project_cuda(m);
   bind_gaussian_project_cuda(m);
+  bind_sparse_project_cuda(m);
 #else
   m.attr("built_with_cuda") = false;
 #endif

@@ -147,6 +147,28 @@ def capability_unsupported(device: torch.device) -> list[str]:
     return [] if major >= 8 else [f"needs compute capability 8.0, {device} has {major}.{minor}"]
 
 
+def made_of(name: str, *ops: str) -> Callable[[], list[str]]:
+    """Reasons of an op that is made of other ops' backends of this name."""
+
+    def reasons():
+        found = [reason for op in ops for b in _REGISTRY[op] if b.name == name for reason in b.unavailable()]
+        return list(dict.fromkeys(found))
+
+    return reasons
+
+
+def placement_unsupported(name: str, **tensors: torch.Tensor) -> list[str]:
+    """Reasons of a kernel for 16- and 32-bit floats on its own kind of device."""
+    wanted = "cuda" if name == "cuda" or (name == "triton" and not triton_interpreted()) else "cpu"
+    reasons = []
+    for argument, tensor in tensors.items():
+        if tensor.device.type != wanted:
+            reasons.append(f"{argument} is on {tensor.device}, this backend needs {wanted}")
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            reasons.append(f"{argument} is {tensor.dtype}, this backend takes float16, bfloat16 and float32")
+    return reasons + capability_unsupported(next(iter(tensors.values())).device)
+
+
 def triton_interpreted() -> bool:
     """Whether Triton was asked to interpret its kernels, which runs them on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"

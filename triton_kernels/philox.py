@@ -5,13 +5,13 @@ import triton.language as tl
 
 
 @triton.jit
-def philox_words(c0, c1, seed, stream):
-    """The four words of counter (c0, c1, 0, 0) and key (seed, stream); c0 and c1 uint32 tensors of one shape."""
+def philox_words(c0, c1, seed, stream, c2=None, c3=None):
+    """The four words of counter (c0, c1, c2, c3) and key (seed, stream); uint32 tensors of one shape, None means 0."""
     k0 = tl.zeros_like(c0) + seed.to(tl.uint32)
     k1 = tl.zeros_like(c0) + stream.to(tl.uint32)
     x0, x1 = c0, c1
-    x2 = tl.zeros_like(c0)
-    x3 = tl.zeros_like(c0)
+    x2 = tl.zeros_like(c0) if c2 is None else c2
+    x3 = tl.zeros_like(c0) if c3 is None else c3
     m0 = tl.full(c0.shape, 0xD2511F53, tl.uint32)
     m1 = tl.full(c0.shape, 0xCD9E8D57, tl.uint32)
     w0 = tl.full(c0.shape, 0x9E3779B9, tl.uint32)

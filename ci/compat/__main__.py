@@ -29,6 +29,9 @@ class Outcome(NamedTuple):
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped" + ("" if self.sound else "  <--")
 
 
+NOTHING = Outcome(0, 0, 0, False)
+
+
 def describe(name: str) -> Peer:
     return importlib.import_module(f"{__package__}.peers.{name}").PEER
 
@@ -48,7 +51,7 @@ def run(python: Path, folder: Path, files: list[str], left_out: list[str], repor
 def outcome(report: Path, files: list[str], status: int) -> Outcome:
     """The counts of pytest's report."""
     if not report.exists():
-        return Outcome(0, 0, 0, False)
+        return NOTHING
     counts, passed_in = {"passed": 0, "failed": 0, "skipped": 0}, set()
     for case in ElementTree.parse(report).iter("testcase"):
         results = {child.tag for child in case}
@@ -88,7 +91,16 @@ def main(arguments=None) -> int:
     chosen = parser.parse_args(arguments).peers or PEERS
     if unknown := set(chosen) - set(PEERS):
         parser.error(f"unknown peer {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
-    outcomes = {name: compare(name) for name in chosen}
+    outcomes = {}
+    for name in chosen:
+        try:
+            outcomes[name] = compare(name)
+        except (
+            subprocess.CalledProcessError,
+            ValueError,
+        ) as error:  # of its environment or its edits; the others still run
+            print(f"{name}: {error}", flush=True)
+            outcomes[name] = {"ours": NOTHING, "theirs": NOTHING}
     print(f"\n{'peer':<10} {'version':<18} {'our tests with the peer':<36} the peer's tests with pyattr")
     for name, both in outcomes.items():
         print(f"{name:<10} {describe(name).distribution:<18} {both['ours']!s:<36} {both['theirs']}")

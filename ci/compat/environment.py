@@ -43,7 +43,7 @@ def install(name: str, peer: Peer) -> Path:
     print(f"making {folder.relative_to(ROOT)}: {', '.join(parts['packages'])}, {peer.distribution}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
     subprocess.run([*pip, *parts["packages"]], check=True)
     if peer.installed:
         subprocess.run([*pip, "--no-deps", peer.distribution], check=True)

@@ -10,4 +10,5 @@ void bind_layer_sketch(pybind11::module_& m);
 #if defined(PYATTR_WITH_CUDA)
 void bind_rademacher_project_cuda(pybind11::module_& m);
 void bind_gaussian_project_cuda(pybind11::module_& m);
+void bind_sparse_project_cuda(pybind11::module_& m);
 #endif

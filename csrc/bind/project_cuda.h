@@ -1,4 +1,4 @@
-// The CUDA kernels of a dense projection as two Python functions: NAME_cuda and NAME_cuda_workspace.
+// The CUDA kernels of a projection from Python: the device and stream they run on, the scratch they are given.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -30,6 +30,21 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
+// Runs a projection with a workspace that is checked to be large enough.
+template <class Args>
+void run_on_device(const Args& args, void (*project)(const Args&, void*, CUstream_st*), size_t (*workspace)(const Args&),
+                   uintptr_t workspace_address, size_t workspace_bytes, uintptr_t cuda_stream, int device) {
+  const size_t needed = workspace(args);
+  if (workspace_bytes < needed || (needed > 0 && workspace_address == 0)) {
+    throw std::invalid_argument("workspace_bytes must be at least " + std::to_string(needed) + ", got " +
+                                std::to_string(workspace_bytes));
+  }
+  pybind11::gil_scoped_release release;
+  const DeviceGuard guard(device);
+  project(args, reinterpret_cast<void*>(workspace_address), reinterpret_cast<CUstream_st*>(cuda_stream));
+}
+
+// A dense projection as two Python functions: NAME_cuda and NAME_cuda_workspace.
 inline void bind_project_cuda(pybind11::module_& m, const std::string& name, int64_t max_columns,
                               void (*project)(const ProjectArgs&, void*, CUstream_st*), size_t (*workspace)(const ProjectArgs&)) {
   m.def((name + "_cuda_workspace").c_str(),
@@ -44,14 +59,7 @@ inline void bind_project_cuda(pybind11::module_& m, const std::string& name, int
             uintptr_t workspace_address, size_t workspace_bytes, uintptr_t cuda_stream, int device) {
           const ProjectArgs args = project_args(grads, dtype, num_samples, num_columns, sample_stride, column_stride, out,
                                                 proj_dim, seed, stream, column_offset, scale, max_columns);
-          const size_t needed = workspace(args);
-          if (workspace_bytes < needed || (needed > 0 && workspace_address == 0)) {
-            throw std::invalid_argument("workspace_bytes must be at least " + std::to_string(needed) + ", got " +
-                                        std::to_string(workspace_bytes));
-          }
-          pybind11::gil_scoped_release release;
-          const DeviceGuard guard(device);
-          project(args, reinterpret_cast<void*>(workspace_address), reinterpret_cast<CUstream_st*>(cuda_stream));
+          run_on_device(args, project, workspace, workspace_address, workspace_bytes, cuda_stream, device);
         });
 }
 

@@ -17,6 +17,13 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 __device__ __forceinline__ bool barrier_or(bool flag) { return __syncthreads_or(flag) != 0; }
 __device__ __forceinline__ void barrier() { __syncthreads(); }
 
+// Barrier over the warp; true if every lane passed true.
+__device__ __forceinline__ bool warp_barrier_and(bool flag) {
+  __syncwarp();
+  return __all_sync(0xFFFFFFFFu, flag) != 0;
+}
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }

@@ -52,14 +52,6 @@ struct ProjectTask {
   PhiloxKeys keys;
 };
 
-struct ReduceTask {
-  const float* partial;  // [num_ranges, num_samples, num_rows]
-  int64_t num_ranges, num_samples, num_rows;
-  float* out;  // [num_samples, num_rows] with proj_dim elements from sample to sample
-  int64_t proj_dim;
-  float scale;
-};
-
 // Element types: as float32 bits (or, where one limb holds the element, its 16 bits in the upper half), in kLimbs limbs.
 struct Float32 {
   static constexpr int kBytes = 4, kLimbs = 3;
@@ -372,17 +364,6 @@ __global__ void __launch_bounds__(kThreads, 1) project_kernel(const ProjectTask 
       if (last || done % kDrainBlocks<Matrix, Element> == 0) drain();
       if (last || done % kChunkBlocks == 0) flush(done <= kChunkBlocks);
     }
-  }
-}
-
-// out[b, j] = scale * sum over ranges of partial[range, b, j], in order.
-static __global__ void reduce_kernel(const ReduceTask task) {
-  const int64_t count = task.num_samples * task.num_rows;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
-    float sum = 0.0f;
-    for (int64_t range = 0; range < task.num_ranges; ++range) sum += task.partial[range * count + i];
-    task.out[i / task.num_rows * task.proj_dim + i % task.num_rows] = task.scale * sum;
   }
 }
 

@@ -2,10 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "cuda/project_kernel.cuh"
+#include "cuda/reduce.cuh"
 #include "cuda/summation.cuh"
 
 namespace pyattr::cuda {
@@ -31,16 +30,6 @@ inline size_t workspace_bytes(const ProjectArgs& args) {
   const Ranges plan = plan_ranges(args.num_columns, args.column_offset, args.proj_dim);
   const int64_t outputs = std::min(args.num_samples, kLaunchSamples) * std::min(args.proj_dim, kSlabRows);
   return static_cast<size_t>(plan.num_ranges * outputs) * sizeof(float);
-}
-
-inline void check(cudaError_t error, const char* op, const char* what) {
-  if (error == cudaSuccess) return;
-  std::string message = std::string(op) + ": " + what + " failed: " + cudaGetErrorName(error) + ", ";
-  message += cudaGetErrorString(error);
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
-    message += "; this build of pyattr has no code for this GPU: set PYATTR_CUDA_ARCHITECTURES to its architecture and rebuild";
-  }
-  throw std::runtime_error(message);
 }
 
 // The widest copy that every row of G, seen from the matrix's blocks of 128 columns, allows.
@@ -105,10 +94,8 @@ void project(const ProjectArgs& args, void* workspace, cudaStream_t stream) {
         if (width == 64) launch<Matrix, Element, 8>(task, plan.num_ranges, stream);
       }
       float* const out = args.out + sample * args.proj_dim + row;
-      ReduceTask reduce{task.partial, plan.num_ranges, task.num_samples, task.num_rows, out, args.proj_dim, args.scale};
-      void* arguments[] = {&reduce};
-      const dim3 grid(static_cast<unsigned>((task.num_samples * task.num_rows + kThreads - 1) / kThreads));
-      check(cudaLaunchKernel(reduce_kernel, grid, dim3(kThreads), arguments, 0, stream), Matrix::kOp, "launching the reduction");
+      reduce_ranges(Matrix::kOp, {task.partial, plan.num_ranges, task.num_samples, task.num_rows, out, args.proj_dim, args.scale},
+                    stream);
       sample += task.num_samples;
     }
   }

@@ -14,7 +14,9 @@ from ._dense import kind_of, pieces_of, project_pieces, width
 
 try:
     from trak.projectors import AbstractProjector
-except ImportError:
+except ModuleNotFoundError as absent:
+    if absent.name != "trak":
+        raise
     AbstractProjector = object
 
 

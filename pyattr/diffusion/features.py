@@ -21,7 +21,6 @@ from .store import FeatureDirectory, Features, open_features
 __all__ = ["STRATEGIES", "FeatureMap", "Features", "compute", "open_features"]
 
 STRATEGIES = ("uniform", "cumulative", "midpoint")
-KINDS = ("rademacher", "gaussian")
 MEMORY = 2 << 30  # bytes for the gradients of a batch
 _DEFINITION = 1  # of the features; a change that moves their values by more than rounding raises it
 
@@ -43,7 +42,8 @@ class FeatureMap:
             large part of it.
         num_noises: independent draws of eps at each timestep.
         proj_dim: D.
-        kind: "rademacher" or "gaussian".
+        kind: of the projection: "rademacher", "gaussian", "sparse" or "multisketch", see
+            :func:`pyattr.gradients.project_gradients`.
         seed: of the projection, in [0, 2^32).
         noise_seed: in [0, 2^32).
 
@@ -77,8 +77,8 @@ class FeatureMap:
                 raise ValueError(f"FeatureMap: {name} must lie in [{low}, {high}], got {getattr(self, name)}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"FeatureMap: strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
-        if self.kind not in KINDS:
-            raise ValueError(f"FeatureMap: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.kind not in gradients.KINDS:
+            raise ValueError(f"FeatureMap: kind must be one of {', '.join(gradients.KINDS)}, got {self.kind!r}")
 
     def timesteps(self) -> Tensor:
         """S, [K] int64, rising."""
@@ -131,7 +131,7 @@ class FeatureMap:
         count = min(timesteps_per_pass, len(times))
         if count > 1:
             # Two images at a time are measured, so half of the budget is for one.
-            least = gradients.least_memory(model, loss, rows(x[:2], ids[:2], slice(0, 1)))
+            least = gradients.least_memory(model, loss, rows(x[:2], ids[:2], slice(0, 1)), self.kind)
             count = max(1, min(count, memory // 2 // least))
         count = -(-len(times) // -(-len(times) // count))  # equal passes
         total = None

@@ -2,6 +2,6 @@
 
 from .fallback import FallbackWarning
 from .per_sample import per_sample_gradients
-from .project import least_memory, project_gradients
+from .project import KINDS, least_memory, project_gradients
 
-__all__ = ["FallbackWarning", "least_memory", "per_sample_gradients", "project_gradients"]
+__all__ = ["KINDS", "FallbackWarning", "least_memory", "per_sample_gradients", "project_gradients"]

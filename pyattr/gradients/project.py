@@ -7,13 +7,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from ..ops import rademacher_project
+from ..ops._layer_projection import KINDS, Projector, piece
+from ..reference.multisketch_project import WIDTH
 from .batch import Batch
 from .capture import Loss
 from .per_sample import Sources, put_sources, result_dtype
 from .plan import Planner
 
-KINDS = {"rademacher": ops.rademacher_project, "gaussian": ops.gaussian_project}
 COPIES = 3  # of a block of gradients: itself, and one by a library in another layout and order
 BLOCK_BYTES = 16 << 20  # of a block of gradients at most: more gains nothing, and this stays in the cache longer
 TRANSIENTS = 2  # of a layer's largest input or error: what a rule makes of them on the way to a gradient
@@ -27,19 +28,24 @@ def project_gradients(
     proj_dim: int,
     *,
     kind: str = "rademacher",
+    nonzeros: int = 1,
     seed: int = 0,
     memory: int = 2 * GIB,
 ) -> Tensor:
-    """Random projections of per-sample gradients, computed layer by layer.
+    """Random projections of per-sample gradients, computed layer by layer, no gradient ever whole in memory.
 
     ``phi_b = M g_b`` with ``g_b`` [P] the flat gradient of sample b (`per_sample_gradients`, each parameter flattened
-    row by row, in ``named_parameters()`` order) and M [D, P] the matrix of `pyattr.ops.rademacher_project` or
-    `gaussian_project`, unscaled. A loss [B, T] is averaged over T first.
+    row by row, in ``named_parameters()`` order) and M [D, P] the matrix of `pyattr.ops.rademacher_project`,
+    `gaussian_project`, `sparse_project` or `multisketch_project`, unscaled. A loss [B, T] is averaged over T first.
+    Dense kinds form a few rows of a weight's gradient at a time. "sparse" and "multisketch" add the gradients of linear
+    layers and convolutions to the sketch straight from activations and errors, on the CPU in registers and caches.
 
     Args:
         module, loss, batch: as in `per_sample_gradients`.
         proj_dim: D.
-        kind: "rademacher" (entries +-1) or "gaussian" (standard normal).
+        kind: "rademacher" (entries +-1), "gaussian" (standard normal), "sparse" (``nonzeros`` entries +-1 in each
+            column) or "multisketch" (sparse to 2^20 entries, then signs).
+        nonzeros: entries of a column, 1 to 8, for "sparse".
         seed: of the matrix, in [0, 2^32).
         memory: bytes that the computation may take beside the model, the batch and the result. Samples are split into
             sub-batches and weights into blocks of rows to stay within it; the result is the same to rounding. An
@@ -57,41 +63,63 @@ def project_gradients(
     """
     if kind not in KINDS:
         raise ValueError(f"project_gradients: kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    for name, value in (("proj_dim", proj_dim), ("seed", seed), ("memory", memory)):
+    for name, value in (("proj_dim", proj_dim), ("nonzeros", nonzeros), ("seed", seed), ("memory", memory)):
         try:
             operator.index(value)
         except TypeError:
             raise TypeError(f"project_gradients: {name} must be an integer, got {type(value).__name__}") from None
     if proj_dim < 1:
         raise ValueError(f"project_gradients: proj_dim must be at least 1, got {proj_dim}")
+    if not 1 <= nonzeros <= 8 or (nonzeros > 1 and kind != "sparse"):
+        raise ValueError(
+            f'project_gradients: nonzeros must lie in [1, 8], and be 1 unless kind is "sparse", got {nonzeros} for {kind!r}'
+        )
+    if kind == "sparse" and proj_dim < nonzeros:
+        raise ValueError(f"project_gradients: proj_dim must be at least nonzeros, {nonzeros}, got {proj_dim}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"project_gradients: seed must lie in [0, 2^32), got {seed}")
     batch = Batch.of(batch)
     planner = Planner(module, loss, batch)
+    first = "sparse" if kind == "multisketch" else kind
+    width = WIDTH if kind == "multisketch" else proj_dim
+    projector = Projector(width, False, first, nonzeros, seed, 0, 0, 1.0)
     parts, start = [], 0
     while start < batch.size:
-        size, block = split(planner.plan.slow, planner.memory(batch), planner.parameters, batch.size - start, memory)
-        make_receiver = partial(_Projected, planner.parameters, size, block, KINDS[kind], proj_dim, seed)
-        parts.append(planner.run(batch[start : start + size], make_receiver).out)
+        passes = planner.memory(batch)
+        size, block = split(planner.plan.slow, passes, planner.parameters, batch.size - start, memory, _held(kind))
+        make_receiver = partial(_Projected, planner.parameters, size, block, projector)
+        out = planner.run(batch[start : start + size], make_receiver).out
+        parts.append(rademacher_project(out, proj_dim, seed=seed) if kind == "multisketch" else out)
         start += size
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def least_memory(module: nn.Module, loss: Loss, batch) -> int:
+def least_memory(module: nn.Module, loss: Loss, batch, kind: str = "rademacher") -> int:
     """The least ``memory`` that `project_gradients` accepts: what one sample takes.
 
     Args:
         module, loss, batch: as in `per_sample_gradients`.
+        kind: as in `project_gradients`.
 
     Extra memory: what two samples take, the first time.
     """
     batch = Batch.of(batch)
     planner = Planner(module, loss, batch)
-    return sum(_needs(planner.plan.slow, planner.memory(batch), planner.parameters))
+    return sum(_needs(planner.plan.slow, planner.memory(batch), planner.parameters, _held(kind)))
+
+
+def _held(kind: str) -> int:
+    """Bytes between the two stages of a multisketch, for one sample."""
+    return 4 * WIDTH if kind == "multisketch" else 0
 
 
 def split(
-    slow: Collection[str], passes: tuple[int, int], parameters: dict[str, Tensor], batch_size: int, memory: int
+    slow: Collection[str],
+    passes: tuple[int, int],
+    parameters: dict[str, Tensor],
+    batch_size: int,
+    memory: int,
+    held: int = 0,
 ) -> tuple[int, int]:
     """Samples in a sub-batch, and bytes for a block of gradients, so that both fit into the budget.
 
@@ -101,11 +129,12 @@ def split(
         slow: the parameters for torch.func.
         passes: see `Planner.memory`.
         parameters, batch_size, memory: what there is.
+        held: bytes for one sample beside the passes.
 
     Raises:
         ValueError: if one sample and one row of a weight do not fit.
     """
-    per_sample, row = _needs(slow, passes, parameters)
+    per_sample, row = _needs(slow, passes, parameters, held)
     if per_sample + row > memory:
         raise ValueError(
             f"project_gradients: memory must be at least {per_sample + row} bytes for one sample, got {memory}"
@@ -117,7 +146,9 @@ def split(
     return size, memory - size * per_sample
 
 
-def _needs(slow: Collection[str], passes: tuple[int, int], parameters: dict[str, Tensor]) -> tuple[int, int]:
+def _needs(
+    slow: Collection[str], passes: tuple[int, int], parameters: dict[str, Tensor], held: int = 0
+) -> tuple[int, int]:
     """Bytes for one sample: for the two passes, and for one row of the widest gradient."""
     size_of = {name: p.numel() * result_dtype(p).itemsize for name, p in parameters.items()}
     peak, largest = passes
@@ -125,28 +156,28 @@ def _needs(slow: Collection[str], passes: tuple[int, int], parameters: dict[str,
     if slow:  # torch.func: its own activations and errors, the gradients and a copy of them in one piece
         per_sample = max(per_sample, 2 * peak + 2 * sum(size_of[name] for name in slow))
     row = max((size // len(parameters[name]) for name, size in size_of.items() if size and name not in slow), default=0)
-    return per_sample, COPIES * row
+    return per_sample + held, COPIES * row
 
 
 class _Projected:
     """Projects each gradient when it comes, at the place of its parameter in the flat gradient."""
 
-    def __init__(
-        self, parameters: dict[str, nn.Parameter], batch_size: int, block: int, project, proj_dim: int, seed: int
-    ):
+    def __init__(self, parameters: dict[str, nn.Parameter], batch_size: int, block: int, projector: Projector):
         self.parameters, self.offsets, end = parameters, {}, 0
         for name, parameter in self.parameters.items():
             self.offsets[name] = end
             end += parameter.numel()
-        self.block, self.project, self.seed = min(block // COPIES, BLOCK_BYTES), project, seed
+        self.block, self.projector = min(block // COPIES, BLOCK_BYTES), projector
         self.buffer = torch.empty(0)
         first = next(iter(self.parameters.values()))
         dtypes = [result_dtype(parameter) for parameter in self.parameters.values()]
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        self.out = torch.zeros(batch_size, proj_dim, dtype=dtype, device=first.device)
+        self.out = torch.zeros(batch_size, projector.proj_dim, dtype=dtype, device=first.device)
 
     def from_rules(self, name: str, sources: Sources):
         if not any(pairs for _, _, pairs in sources) or not self.parameters[name].numel():
+            return
+        if self.projector.kind == "sparse" and self._sketched(name, sources):
             return
         parameter, batch_size = self.parameters[name], self.out.shape[0]
         count, dtype = parameter.shape[0], result_dtype(parameter)
@@ -161,10 +192,21 @@ class _Projected:
             put_sources(sources, rows, grads)
             self._add(grads, self.offsets[name] + start * width)
 
+    def _sketched(self, name: str, sources: Sources) -> bool:
+        """Add a weight's gradient to the sums without forming it, if all of its layers allow that."""
+        if any(local != "weight" or site.rule.as_layer is None for site, local, _ in sources):
+            return False
+        layers = [site.rule.as_layer(site.module, *pair) for site, _, pairs in sources for pair in pairs]
+        if any(layer.sketchable() for layer in layers):
+            return False
+        key = self.projector
+        for layer in layers:
+            layer.sketch(self.out, key.seed, key.stream, self.offsets[name], key.nonzeros, key.scale)
+        return True
+
     def from_tensor(self, name: str, grads: Tensor):
         self._add(grads.to(result_dtype(grads)), self.offsets[name])
 
     def _add(self, grads: Tensor, offset: int):
         flat = grads.reshape(self.out.shape[0], -1)
-        projected = self.project(flat, self.out.shape[1], seed=self.seed, column_offset=offset)
-        self.out += projected.to(self.out.device)
+        self.out += piece(self.projector, flat, offset, None).to(self.out.device)

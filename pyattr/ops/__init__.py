@@ -1,14 +1,22 @@
 """The kernels: one function per op, on every backend."""
 
+from .conv2d_grad_project import conv2d_grad_project
 from .gaussian_project import gaussian_project, normal_matrix
+from .kron_grad_project import kron_grad_project
+from .linear_grad_project import linear_grad_project
 from .mask_project import mask_indices, mask_project
+from .multisketch_project import multisketch_project
 from .rademacher_project import rademacher_project, sign_matrix
 from .sparse_project import sketch_entries, sparse_project
 
 __all__ = [
+    "conv2d_grad_project",
     "gaussian_project",
+    "kron_grad_project",
+    "linear_grad_project",
     "mask_indices",
     "mask_project",
+    "multisketch_project",
     "normal_matrix",
     "rademacher_project",
     "sign_matrix",

@@ -25,7 +25,7 @@ WORKSPACE_BYTES = 8 << 20  # more is slower: fresh memory has to be mapped, and 
 
 
 class Layer(NamedTuple):
-    """A weight [O, C / groups, *kernel_size] whose gradient ``G_b = sum over views and positions of err (x) patch`` is wanted."""
+    """A weight [O, C / groups, *kernel_size]; its gradient is the sum over views and positions of err (x) patch."""
 
     acts: Tensor  # [B, K, C, *size], what the kernel slides over; K views (timesteps) of each sample
     errs: Tensor  # [B, K, O, *positions], one value per kernel placement
@@ -42,9 +42,14 @@ class Layer(NamedTuple):
         return cls(acts.mT.unsqueeze(1), errs.mT.unsqueeze(1), one, one, (0,), one)
 
     @property
+    def taps(self) -> int:
+        """Entries of a kernel."""
+        return torch.Size(self.kernel_size).numel()
+
+    @property
     def width(self) -> int:
         """Entries of a row of the weight."""
-        return self.acts.shape[2] // self.groups * torch.Size(self.kernel_size).numel()
+        return self.acts.shape[2] // self.groups * self.taps
 
     def put(self, rows: slice, out: Tensor, add: bool):
         """Write rows of the gradient to ``out [B, R, C / groups, *kernel_size]``, or add them to it."""
@@ -78,8 +83,7 @@ class Layer(NamedTuple):
         if self.acts.dim() > 5 or (on_cpu and positions > self.errs.shape[2] // self.groups):
             method, sample_bytes = _put_grouped, out[0].nbytes
         else:
-            taps = torch.Size(self.kernel_size).numel()
-            method, sample_bytes = _put_unfolded, self.acts[0].numel() * taps * self.acts.element_size()
+            method, sample_bytes = _put_unfolded, self.acts[0].numel() * self.taps * self.acts.element_size()
         step = max(1, WORKSPACE_BYTES // max(1, sample_bytes))
         for start in range(0, len(out), step):
             part = slice(start, start + step)
@@ -88,10 +92,11 @@ class Layer(NamedTuple):
     def sketchable(self) -> list[str]:
         """Why `sketch` cannot take this layer; empty when it can."""
         reasons = backends.cpu_unavailable("layer_sketch_cpu")()
-        if self.acts.device.type != "cpu":
-            reasons.append(f"acts is on {self.acts.device}, this kernel needs cpu")
-        if self.acts.dtype != torch.float32:
-            reasons.append(f"acts is {self.acts.dtype}, this kernel takes float32")
+        for argument, tensor in (("acts", self.acts), ("errs", self.errs)):
+            if tensor.device.type != "cpu":
+                reasons.append(f"{argument} is on {tensor.device}, this kernel needs cpu")
+            if tensor.dtype != torch.float32:
+                reasons.append(f"{argument} is {tensor.dtype}, this kernel takes float32")
         if len(self.kernel_size) > 2:
             reasons.append(f"a kernel of {len(self.kernel_size)} dimensions, this kernel takes up to 2")
         return reasons

@@ -66,9 +66,9 @@ class Projection:
             name,
             [
                 Backend("reference", definition, backends.always, lambda *args: []),
-                Backend("cpu", self._run_cpu, backends.cpu_unavailable(f"{name}_cpu"), self._cpu_unsupported),
-                Backend("cuda", self._run_cuda, backends.cuda_unavailable(f"{name}_cuda"), self._cuda_unsupported),
-                Backend("triton", self._run_triton, backends.triton_unavailable, self._triton_unsupported),
+                Backend("cpu", self._run_cpu, backends.cpu_unavailable(f"{name}_cpu"), self._unsupported("cpu")),
+                Backend("cuda", self._run_cuda, backends.cuda_unavailable(f"{name}_cuda"), self._unsupported("cuda")),
+                Backend("triton", self._run_triton, backends.triton_unavailable, self._unsupported("triton")),
             ],
         )
         self._op, _ = register_pair(name, self._project, self._transpose, matrix)
@@ -82,22 +82,8 @@ class Projection:
 
     # Backends. All take (grads [B, P], proj_dim, *matrix).
 
-    def _device_and_dtype(self, grads, device: str) -> list[str]:
-        reasons = []
-        if grads.device.type != device:
-            reasons.append(f"grads is on {grads.device}, this backend needs {device}")
-        if grads.dtype not in DTYPES:
-            reasons.append(f"grads is {grads.dtype}, this backend takes float16, bfloat16 and float32")
-        return reasons + backends.capability_unsupported(grads.device)
-
-    def _cpu_unsupported(self, grads, *_):
-        return self._device_and_dtype(grads, "cpu")
-
-    def _cuda_unsupported(self, grads, *_):
-        return self._device_and_dtype(grads, "cuda")
-
-    def _triton_unsupported(self, grads, *_):
-        return self._device_and_dtype(grads, "cpu" if backends.triton_interpreted() else "cuda")
+    def _unsupported(self, name: str):
+        return lambda grads, *_: backends.placement_unsupported(name, grads=grads)
 
     def _address_and_sizes(self, grads):
         return (grads.data_ptr(), DTYPES[grads.dtype], *grads.shape, *grads.stride())

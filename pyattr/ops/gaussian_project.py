@@ -4,11 +4,13 @@ from ..reference import gaussian_project as reference
 from ._arguments import check_indices, check_integer
 from ._projection import Matrix, Projection
 
+MAX_COLUMNS = 2**34  # the Philox counter holds the column div 4 in 32 bits
+
 _PROJECT = Projection(
     "gaussian_project",
     reference.gaussian_project,
     reference.gaussian_project_transpose,
-    max_columns=2**34,  # the Philox counter holds the column div 4 in 32 bits
+    max_columns=MAX_COLUMNS,
 )
 
 

@@ -6,11 +6,13 @@ from ..reference import rademacher_project as reference
 from ._arguments import check_indices, check_integer
 from ._projection import Matrix, Projection
 
+MAX_COLUMNS = 2**39  # the Philox counter holds the column div 128 in 32 bits
+
 _PROJECT = Projection(
     "rademacher_project",
     reference.rademacher_project,
     reference.rademacher_project_transpose,
-    max_columns=2**39,  # the Philox counter holds the column div 128 in 32 bits
+    max_columns=MAX_COLUMNS,
 )
 
 

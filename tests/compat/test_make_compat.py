@@ -97,6 +97,20 @@ def test_the_exit_status_and_the_table(monkeypatch, capsys):
     assert str(broken) == "2 passed, 1 failed, 0 skipped  <--"
 
 
+def test_a_peer_that_cannot_be_tried_stops_no_other(monkeypatch, capsys):
+    def compare(name):
+        if name == "fast_jl":
+            raise ValueError("tests/x.py does not contain 'y'")
+        return {"ours": command.Outcome(3, 0, 0, True), "theirs": command.Outcome(4, 0, 0, True)}
+
+    monkeypatch.setattr(command, "compare", compare)
+    assert command.main(["fast_jl", "trak"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "fast_jl: tests/x.py does not contain 'y'" in lines
+    assert lines[-1].endswith("4 passed, 0 failed, 0 skipped")
+    assert lines[-2].endswith("0 passed, 0 failed, 0 skipped  <--")
+
+
 def test_an_unknown_peer(capsys):
     with pytest.raises(SystemExit):
         command.main(["nobody"])

@@ -312,7 +312,7 @@ def test_bytes_and_floats_of_the_same_pixels_agree(tiny_net, images):
         ({"num_timesteps": 0}, r"num_timesteps must lie in \[1, 1000\], got 0"),
         ({"num_timesteps": 1001}, "num_timesteps must lie"),
         ({"strategy": "random"}, "strategy must be one of uniform, cumulative, midpoint"),
-        ({"kind": "sparse"}, "kind must be one of rademacher, gaussian"),
+        ({"kind": "dense"}, "kind must be one of rademacher, gaussian, sparse, multisketch, got 'dense'"),
         ({"num_noises": 0}, "num_noises must lie"),
         ({"proj_dim": 0}, "proj_dim must lie"),
         ({"seed": 1 << 32}, "seed must lie"),

@@ -20,4 +20,11 @@ if __name__ == "__main__":
         grads[0, -1] = float("inf")
         for view in (grads, grads.T.contiguous().T):
             getattr(ops, op)(view, proj_dim, column_offset=offset, backend="cuda")
+    # Every number of samples that share a thread; 32 lanes and fewer; one range and several; more outputs than a thread
+    # block has.
+    for dtype, proj_dim in itertools.product((torch.float16, torch.bfloat16, torch.float32), (1, 45, 256, 288, 4128)):
+        grads = torch.randn(15, 9000, device="cuda").to(dtype)
+        for view in (grads, grads.T.contiguous().T):
+            options = {"nonzeros": min(3, proj_dim), "column_offset": 77, "num_columns": 10_000}
+            ops.sparse_project(view, proj_dim, **options, backend="cuda")
     torch.cuda.synchronize()

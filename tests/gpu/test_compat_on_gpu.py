@@ -1,48 +1,66 @@
-"""The stand-ins for sjlt and dattri on a real GPU, against the CPU: sjlt adds in another order there, by another road."""
+"""The drop-ins on a real GPU give what they give on the CPU."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pyattr.compat.dattri import random_project
-from pyattr.compat.sjlt import SJLTProjection
+from pyattr.compat import bergson, fast_jl
+from pyattr.compat.trak import Projector
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-]
-WIDTH = 600_000  # more than one piece of columns
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
-@pytest.mark.parametrize("c, dtype", [(1, torch.float16), (3, torch.bfloat16), (3, torch.float32), (1, torch.float64)])
-def test_sjlt_values_and_bits(c, dtype):
-    sketch = SJLTProjection(WIDTH, 1000, c)
-    x = torch.randn(70, WIDTH, device="cuda", dtype=dtype)
-    y = sketch(x)
-    on_cpu = SJLTProjection(WIDTH, 1000, c, device="cpu")
-    on_cpu.load_state_dict(sketch.state_dict())
-    expected = on_cpu(x.cpu().double())
-    rounding = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24, torch.float64: 2**-52}[dtype]
-    sums = 2**-20 if dtype != torch.float64 else 2**-48
-    bound = rounding * expected.abs() + sums * x.cpu().double().abs().sum(1, keepdim=True) * c**0.5 / 1000
-    assert y.dtype == dtype and ((y.cpu().double() - expected).abs() <= bound * 4).all()
-    assert torch.equal(sketch(x), y)
-    assert torch.equal(torch.cat([sketch(rows) for rows in x.split([1, 64, 5])]), y)
-    back = sketch.transpose(y)
-    torch.testing.assert_close(back.cpu().double(), on_cpu.transpose(y.cpu().double()), rtol=0, atol=400 * rounding)
+def integers(*shape, dtype=torch.float32):
+    """Small ones, whose sums are exact on both."""
+    return torch.randint(-4, 5, shape).to(dtype)
 
 
-def test_sjlt_derivatives():
-    sketch = SJLTProjection(30, 8, 2)
-    for function, width in ((sketch, 30), (sketch.transpose, 8)):
-        x = torch.randn(3, width, dtype=torch.float64, device="cuda", requires_grad=True)
-        assert torch.autograd.gradcheck(function, (x,), check_forward_ad=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_projector(dtype):
+    grads = {
+        "weight": integers(6, 9, 11, dtype=dtype),
+        "scale": integers(6, dtype=dtype),
+        "bias": integers(6, 9, dtype=dtype),
+    }
+    on_gpu = {name: piece.cuda() for name, piece in grads.items()}
+    expected = Projector(109, 700, 3, "rademacher").project(grads, 5)
+    got = Projector(109, 700, 3, "rademacher").project(on_gpu, 5)
+    assert got.is_cuda
+    assert torch.equal(got.cpu(), expected)
+    assert torch.equal(Projector(109, 700, 3, "rademacher", "cuda").project(grads, 5), got)
+    assert torch.equal(Projector(109, 700, 3, "rademacher", "cpu").project(on_gpu, 5), expected)
 
 
-@pytest.mark.parametrize("proj_type", ["identity", "normal", "rademacher", "random_mask", "sjlt", "grass"])
-def test_dattri_projects_by_the_matrix_of_the_cpu(proj_type):
-    gradients = {"weight": torch.randn(5, 300, 20), "bias": torch.randn(5, 300)}
-    options = {"proj_dim": 256, "proj_max_batch_size": 8, "proj_seed": 3, "proj_type": proj_type}
-    expected = random_project(gradients, 5, **options)(gradients, 1)
-    found = random_project(gradients, 5, device="cuda", **options)(gradients, 1)
-    assert found.device.type == "cuda"
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fast_jl(dtype):
+    x = integers(40, 1000, dtype=dtype)
+    got = fast_jl.project_rademacher_32(x.cuda(), 513, 7, 132)
+    assert torch.equal(got.cpu(), fast_jl.project_rademacher_8(x, 513, 7, 108))
+    normal = fast_jl.project_normal_16(x.cuda(), 513, 7, 132).cpu() - fast_jl.project_normal_16(x, 513, 7, 108)
+    assert (normal.abs() <= 2.0**-14 * x.float().abs().sum(1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_matrix(dtype):
+    for kind, tolerance in (("rademacher", 0.0), ("normal", 4e-6)):
+        got = bergson.random_matrix("layer/left", 600, 1000, "cuda", kind, dtype)
+        expected = bergson.random_matrix("layer/left", 600, 1000, "cpu", kind, dtype)
+        assert got.is_cuda
+        relative = torch.finfo(dtype).eps if tolerance else 0.0
+        torch.testing.assert_close(got.cpu(), expected, rtol=relative, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_project_global(dtype, monkeypatch):
+    monkeypatch.setattr(bergson, "BLOCK_ENTRIES", 64 * 70)
+    monkeypatch.setattr(bergson, "TILE_ENTRIES", 200)
+    g, a = integers(3, 2, 20, dtype=dtype), integers(3, 2, 30, dtype=dtype)
+    bias, column = integers(3, 20, dtype=dtype), integers(30, dtype=dtype)
+    parts = {"g": g, "a": a, "bias": bias, "bias_col": column}
+    expected = bergson.project_global("layer/single", SimpleNamespace(**parts, divisor=None), 64, "rademacher")
+    on_gpu = SimpleNamespace(**{name: part.cuda() for name, part in parts.items()}, divisor=None)
+    got = bergson.project_global("layer/single", on_gpu, 64, "rademacher")
+    assert got.is_cuda
+    assert torch.equal(got.cpu(), expected)

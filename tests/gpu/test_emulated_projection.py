@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyattr.ops import normal_matrix, sign_matrix
+from pyattr.ops import normal_matrix, sign_matrix, sparse_project
 from pyattr.ops._projection import DTYPES
 
 HERE = Path(__file__).resolve().parent
@@ -22,7 +22,7 @@ OPS = ("rademacher_project", "gaussian_project")
 # Forward error relative to sum_p |g|. Signs: products are exact, and 32 cut-off additions lose at most 2^-24 of that sum each.
 # Normals: an entry is within 2e-6.
 ERROR = {"rademacher_project": 2.0**-19, "gaussian_project": 2e-6 + 2.0**-18}
-GUARD = 256  # bytes after the workspace that nobody may touch
+GUARD = 256  # bytes after the workspace and after the result that nobody may touch
 
 
 class Args(ctypes.Structure):
@@ -36,9 +36,13 @@ class Args(ctypes.Structure):
     ]  # fmt: skip
 
 
+class SketchArgs(ctypes.Structure):
+    _fields_ = [("base", Args), ("nonzeros", ctypes.c_int32)]
+
+
 class Request(ctypes.Structure):
     _fields_ = [
-        ("args", Args), ("workspace", ctypes.c_void_p),
+        ("args", SketchArgs), ("workspace", ctypes.c_void_p),
         ("readable_before", ctypes.c_size_t), ("readable_after", ctypes.c_size_t),
         ("shared_limit", ctypes.c_int), ("reverse", ctypes.c_int),
     ]  # fmt: skip
@@ -54,13 +58,25 @@ def project(tmp_path_factory):
     subprocess.run([compiler, *flags, str(HERE / "emulator" / "emulated.cpp"), "-o", str(library_path)], check=True)
     library = ctypes.CDLL(str(library_path))
 
-    def run(op, grads, proj_dim, seed=0, stream=0, column_offset=0, scale=1.0, shared_limit=232448, reverse=False):
-        out = torch.full((grads.shape[0], proj_dim), float("nan"))
+    def run(
+        op,
+        grads,
+        proj_dim,
+        seed=0,
+        stream=0,
+        column_offset=0,
+        scale=1.0,
+        nonzeros=1,
+        shared_limit=232448,
+        reverse=False,
+    ):
+        guarded = torch.full((grads.shape[0] * proj_dim + GUARD // 4,), float("nan"))
+        out = guarded[: -GUARD // 4].view(grads.shape[0], proj_dim)
         storage = grads.untyped_storage()
         before = grads.data_ptr() - storage.data_ptr()
         layout = (grads.data_ptr(), DTYPES[grads.dtype], *grads.shape, *grads.stride())
         args = Args(*layout, out.data_ptr(), proj_dim, seed, stream, column_offset, scale)
-        request = Request(args, None, before, storage.nbytes() - before, shared_limit, reverse)
+        request = Request(SketchArgs(args, nonzeros), None, before, storage.nbytes() - before, shared_limit, reverse)
         size = getattr(library, f"{op}_workspace")
         size.restype = ctypes.c_size_t
         size = size(ctypes.byref(request))
@@ -69,7 +85,7 @@ def project(tmp_path_factory):
         kernel = getattr(library, op)
         kernel.restype = ctypes.c_char_p
         assert kernel(ctypes.byref(request)) == b""
-        assert (workspace[size:] == 0xFF).all()
+        assert (workspace[size:] == 0xFF).all() and guarded[-GUARD // 4 :].isnan().all()
         return out
 
     return run
@@ -194,8 +210,103 @@ def test_magnitudes_of_the_whole_range(project, op):
     assert torch.equal(project("rademacher_project", largest, 4).abs(), largest.expand(1, 4))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", (*OPS, "sparse_project"))
 @pytest.mark.parametrize(("num_samples", "num_columns"), [(0, 5), (3, 0), (0, 0)])
 def test_empty(project, op, num_samples, num_columns):
     out = project(op, torch.zeros(num_samples, num_columns), 7)
     assert torch.equal(out, torch.zeros(num_samples, 7))
+
+
+# The sparse projection. Its products are exact, so whole numbers come out exactly, in whatever order they are added.
+
+
+def counts(num_samples, num_columns, dtype=torch.float32, seed=0):
+    values = torch.randint(-9, 10, (num_samples, num_columns), generator=torch.Generator().manual_seed(seed))
+    return values.to(dtype)
+
+
+def defined(grads, proj_dim, **options):
+    return sparse_project(grads.double(), proj_dim, backend="reference", **options).float()
+
+
+# (B, P, D, nonzeros, column_offset). The emulator has ranges of 2 D columns, at most 3, chunks of 16 tiles, 20 samples a
+# launch.
+SPARSE_SHAPES = [
+    (1, 1, 1, 1, 0),  # one element
+    (3, 1200, 1, 1, 5),  # one output: every column its own tile, many chunks
+    (2, 700, 45, 1, 2**39 - 700),  # odd width: one lane
+    (5, 900, 20, 3, 77),  # 4 lanes; groups of 1 and 2 blocks
+    (11, 800, 24, 8, 640),  # 2 lanes, as D leaves fewer blocks than 8 nonzeros otherwise; 8 + 2 + 1 samples
+    (1, 40, 32, 1, 17),  # one block of 32 lanes, a tile's edge
+    (1, 3000, 64, 2, 129),
+    (2, 5000, 96, 3, 31),
+    (4, 4500, 288, 4, 0),  # groups of 2 and 3 blocks
+    (9, 3000, 544, 1, 1),  # more quads than a warp has
+    (13, 2500, 320, 7, 2**39 - 2500),
+    (23, 2000, 256, 8, 64),  # two launches
+    (3, 9000, 4224, 5, 3),  # more outputs than 4096: half as many samples together; two thread blocks
+    (4, 300, 8256, 2, 0),  # fewer columns than a tile
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_samples", "num_columns", "proj_dim", "nonzeros", "column_offset"), SPARSE_SHAPES)
+def test_sparse_values(project, num_samples, num_columns, proj_dim, nonzeros, column_offset):
+    grads = counts(num_samples, num_columns)
+    options = {"seed": 2**32 - 1, "stream": 7, "column_offset": column_offset, "nonzeros": nonzeros, "scale": -0.5}
+    expected = defined(grads, proj_dim, num_columns=2**39, **options)
+    assert torch.equal(project("sparse_project", grads, proj_dim, **options), expected)
+    assert torch.equal(project("sparse_project", grads, proj_dim, reverse=True, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nonzeros", range(1, 9))
+@pytest.mark.parametrize("proj_dim", [40, 288])
+def test_sparse_values_of_every_type(project, dtype, nonzeros, proj_dim):
+    grads = counts(15, 1000, dtype)  # 8, 4, 2, 1 samples together
+    expected = defined(grads, proj_dim, nonzeros=nonzeros)
+    assert torch.equal(project("sparse_project", grads, proj_dim, nonzeros=nonzeros), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("proj_dim", [45, 288])
+def test_sparse_layouts_give_the_same_values(project, dtype, proj_dim):
+    grads = counts(5, 1000, dtype)
+    expected = defined(grads, proj_dim, nonzeros=2, column_offset=9, num_columns=2000)
+    views = (
+        torch.zeros(5, 2000, dtype=dtype)[:, 1::2],
+        torch.zeros(10, 1007, dtype=dtype)[::2, 7:],
+        torch.zeros(1000, 5, dtype=dtype).T,
+        torch.zeros(5, 1003, dtype=dtype)[:, 1:1001],
+    )
+    for view in views:
+        view.copy_(grads)
+        assert torch.equal(project("sparse_project", view, proj_dim, column_offset=9, nonzeros=2), expected)
+    repeated = project("sparse_project", grads[:1].expand(5, 1000), proj_dim, column_offset=9, nonzeros=2)
+    assert torch.equal(repeated, expected[:1].expand(5, proj_dim))
+
+
+@pytest.mark.parametrize("proj_dim", [45, 288, 4224])
+def test_sparse_bits_of_a_row_do_not_depend_on_the_batch_or_on_which_thread_comes_first(project, proj_dim):
+    grads = gradients(31, 4000)
+    whole = project("sparse_project", grads, proj_dim, nonzeros=3)
+    assert torch.equal(project("sparse_project", grads, proj_dim, nonzeros=3, reverse=True), whole)
+    for sizes in ([1, 2, 4, 8, 16], [7, 24]):
+        parts = [project("sparse_project", part, proj_dim, nonzeros=3) for part in grads.split(sizes)]
+        assert torch.equal(torch.cat(parts), whole)
+    bound = 2.0**-20 * grads.double().abs().sum(1, keepdim=True)
+    assert ((whole.double() - sparse_project(grads.double(), proj_dim, nonzeros=3)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("proj_dim", [45, 288])
+def test_sparse_infinities_and_nans(project, dtype, proj_dim):
+    grads = counts(4, 700, dtype)
+    grads[0, 130] = float("inf")
+    grads[1, 7], grads[1, 690] = float("inf"), float("-inf")
+    grads[2, 699] = float("nan")
+    out, expected = (run(grads, nonzeros=3) for run in (
+        lambda g, **options: project("sparse_project", g, proj_dim, **options),
+        lambda g, **options: defined(g, proj_dim, **options),
+    ))  # fmt: skip
+    assert torch.equal(out.nan_to_num(-12345.0), expected.nan_to_num(-12345.0))
+    assert (out[:2].isinf().sum(1) >= 3).all() and out[2].isnan().sum() == 3 and out[3].isfinite().all()

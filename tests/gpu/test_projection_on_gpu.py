@@ -1,4 +1,4 @@
-"""The dense projections on a real GPU, CUDA and Triton: what the emulator and the interpreter cannot show.
+"""The projections on a real GPU, CUDA and Triton: what the emulator and the interpreter cannot show.
 
 Every test is skipped with the backend's own reasons where it cannot run.
 """
@@ -13,9 +13,11 @@ from pyattr import backends, ops
 os.environ.setdefault(
     "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 )  # read by the first matmul: makes those of the tests deterministic
-OPS = ("rademacher_project", "gaussian_project")
+DENSE = ("rademacher_project", "gaussian_project")
+OPS = (*DENSE, "sparse_project")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-ERROR = {"rademacher_project": 2.0**-19, "gaussian_project": 2e-6 + 2.0**-18}  # relative to sum_p |g|
+# relative to sum_p |g|
+ERROR = {"rademacher_project": 2.0**-19, "gaussian_project": 2e-6 + 2.0**-18, "sparse_project": 2.0**-20}
 FULL = 35_746_307  # parameters of the DDPM U-Net for CIFAR-10
 
 
@@ -33,9 +35,12 @@ def usable(backend):
 
 both = pytest.mark.parametrize("backend", [usable("cuda"), usable("triton")])
 each_op = pytest.mark.parametrize("op", OPS)
+each_dense_op = pytest.mark.parametrize("op", DENSE)
 
 
 def project(op, grads, proj_dim, backend, **options):
+    if op == "sparse_project":
+        options = {"nonzeros": min(3, proj_dim), "num_columns": 2**39} | options
     return getattr(ops, op)(grads, proj_dim, backend=backend, **options)
 
 
@@ -128,7 +133,7 @@ def test_layouts_give_the_same_bits(backend, dtype, column_offset):
 
 
 @both
-@each_op
+@each_dense_op
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinities_and_nans(backend, op, dtype):
     grads = torch.randn(4, 3000, device="cuda").to(dtype)
@@ -159,7 +164,7 @@ def test_more_than_2_to_the_31_elements(backend, op):
 
 
 @both
-@each_op
+@each_dense_op
 def test_columns_beyond_2_to_the_31(backend, op):
     need_memory(10)
     columns = [0, 2**31 - 1, 2**31, 2**31 + 299]
@@ -181,7 +186,7 @@ def test_full_size_against_the_definition(backend):
 
 
 @both
-@each_op
+@each_dense_op
 def test_more_outputs_than_one_launch_takes(backend, op):
     grads = torch.randn(3, 400, device="cuda")
     out = project(op, grads, 70_000, backend)
@@ -260,6 +265,71 @@ def test_gradient_is_the_transpose(backend):
     assert (grad - expected).abs().max() <= 1e-4
 
 
+def counts(num_samples, num_columns, dtype=torch.float32):
+    """Whole numbers: their sums are exact in any order."""
+    return torch.randint(-9, 10, (num_samples, num_columns), device="cuda").to(dtype)
+
+
+def assert_sparse_equal(backend, grads, proj_dim, **options):
+    out = project("sparse_project", grads, proj_dim, backend, **options)
+    expected = project("sparse_project", grads.double(), proj_dim, "reference", **options).float()
+    assert torch.equal(out.nan_to_num(-12345.0), expected.nan_to_num(-12345.0))
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nonzeros", range(1, 9))
+def test_sparse_values_exactly(backend, dtype, nonzeros):
+    """Odd and even widths, one lane to 32, ragged offsets, every number of samples that share a thread."""
+    for proj_dim in (nonzeros, 45, 1000, 4096, 4128, 40_000):
+        for num_samples in (1, 7, 24):
+            grads = counts(num_samples, 150_001, dtype)
+            assert_sparse_equal(backend, grads, proj_dim, nonzeros=nonzeros, seed=2**32 - 1, column_offset=2**38 + 77)
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("proj_dim", [45, 4096])
+def test_sparse_layouts_and_specials(backend, dtype, proj_dim):
+    grads = counts(9, 40_000, dtype)
+    grads[0, 130], grads[1, 7], grads[2, 39_999] = float("inf"), float("-inf"), float("nan")
+    views = (
+        torch.zeros(9, 80_000, dtype=dtype, device="cuda")[:, 1::2],
+        torch.zeros(18, 40_007, dtype=dtype, device="cuda")[::2, 7:],
+        torch.zeros(40_000, 9, dtype=dtype, device="cuda").T,
+        torch.zeros(9, 40_003, dtype=dtype, device="cuda")[:, 1:40_001],
+    )
+    for view in (grads, *views):
+        view.copy_(grads)
+        assert_sparse_equal(backend, view, proj_dim, column_offset=129)
+
+
+@both
+@pytest.mark.parametrize("proj_dim", [40, 4096, 2**20, 2**20 + 1, 2**31])
+def test_sparse_beyond_32_bits(backend, proj_dim):
+    """Columns past 2^31, outputs up to 2^31, B * D past 2^31."""
+    need_memory(10 + 3 * 4 * proj_dim / 2**30)
+    columns = [0, 2**31 - 1, 2**31, 2**31 + 299]
+    grads = torch.zeros(2, 2**31 + 300, dtype=torch.bfloat16, device="cuda")
+    grads[0, columns], grads[1, columns] = 1, -1
+    out = project("sparse_project", grads, proj_dim, backend)
+    rows, signs = ops.sketch_entries(columns, proj_dim, nonzeros=3)
+    found, places = torch.unique(rows, return_inverse=True)
+    expected = torch.zeros(len(found)).index_add_(0, places.flatten(), signs.flatten()).cuda()
+    assert torch.equal(out[0, found.cuda()], expected) and torch.equal(out[1, found.cuda()], -expected)
+    assert torch.count_nonzero(out) == 2 * torch.count_nonzero(expected)
+
+
+@both
+@pytest.mark.parametrize("proj_dim", [4096, 2**20])
+def test_sparse_full_size_against_the_definition(backend, proj_dim):
+    need_memory(12)
+    grads = torch.randn(16, FULL, device="cuda")
+    out = project("sparse_project", grads, proj_dim, backend, nonzeros=4)
+    expected = project("sparse_project", grads.double(), proj_dim, "reference", nonzeros=4)
+    assert (out - expected).norm() / expected.norm() < 2e-6
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(bool(reasons("cuda")), reason="; ".join(reasons("cuda")))
 def test_a_bad_device_raises():
@@ -272,3 +342,20 @@ def test_a_bad_device_raises():
         module.rademacher_project_cuda(*arguments, workspace.data_ptr(), size, 0, 1000)
     with pytest.raises(ValueError, match="workspace_bytes must be at least"):
         module.rademacher_project_cuda(*arguments, workspace.data_ptr(), size - 1, 0, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(reasons("cuda")), reason="; ".join(reasons("cuda")))
+def test_a_bad_sparse_call_raises():
+    module = backends.extension()
+    grads, out = torch.zeros(1, 4000, device="cuda"), torch.zeros(1, 8, device="cuda")
+    layout = (grads.data_ptr(), 2, 1, 4000, 4000, 1, out.data_ptr())
+    size = module.sparse_project_cuda_workspace(*layout, 8, 0, 0, 0, 1, 1.0)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+    call = module.sparse_project_cuda
+    with pytest.raises(RuntimeError, match="cudaSetDevice failed"):
+        call(*layout, 8, 0, 0, 0, 1, 1.0, workspace.data_ptr(), size, 0, 1000)
+    with pytest.raises(ValueError, match="workspace_bytes must be at least"):
+        call(*layout, 8, 0, 0, 0, 1, 1.0, workspace.data_ptr(), size - 1, 0, 0)
+    with pytest.raises(ValueError, match="proj_dim must lie in"):
+        call(*layout, 3, 0, 0, 0, 4, 1.0, workspace.data_ptr(), size, 0, 0)

@@ -9,10 +9,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from pyattr import ops
-from pyattr.gradients import FallbackWarning, per_sample_gradients, project, project_gradients
+from pyattr.gradients import FallbackWarning, least_memory, per_sample_gradients, project, project_gradients
+from pyattr.ops._layers import Layer
 
 B, D = 6, 19
-PROJECT = {"rademacher": ops.rademacher_project, "gaussian": ops.gaussian_project}
+PROJECT = {
+    "rademacher": ops.rademacher_project,
+    "gaussian": ops.gaussian_project,
+    "sparse": ops.sparse_project,
+    "multisketch": ops.multisketch_project,
+}
 
 
 class Network(nn.Module):
@@ -78,6 +84,55 @@ def test_equals_the_projection_of_the_flat_gradient(kind, loss, definition):
     assert single.dtype == torch.float32
 
 
+class Images(nn.Module):
+    """Convolutions of many settings, a tied one, a linear layer with several rows per sample, norms, in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.strided = nn.Conv2d(8, 12, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2)
+        self.same = nn.Conv2d(12, 12, 4, padding="same", padding_mode="reflect", bias=False)
+        self.up = nn.ConvTranspose2d(12, 6, 2, stride=2)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = torch.tanh(self.norm(self.first(x)))
+        x = self.same(torch.tanh(self.same(self.strided(x))))
+        return self.head(self.up(x).flatten(2).mT)
+
+
+@pytest.mark.parametrize(("kind", "nonzeros"), [("sparse", 1), ("sparse", 3), ("multisketch", 1)])
+def test_sketches_of_layers_whose_gradients_are_never_formed(kind, nonzeros, definition, monkeypatch):
+    module, images = Images(), torch.randn(B, 3, 10, 9)
+
+    def image_loss(module, x):
+        return module(x).square().sum((1, 2))
+
+    double = Images().double()
+    double.load_state_dict(module.state_dict())
+    exact = flat(definition(double, image_loss, images.double()))
+    options = {"nonzeros": nonzeros} if kind == "sparse" else {}
+    expected = PROJECT[kind](exact, 64, seed=5, **options)
+    formed = []
+    original = Layer.put
+    monkeypatch.setattr(Layer, "put", lambda self, *a: formed.append(self) or original(self, *a))
+    got = project_gradients(module, image_loss, images, 64, kind=kind, seed=5, **options)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    assert formed == []
+    small = project_gradients(
+        module,
+        image_loss,
+        images,
+        64,
+        kind=kind,
+        seed=5,
+        memory=least_memory(module, image_loss, images, kind),
+        **options,
+    )
+    torch.testing.assert_close(small, got, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
 def test_signs_sit_where_named_parameters_put_them():
     """A linear layer on one-hot inputs: the projection is a sum of named columns of the sign matrix."""
     module = nn.Sequential(nn.Linear(3, 2)).double()
@@ -93,9 +148,8 @@ def test_signs_sit_where_named_parameters_put_them():
 def test_any_budget_gives_the_same(scaled, factor, monkeypatch):
     module, batch = Network(scaled).double(), make_batch()
     calls = []
-    monkeypatch.setitem(
-        project.KINDS, "rademacher", lambda g, *a, **k: calls.append(len(g)) or ops.rademacher_project(g, *a, **k)
-    )
+    original = project.piece
+    monkeypatch.setattr(project, "piece", lambda projector, g, *a: calls.append(len(g)) or original(projector, g, *a))
     if scaled:
         with pytest.warns(FallbackWarning):
             expected = project_gradients(module, loss, batch, D, seed=2)
@@ -244,7 +298,13 @@ def test_a_smaller_budget_takes_less_memory():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"kind": "sparse"}, ValueError, "kind must be one of rademacher, gaussian, got 'sparse'"),
+        ({"kind": "dense"}, ValueError, "kind must be one of rademacher, gaussian, sparse, multisketch, got 'dense'"),
+        (
+            {"nonzeros": 2},
+            ValueError,
+            r"nonzeros must lie in \[1, 8\], and be 1 unless kind is \"sparse\", got 2 for 'rademacher'",
+        ),
+        ({"kind": "sparse", "nonzeros": 4, "proj_dim": 3}, ValueError, "proj_dim must be at least nonzeros, 4, got 3"),
         ({"proj_dim": 0}, ValueError, "proj_dim must be at least 1, got 0"),
         ({"proj_dim": 1.5}, TypeError, "proj_dim must be an integer, got float"),
         ({"seed": 2**32}, ValueError, r"seed must lie in \[0, 2\^32\), got 4294967296"),

@@ -1,10 +1,11 @@
 // The CUDA kernels' own source, compiled for a CPU, behind two C functions.
 #include "cuda/gaussian_project.cu"
 #include "cuda/rademacher_project.cu"
+#include "cuda/sparse_project.cu"
 
 namespace {
 struct Request {
-  pyattr::ProjectArgs args;
+  pyattr::SketchArgs args;  // nonzeros is read by the sparse projection alone
   void* workspace;
   size_t readable_bytes_before, readable_bytes_after;  // around args.grads
   int shared_limit, reverse;
@@ -28,4 +29,6 @@ size_t rademacher_project_workspace(const Request* request) { return pyattr::cud
 size_t gaussian_project_workspace(const Request* request) { return pyattr::cuda::gaussian_project_workspace(request->args); }
 const char* rademacher_project(const Request* request) { return run(*request, pyattr::cuda::rademacher_project); }
 const char* gaussian_project(const Request* request) { return run(*request, pyattr::cuda::gaussian_project); }
+size_t sparse_project_workspace(const Request* request) { return pyattr::cuda::sparse_project_workspace(request->args); }
+const char* sparse_project(const Request* request) { return run(*request, pyattr::cuda::sparse_project); }
 }

@@ -21,6 +21,17 @@ inline bool barrier_or(bool flag) {
 }
 inline void barrier() { barrier_or(false); }
 
+inline bool warp_barrier_and(bool flag) {
+  emulator::Meeting& warp = emulator::warp();
+  warp.flag |= !flag;
+  emulator::meet(warp, emulator::kWarp, [&] {
+    warp.flag_result = !warp.flag;
+    warp.flag = false;
+  });
+  return warp.flag_result;
+}
+inline void warp_barrier() { warp_barrier_and(true); }
+
 inline uint32_t shuffle_xor(uint32_t value, int mask) {
   emulator::Meeting& warp = emulator::warp();
   const unsigned lane = threadIdx.x % emulator::kWarp;

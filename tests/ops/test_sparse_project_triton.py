@@ -1,0 +1,150 @@
+"""The Triton sparse projection without a GPU: compiled for one, and run by Triton's interpreter in a child process.
+
+Triton decides at import whether it interprets, so the tests proper run in a pytest of their own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyattr.ops import sparse_project
+
+triton = pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the child of test_under_the_interpreter")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the parent")
+def test_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    child = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing then")
+@pytest.mark.parametrize("width", [1, 8, 32])
+@pytest.mark.parametrize("ones", [False, True], ids=["ordinary", "specialised to sizes of 1"])
+def test_compiles_for_a_gpu(width, ones):
+    """ptxas comes with Triton; no device is touched."""
+    from pyattr.triton_kernels import sparse_project as kernels
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = kernels.sparse_project_kernel
+    own = {"WIDTH": width, "BLOCKS": kernels.BLOCK_OUTPUTS // width, "SAMPLES": 1 if ones else 8, "CHUNK_TILES": 1024}
+    kept = ("seed", "stream", "column_offset", "chunks", "range_columns", "num_ranges")  # never specialised
+    types = {"grads_ptr": "*bf16", "sums_ptr": "*fp32", "inverse_ptr": "*i64", "scale": "fp32"}
+    types |= {"column_offset": "i64", "range_columns": "i64"}
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    if ones:
+        own |= {name: 1 for name in signature if signature[name] == "i32" and name not in (*kept, *own)}
+    signature |= dict.fromkeys(own, "constexpr")
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    compiled = triton.compile(ASTSource(kernel, signature, own), target=GPUTarget("cuda", 90, 32), options=options)
+    assert len(compiled.asm["cubin"]) > 0
+
+
+def project(grads, proj_dim, **options):
+    return sparse_project(grads, proj_dim, backend="triton", **options)
+
+
+def counts(num_samples, num_columns, dtype=torch.float32):
+    """Whole numbers: their sums are exact in any order."""
+    return torch.randint(-9, 10, (num_samples, num_columns)).to(dtype)
+
+
+def defined(grads, proj_dim, **options):
+    return sparse_project(grads.double(), proj_dim, backend="reference", **options).float()
+
+
+@pytest.fixture(autouse=True)
+def small_numbers(monkeypatch):
+    """Tiny problems with many programs, chunks and ranges: the interpreter takes 10 ms for a tile."""
+    if INTERPRETED:
+        from pyattr.triton_kernels import sparse_project as kernels
+
+        for name, value in {"BLOCK_OUTPUTS": 64, "CHUNK_TILES": 3, "RANGE_WIDTHS": 2, "MAX_RANGES": 4}.items():
+            monkeypatch.setattr(kernels, name, value)
+
+
+# (B, P, D, nonzeros, column_offset): one element; one output, all tiles of one column; one lane; several lanes and groups of
+# two sizes; 32 lanes, several ranges and chunks; many programs along a group; two launches; fewer columns than a tile.
+CASES = [
+    (1, 1, 1, 1, 0),
+    (1, 20, 1, 1, 5),
+    (2, 300, 45, 1, 2**39 - 300),
+    (5, 50, 20, 3, 77),
+    (3, 12, 24, 8, 640),
+    (2, 400, 32, 1, 17),
+    (3, 400, 96, 3, 31),
+    (9, 900, 544, 1, 1),
+    (66, 40, 64, 2, 129),
+    (1, 30, 544, 2, 0),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("num_samples", "num_columns", "proj_dim", "nonzeros", "column_offset"), CASES)
+def test_values(num_samples, num_columns, proj_dim, nonzeros, column_offset):
+    grads = counts(num_samples, num_columns)
+    options = {"seed": 2**32 - 1, "stream": 7, "nonzeros": nonzeros, "scale": -0.5}
+    options |= {"column_offset": column_offset, "num_columns": 2**39}
+    assert torch.equal(project(grads, proj_dim, **options), defined(grads, proj_dim, **options))
+
+
+@interpreted
+@pytest.mark.parametrize("nonzeros", range(1, 9))
+def test_every_number_of_nonzeros(nonzeros):
+    grads = counts(2, 100, DTYPES[nonzeros % 3])
+    assert torch.equal(project(grads, 288, nonzeros=nonzeros), defined(grads, 288, nonzeros=nonzeros))
+
+
+@interpreted
+@pytest.mark.parametrize(("num_columns", "proj_dim"), [(30, 38), (200, 288)])
+def test_bits_of_a_row_do_not_depend_on_the_batch(num_columns, proj_dim):
+    grads = torch.randn(11, num_columns)
+    whole = project(grads, proj_dim, nonzeros=3)
+    for part in (slice(0, 1), slice(0, 9), slice(7, 11)):
+        assert torch.equal(project(grads[part], proj_dim, nonzeros=3), whole[part])
+    bound = 2.0**-20 * grads.double().abs().sum(1, keepdim=True)
+    assert ((whole.double() - sparse_project(grads.double(), proj_dim, nonzeros=3)).abs() <= bound).all()
+
+
+@interpreted
+def test_layouts_give_the_same_bits():
+    grads = torch.randn(5, 200)
+    options = {"nonzeros": 2, "column_offset": 9, "num_columns": 400}
+    expected = project(grads, 96, **options)
+    views = torch.zeros(5, 400)[:, 1::2], torch.zeros(10, 207)[::2, 7:], torch.zeros(200, 5).T
+    for view in views:
+        view.copy_(grads)
+        assert torch.equal(project(view, 96, **options), expected)
+    assert torch.equal(project(grads[:1].expand(5, 200), 96, **options), expected[:1].expand(5, 96))
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy says so of inf - inf
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinities_and_nans(dtype):
+    grads = counts(4, 300, dtype)
+    grads[0, 130] = float("inf")
+    grads[1, 7], grads[1, 290] = float("inf"), float("-inf")
+    grads[2, 299] = float("nan")
+    out, expected = project(grads, 96, nonzeros=3), defined(grads, 96, nonzeros=3)
+    assert torch.equal(out.nan_to_num(-12345.0), expected.nan_to_num(-12345.0))
+    assert out[2].isnan().sum() == 3 and out[3].isfinite().all()
+
+
+@interpreted
+@pytest.mark.parametrize(("num_samples", "num_columns"), [(0, 5), (3, 0)])
+def test_empty(num_samples, num_columns):
+    assert torch.equal(project(torch.zeros(num_samples, num_columns), 7), torch.zeros(num_samples, 7))
