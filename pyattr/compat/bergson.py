@@ -18,18 +18,18 @@ import math
 
 import torch
 
-from ..ops import normal_matrix, sign_matrix
+from ..ops import gaussian_project, normal_matrix
 from ..ops._arguments import check_integer
+from ..reference.philox import philox4x32_10
 from ._dense import OPS
 
 # bergson starts a new matrix, named "identifier/start", at every block of columns; a block has this many entries.
 BLOCK_ENTRIES = 1 << 27
 # float32 entries of the gradients that are formed at a time: 32 MB, and as much again for what is formed of narrower factors.
 TILE_ENTRIES = 1 << 23
-# Working memory while a matrix is written out, at 4 bytes an entry by the kernel and up to 150 in torch.
+# Working memory while a matrix is written out, at 4 bytes an entry by the kernel and at most 150 in torch.
 WRITTEN_BYTES = 1 << 25
 SCALES = ("jl", "row_norm")
-ENTRIES = {"normal": normal_matrix, "rademacher": sign_matrix}
 
 
 def random_matrix(identifier, m, n, device, projection_type, dtype=torch.float32):
@@ -80,7 +80,9 @@ def project_global(identifier, P, m, projection_type="normal", projection_scale=
 
     Returns:
         [N, m] of the dtype and on the device of P (of g), with no autograd history. Sums are in float32 over all blocks and
-        rounded once; bergson sums in the dtype of P, and rounds its normal entries to it.
+        rounded once; bergson sums in the dtype of P, and rounds its normal entries to it. The bits of a row of formed gradients
+        are as fixed as those of ``pyattr.ops.rademacher_project``; factors are first multiplied by a library's matmul, whose
+        bits may depend on the thread count.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -189,24 +191,35 @@ def _blocks(identifier, m, num_columns):
 
 def _written(identifier, m, n, device, projection_type):
     """(rows, columns, [rows, columns] entries) of a name's matrix, in pieces."""
-    seed, stream = _key(identifier)
-    if device.type == "cpu":
+    key = _key(identifier)
+    if projection_type == "normal" and device.type == "cpu":
         # The kernel times the identity, which is exact, makes entries several times faster than torch can write them out.
+        # Elsewhere a kernel's rounding may exceed 2e-6.
         width = min(512 if m < 32 else 128, max(1, WRITTEN_BYTES // (4 * max(m, 1))))
         identity = torch.eye(width)
         for start in range(0, n if m else 0, width):
             piece = identity[: n - start, : n - start]
-            entries = OPS[projection_type](piece, m, seed=seed, stream=stream, column_offset=start)
+            entries = gaussian_project(piece, m, seed=key[0], stream=key[1], column_offset=start)
             yield slice(0, m), slice(start, start + width), entries.T
         return
-    # Elsewhere a kernel's rounding may exceed 2e-6.
-    width = WRITTEN_BYTES // (150 * 512)
-    for row in range(0, m, 512):
-        rows = torch.arange(row, min(m, row + 512), device=device)
+    write = _signs if projection_type == "rademacher" else normal_matrix
+    height = min(max(m, 1), 512)
+    width = max(128, WRITTEN_BYTES // (150 * height) // 128 * 128)  # whole Philox calls
+    for row in range(0, m, height):
+        rows = torch.arange(row, min(m, row + height), device=device)
         for start in range(0, n, width):
             columns = torch.arange(start, min(n, start + width), device=device)
-            entries = ENTRIES[projection_type](rows, columns, seed, stream)
-            yield slice(row, row + 512), slice(start, start + width), entries
+            yield slice(row, row + height), slice(start, start + width), write(rows, columns, *key)
+
+
+def _signs(rows, columns, seed, stream):  # [R], [C] -> [R, C] int32
+    """``sign_matrix`` of consecutive columns from a multiple of 128 on: each Philox call is unpacked whole."""
+    words = torch.stack(
+        philox4x32_10((columns[::128] // 128, rows[:, None], 0, 0), (seed, stream)), dim=2
+    )  # [R, calls, 4]
+    bits = torch.arange(32, dtype=torch.int32, device=words.device)
+    signs = (words.to(torch.int32)[..., None] >> bits).bitwise_and_(1).mul_(2).sub_(1)  # [R, calls, 4, 32]
+    return signs.flatten(1)[:, : len(columns)]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -4,7 +4,7 @@ fast_jl itself needs nvcc and a CUDA build of torch, and its source distribution
 """
 
 from ..peer import Adapted, Peer
-from .trak import A_COIN_TOSS, ON_THE_CPU, SMALL_ENOUGH
+from .trak import A_COIN_TOSS, EDITS_OF_TEST_JL, ON_THE_CPU
 
 # Theirs is the number of the card's multiprocessors.
 TILES = ("ch.cuda.get_device_properties(\n        ch.cuda.current_device()\n    ).multi_processor_count", "108")
@@ -17,6 +17,6 @@ PEER = Peer(
     tests=(
         Adapted(path="tests/test_rademacher.py", edits=(ON_THE_CPU, TILES)),
         Adapted(path="tests/test_jl_additional.py", edits=(ON_THE_CPU,)),
-        Adapted(path="tests/test_jl.py", edits=(ON_THE_CPU, *SMALL_ENOUGH, SIGNS), left_out=A_COIN_TOSS),
+        Adapted(path="tests/test_jl.py", edits=(ON_THE_CPU, *EDITS_OF_TEST_JL, SIGNS), left_out=A_COIN_TOSS),
     ),
 )

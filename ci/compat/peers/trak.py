@@ -15,8 +15,8 @@ def resnet18():
     return nn.Sequential(OrderedDict(stem + head))
 """
 
-# test_jl.py's list of shapes for every day; a second one in it, of tensors of up to 23 GB, replaces that.
-SMALL_ENOUGH = (
+# The first is of the list of shapes for every day, which a second one, of tensors of up to 23 GB, replaces.
+EDITS_OF_TEST_JL = (
     ("PARAM = list(\n    product(\n        [123],", "GIANTS = list(\n    product(\n        [123],"),
     ("            (1, int(1e9)),\n", ""),
     # Several pieces from small inputs. Theirs is what 32 bits index, for which ChunkedCudaProjector takes 17 GB.
@@ -38,7 +38,7 @@ PEER = Peer(
             edits=(
                 ("BasicProjector = CudaProjector", "from pyattr.compat.trak import Projector as BasicProjector"),
                 ON_THE_CPU,
-                *SMALL_ENOUGH,
+                *EDITS_OF_TEST_JL,
             ),
             left_out=A_COIN_TOSS,
         ),
