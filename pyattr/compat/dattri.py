@@ -26,6 +26,7 @@ import torch
 
 from .. import ops
 from ..ops._arguments import check_integer
+from ._dense import width
 
 try:
     from dattri.func.projection import AbstractProjector, ProjectionType
@@ -88,9 +89,9 @@ class _Projector(AbstractProjector):
             raise ValueError(f"{name}: features must all have the same number of rows, got {sorted(rows)}")
         if not isinstance(features, dict) and features.dim() != 2:
             raise ValueError(f"{name}: features must have shape [B, P], got {list(features.shape)}")
-        width = sum(_width(piece) for piece in pieces.values())
-        if width != self.feature_dim:
-            raise ValueError(f"{name}: features must have {self.feature_dim} numbers per row, got {width}")
+        columns = sum(width(piece) for piece in pieces.values())
+        if columns != self.feature_dim:
+            raise ValueError(f"{name}: features must have {self.feature_dim} numbers per row, got {columns}")
         member = check_integer(name, "ensemble_id", ensemble_id, 0, 2**62)
         key = (self.seed + ENSEMBLE_STRIDE * member) % 2**64
         return self._run(list(pieces.values()), seed=key % 2**32, stream=key >> 32).to(self.dtype)
@@ -119,15 +120,15 @@ class _Projector(AbstractProjector):
         dtype = reduce(torch.promote_types, (piece.dtype for piece in pieces), self.dtype)
         masked = torch.zeros(len(pieces[0]), kept, dtype=dtype, device=self.device)
         for piece, start in zip(pieces, _starts(pieces), strict=False):
-            places = ((columns >= start) & (columns < start + _width(piece))).nonzero()[:, 0]
+            places = ((columns >= start) & (columns < start + width(piece))).nonzero()[:, 0]
             values = self._matrix(piece).index_select(1, (columns[places] - start).to(self.device))
             masked = masked.index_copy(1, places.to(self.device), values.to(masked.dtype))
         return masked
 
-    def _add_up(self, op, pieces, width, **options):
+    def _add_up(self, op, pieces, proj_dim, **options):
         """The projection of the pieces side by side, from that of each."""
         parts = (
-            op(self._matrix(piece), width, column_offset=start, **options)
+            op(self._matrix(piece), proj_dim, column_offset=start, **options)
             for piece, start in zip(pieces, _starts(pieces), strict=False)
         )
         return reduce(torch.add, parts)
@@ -290,8 +291,8 @@ def random_project(
         raise ValueError("random_project: feature must hold at least one tensor")
     if torch.device(device).type not in ("cpu", "cuda"):
         raise ValueError(f"random_project: device must be 'cpu' or 'cuda', got {device}")
-    width = sum(_width(piece) for piece in pieces)
-    projector = CudaProjector(width, proj_dim, proj_seed, proj_type, device, pieces[0].dtype)
+    columns = sum(width(piece) for piece in pieces)
+    projector = CudaProjector(columns, proj_dim, proj_seed, proj_type, device, pieces[0].dtype)
 
     def project(feature, ensemble_id=0):
         return projector.project(feature, ensemble_id)
@@ -299,14 +300,9 @@ def random_project(
     return project
 
 
-def _width(piece):
-    """Numbers per row of a tensor [B, ...]."""
-    return piece.shape[1:].numel()
-
-
 def _starts(pieces):
     """Where each piece begins in the row that they make up together, and where the last one ends."""
-    return list(accumulate((_width(piece) for piece in pieces), initial=0))
+    return list(accumulate((width(piece) for piece in pieces), initial=0))
 
 
 def _flat(piece):  # [B, ...] -> [B, P]

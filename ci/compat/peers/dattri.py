@@ -31,7 +31,12 @@ PEER = Peer(
             },
         ),
         Adapted(path="test/dattri/algorithm/test_trak.py"),
-        Adapted(path="test/dattri/algorithm/test_tracin.py"),
+        Adapted(
+            path="test/dattri/algorithm/test_tracin.py",
+            left_out={
+                "TestTracInAttributor.test_cifar2_multi_ckpts_grad": "projects nothing, and takes five minutes of one core"
+            },
+        ),
         Adapted(path="test/dattri/algorithm/test_logra.py"),
         Adapted(path="test/dattri/algorithm/test_factgrass.py"),
         Adapted(path="test/dattri/algorithm/test_dvemb.py"),

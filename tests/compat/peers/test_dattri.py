@@ -103,6 +103,14 @@ def test_tracin(problem, proj_type, monkeypatch):
     torch.testing.assert_close(TracInAttributor(**arguments).attribute(train, test), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_usage_example(problem, run_example, monkeypatch):
+    monkeypatch.setattr(dattri.algorithm.trak, "random_project", dattri.algorithm.trak.random_project)  # put back after
+    features = run_example(ours)["features"]
+    assert features.shape == (8, 512)
+    assert dattri.algorithm.trak.random_project is ours.random_project
+    assert trak(problem, "sjlt").isfinite().all()  # which dattri's own refuses on the CPU
+
+
 def test_base_class_and_types():
     for kind in (ours.BasicProjector, ours.CudaProjector):
         projector = kind(WIDTH, OUTPUTS, SEED, ProjectionType.sjlt, torch.device("cpu"))

@@ -46,3 +46,8 @@ def test_grass_by_dattri(projector):
     assert made.active_indices.shape == (256,)
     matrix = torch.zeros(256, 64).scatter_(1, made.sjlt.rand_indices, made.sjlt.rand_signs.float())
     torch.testing.assert_close(projected, features[:, made.active_indices] @ matrix)
+
+
+def test_usage_example(run_example):
+    names = run_example(sjlt)
+    assert names["y"].shape == (100, 128) and names["x"].shape == (100, 1024)
