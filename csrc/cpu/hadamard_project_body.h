@@ -110,12 +110,12 @@ void transform(reg* x, int64_t count) {
   pass<8, true>(x, count, 1);
 }
 
-// to[i] = s_i * from[i] for whole calls of 128 columns, whose sign words are low[call] and high[call]; from may be to.
-void apply_signs(const float* from, const uint64_t* low, const uint64_t* high, int64_t calls, float* to) {
+// to[i] = s_i * from[i] for whole calls of 128 columns, of which each has four sign words; from may be to.
+void apply_signs(const float* from, const uint32_t* words, int64_t calls, float* to) {
   const ireg bit = lanes([](uint32_t i) { return 1u << i; });
   for (int64_t call = 0; call < calls; ++call) {
     for (int w = 0; w < 4; ++w) {
-      const uint32_t word = static_cast<uint32_t>((w < 2 ? low : high)[call] >> (32 * (w % 2)));
+      const uint32_t word = words[4 * call + w];
 #pragma GCC unroll 8
       for (int r = 0; r < 32 / kLanes; ++r, from += kLanes, to += kLanes) {
         const ireg sign = reinterpret_cast<ireg>((splat(word >> (kLanes * r)) & bit) == 0) << 31;
@@ -128,21 +128,20 @@ void apply_signs(const float* from, const uint64_t* low, const uint64_t* high, i
 }
 
 // buffer[i] = s_p * grads[sample, p] for the block's columns p, zeros past the last.
-void load_block(const HadamardTile& tile, int64_t sample, int64_t block, const uint64_t* low, const uint64_t* high,
-                float* buffer) {
+void load_block(const HadamardTile& tile, int64_t sample, int64_t block, const uint32_t* words, float* buffer) {
   const ProjectArgs& args = *tile.args;
   const int64_t width = int64_t{1} << tile.block_bits, begin = block * width, end = std::min(args.num_columns, begin + width);
   int64_t whole = 0;  // calls that need no copy first
   if (args.dtype == Dtype::float32 && args.column_stride == 1) {
     whole = (end - begin) / kSignsPerCall;
-    apply_signs(static_cast<const float*>(args.grads) + sample * args.sample_stride + begin, low, high, whole, buffer);
+    apply_signs(static_cast<const float*>(args.grads) + sample * args.sample_stride + begin, words, whole, buffer);
   }
   const int64_t rest = begin + whole * kSignsPerCall, calls = (end - rest + kSignsPerCall - 1) / kSignsPerCall;
   if (rest < end) {
     float* at = buffer + (rest - begin);
     stage<1>(args, sample, 1, rest, end, at);
     std::fill(at + (end - rest), at + calls * kSignsPerCall, 0.0f);
-    apply_signs(at, low + whole, high + whole, calls, at);
+    apply_signs(at, words + 4 * whole, calls, at);
   }
   std::fill(buffer + (whole + calls) * kSignsPerCall, buffer + width, 0.0f);
 }
@@ -178,12 +177,12 @@ void add_rows(const HadamardTile& tile, int64_t block, const float* transformed,
 void hadamard_tile(const HadamardTile& tile) {
   const int64_t width = int64_t{1} << tile.block_bits, calls = width / kSignsPerCall;
   auto buffer = aligned_array<float>(width);
-  auto low = aligned_array<uint64_t>(calls + 8), high = aligned_array<uint64_t>(calls + 8);
+  auto words = aligned_array<uint32_t>(4 * calls + 32);  // written eight calls at a time
   for (int64_t block = tile.block_begin; block < tile.block_end; ++block) {
-    philox_calls(static_cast<uint32_t>(block * calls), calls, kHadamardSignWord, tile.args->seed, tile.args->stream, low.get(),
-                 high.get());
+    philox_calls(static_cast<uint32_t>(block * calls), calls, 0, kHadamardSignWord, tile.args->seed, tile.args->stream,
+                 words.get());
     for (int64_t s = 0; s < tile.num_samples; ++s) {
-      load_block(tile, tile.sample_begin + s, block, low.get(), high.get(), buffer.get());
+      load_block(tile, tile.sample_begin + s, block, words.get(), buffer.get());
       transform(reinterpret_cast<reg*>(buffer.get()), width / kLanes);
       add_rows(tile, block, buffer.get(), block > tile.block_begin, tile.sums + s * tile.padded);
     }

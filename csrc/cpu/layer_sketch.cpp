@@ -12,6 +12,8 @@ namespace pyattr::cpu {
 #if defined(PYATTR_X86)
 void layer_chunk_avx2(const LayerTask& task);
 void layer_chunk_avx512(const LayerTask& task);
+void layer_rows_avx2(const RowsTask& task);
+void layer_rows_avx512(const RowsTask& task);
 #endif
 
 namespace {
@@ -48,6 +50,33 @@ void layer_sketch(const LayerArgs& layer, const SketchArgs& sketch, int num_thre
       for (int64_t j = 0; j < D; ++j) out[j] += sketch.scale * sum[j];
     }
   }
+}
+
+void layer_gradient(const LayerArgs& layer, int64_t row_begin, int64_t row_end, float* out, int64_t out_stride, bool add,
+                    int num_threads) {
+  const int64_t B = layer.num_samples, columns = layer.row_columns(), group_rows = layer.out_channels / layer.groups;
+  if (B == 0 || columns == 0 || row_begin >= row_end) return;
+  if (layer.positions() == 0) {
+    for (int64_t b = 0; b < B && !add; ++b) std::fill_n(out + b * out_stride, (row_end - row_begin) * columns, 0.0f);
+    return;
+  }
+  RowsKernel kernel = layer_rows;
+#if defined(PYATTR_X86)
+  if (simd_level() == SimdLevel::avx2) kernel = layer_rows_avx2;
+  if (simd_level() == SimdLevel::avx512) kernel = layer_rows_avx512;
+#endif
+  // Patches are gathered again for each task of a sample, so it has more than one only where there are few samples.
+  const int threads = usable_threads(num_threads);
+  const int64_t first = row_begin / group_rows, groups = (row_end - 1) / group_rows + 1 - first;
+  const int64_t pieces = std::clamp<int64_t>((threads + B * groups - 1) / (B * groups), 1, group_rows);
+  parallel_for(B * groups * pieces, threads, [&](int64_t task) {
+    const int64_t piece = task % pieces, group = first + task / pieces % groups, b = task / (pieces * groups);
+    const int64_t low = std::max(row_begin, group * group_rows), high = std::min(row_end, (group + 1) * group_rows);
+    const int64_t begin = low + (high - low) * piece / pieces, end = low + (high - low) * (piece + 1) / pieces;
+    if (begin == end) return;
+    kernel({&layer, b, group, begin - group * group_rows, end - group * group_rows,
+            out + b * out_stride + (begin - row_begin) * columns, add});
+  });
 }
 
 }  // namespace pyattr::cpu

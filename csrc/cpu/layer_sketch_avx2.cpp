@@ -2,4 +2,5 @@
 
 namespace pyattr::cpu {
 void layer_chunk_avx2(const LayerTask& task) { layer_chunk(task); }
+void layer_rows_avx2(const RowsTask& task) { layer_rows(task); }
 }  // namespace pyattr::cpu

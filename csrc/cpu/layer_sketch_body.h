@@ -1,5 +1,5 @@
-// Weight gradients of a layer, formed a tile at a time in registers and cache and added to the sums of a sparse projection; included
-// by one file per SIMD level, with internal linkage throughout.
+// Weight gradients of a layer, formed a tile at a time in registers and cache, then written out or added to the sums of a sparse
+// projection; included by one file per SIMD level, with internal linkage throughout.
 //
 // G [O, C k k] = E^T A, with A [L, C k k] the patches of the L positions: patches are gathered straight from the images into panels
 // of kStrip columns, errors into panels of kRows rows, and a panel pair is multiplied in kRows x kStrip registers. Floor: the
@@ -204,14 +204,13 @@ struct LayerBlocks {
   Aligned<float> tile;     // [slab][rows][stride]
   Window window;
 
-  explicit LayerBlocks(const LayerTask& task) {
-    const LayerArgs& layer = *task.layer;
-    const int64_t L = layer.positions(), group_rows = layer.out_channels / layer.groups;
+  // For `most_rows` rows of a group at a time, `all_columns` columns of a row and up to `samples` samples that share tables.
+  LayerBlocks(const LayerArgs& layer, int64_t most_rows, int64_t all_columns, int64_t samples) {
+    const int64_t L = layer.positions(), group_rows = std::min(most_rows, layer.out_channels / layer.groups);
     positions = std::min(L, kBlockPositions);
-    columns = std::min(std::clamp(kPatchFloats / positions / kStrip * kStrip, kStrip, kBlockColumns),
-                       task.column_end - task.column_begin);
+    columns = std::min(std::clamp(kPatchFloats / positions / kStrip * kStrip, kStrip, kBlockColumns), all_columns);
     stride = (columns + kStrip - 1) / kStrip * kStrip;
-    slab = std::clamp<int64_t>(kSlabPositions / L, 1, task.sample_end - task.sample_begin);
+    slab = std::clamp<int64_t>(kSlabPositions / L, 1, samples);
     // The tile holds all rows where the positions come in several blocks, since only the last one completes them.
     rows = L > positions ? (group_rows + kRows - 1) / kRows * kRows : slab > 1 ? kRows : kBlockRows;
     patches = aligned_array<float>(slab * positions * stride);
@@ -221,24 +220,29 @@ struct LayerBlocks {
   }
 };
 
-// Forms rows [row, row + rows) of a group's gradient, columns [column, column + columns), of the samples of a slab. What a former
-// call has gathered is used again where all positions fit: patches for other rows, errors for other columns.
-inline void form_tile(const LayerArgs& layer, int64_t sample, int64_t samples, int64_t group, int64_t row, int64_t rows,
-                      int64_t column, int64_t columns, bool first_columns, LayerBlocks& blocks) {
-  const int64_t L = layer.positions(), group_rows = layer.out_channels / layer.groups;
+// Which rows of a group are wanted, of which samples.
+struct RowRange {
+  int64_t sample, samples, group, begin, end;
+};
+
+// Forms rows [row, row + rows) of a range, columns [column, column + columns). What a former call has gathered is used again where
+// all positions fit: patches for other rows, errors for other columns.
+inline void form_tile(const LayerArgs& layer, const RowRange& range, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                      bool first_columns, LayerBlocks& blocks) {
+  const int64_t L = layer.positions(), group_rows = layer.out_channels / layer.groups, sample = range.sample;
   const bool whole = L <= blocks.positions;
-  for (int64_t s = 0; s < samples; ++s) {
+  for (int64_t s = 0; s < range.samples; ++s) {
     float* const patches = blocks.patches.get() + s * blocks.positions * blocks.stride;
     float* const errors = blocks.errors.get() + s * blocks.sample_errors;
     float* const tile = blocks.tile.get() + s * blocks.rows * blocks.stride;
     for (int64_t first = 0; first < L; first += blocks.positions) {
       const int64_t count = std::min(blocks.positions, L - first);
-      if (!whole || row == 0) gather_patches(layer, sample + s, group, column, columns, first, count, blocks.window, patches);
-      if (!whole || (row == 0 && first_columns))
-        gather_errors(layer, sample + s, group * group_rows, group_rows, first, count, errors);
+      if (!whole || row == range.begin) gather_patches(layer, sample + s, range.group, column, columns, first, count, blocks.window, patches);
+      if (!whole || (row == range.begin && first_columns))
+        gather_errors(layer, sample + s, range.group * group_rows + range.begin, range.end - range.begin, first, count, errors);
       for (int64_t c = 0; c < columns; c += kStrip)
         for (int64_t o = 0; o < rows; o += kRows)
-          multiply_panels(errors + (row + o) * count, patches + c * count, count, first > 0, tile + o * blocks.stride + c,
+          multiply_panels(errors + (row - range.begin + o) * count, patches + c * count, count, first > 0, tile + o * blocks.stride + c,
                           blocks.stride);
     }
   }
@@ -248,7 +252,7 @@ void layer_chunk(const LayerTask& task) {
   const LayerArgs& layer = *task.layer;
   const SketchArgs& sketch = *task.sketch;
   const int64_t D = sketch.proj_dim, group_rows = layer.out_channels / layer.groups;
-  LayerBlocks blocks(task);
+  LayerBlocks blocks(layer, group_rows, task.column_end - task.column_begin, task.sample_end - task.sample_begin);
   const int lanes = sketch_lanes(D, sketch.nonzeros);
   const AddRun add = choose_add_run(lanes);
   const int64_t capacity = (blocks.columns + 3 * kSignsPerCall) / kSignsPerCall * kSignsPerCall;
@@ -261,7 +265,8 @@ void layer_chunk(const LayerTask& task) {
         const int64_t columns = std::min(blocks.columns, task.column_end - column);
         for (int64_t row = 0; row < group_rows; row += blocks.rows) {
           const int64_t rows = std::min(blocks.rows, group_rows - row);
-          form_tile(layer, sample, samples, group, row, rows, column, columns, column == task.column_begin, blocks);
+          form_tile(layer, {sample, samples, group, 0, group_rows}, row, rows, column, columns, column == task.column_begin,
+                    blocks);
           for (int64_t o = 0; o < rows; ++o) {
             // The sketch's tables come in whole calls of the generator: zeros around the entries add nothing.
             const int64_t at = sketch.column_offset + (group * group_rows + row + o) * layer.row_columns() + column;
@@ -278,6 +283,29 @@ void layer_chunk(const LayerTask& task) {
               }
             }
           }
+        }
+      }
+    }
+  }
+}
+
+// Writes rows [begin, end) of a group, or adds them to what is there.
+void layer_rows(const RowsTask& task) {
+  const LayerArgs& layer = *task.layer;
+  const int64_t columns = layer.row_columns();
+  LayerBlocks blocks(layer, task.end - task.begin, columns, 1);
+  for (int64_t column = 0; column < columns; column += blocks.columns) {
+    const int64_t width = std::min(blocks.columns, columns - column);
+    for (int64_t row = task.begin; row < task.end; row += blocks.rows) {
+      const int64_t rows = std::min(blocks.rows, task.end - row);
+      form_tile(layer, {task.sample, 1, task.group, task.begin, task.end}, row, rows, column, width, column == 0, blocks);
+      for (int64_t o = 0; o < rows; ++o) {
+        const float* const formed = blocks.tile.get() + o * blocks.stride;
+        float* const out = task.out + (row - task.begin + o) * columns + column;
+        if (task.add) {
+          for (int64_t c = 0; c < width; ++c) out[c] += formed[c];
+        } else {
+          std::copy_n(formed, width, out);
         }
       }
     }

@@ -9,9 +9,9 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/philox.h"
 #include "common/sketch.h"
 #include "cpu/buffer.h"
+#include "cpu/philox_calls.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -19,44 +19,6 @@
 
 namespace pyattr::cpu {
 namespace {
-
-// 32 consecutive signs of nonzero r from each of 4 * calls words: those of columns 128 first_call and on.
-inline void sketch_signs(int64_t first_call, int64_t calls, int r, uint32_t seed, uint32_t stream, uint32_t* words) {
-  int64_t call = 0;
-#if defined(__AVX2__)
-  // A word lives in a 64-bit lane, where vpmuludq reads and writes it; two vectors hide the multiplier's latency.
-  const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
-  for (; call + 8 <= calls; call += 8) {
-    __m256i x0[2], x1[2], x2[2], x3[2];
-    for (int h = 0; h < 2; ++h) {
-      x0[h] = _mm256_add_epi64(_mm256_set1_epi64x(first_call + call + 4 * h), _mm256_setr_epi64x(0, 1, 2, 3));
-      x1[h] = _mm256_set1_epi64x(r), x2[h] = _mm256_set1_epi64x(kSketchSigns), x3[h] = _mm256_setzero_si256();
-    }
-    for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
-      const __m256i k0 = _mm256_set1_epi64x(seed + round * kPhiloxW0), k1 = _mm256_set1_epi64x(stream + round * kPhiloxW1);
-      for (int h = 0; h < 2; ++h) {
-        const __m256i p0 = _mm256_mul_epu32(x0[h], m0), p1 = _mm256_mul_epu32(x2[h], m1);
-        x0[h] = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(x1[h], k0));
-        x2[h] = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(x3[h], k1));
-        x1[h] = p1, x3[h] = p0;
-      }
-    }
-    for (int h = 0; h < 2; ++h) {
-      const __m256i low = _mm256_blend_epi32(x0[h], _mm256_slli_epi64(x1[h], 32), 0xAA);
-      const __m256i high = _mm256_blend_epi32(x2[h], _mm256_slli_epi64(x3[h], 32), 0xAA);
-      const __m256i even = _mm256_unpacklo_epi64(low, high), odd = _mm256_unpackhi_epi64(low, high);  // calls 0 2, 1 3
-      __m256i* const out = reinterpret_cast<__m256i*>(words + 4 * (call + 4 * h));
-      _mm256_storeu_si256(out, _mm256_permute2x128_si256(even, odd, 0x20));
-      _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(even, odd, 0x31));
-    }
-  }
-#endif
-  for (; call < calls; ++call) {
-    const PhiloxBlock x = philox4x32_10(static_cast<uint32_t>(first_call + call), static_cast<uint32_t>(r), seed, stream,
-                                        kSketchSigns);
-    std::copy_n(x.word, 4, words + 4 * call);
-  }
-}
 
 // One nonzero of the matrix.
 struct SketchWalk {
@@ -75,7 +37,7 @@ struct SketchRun {
   Aligned<uint8_t> xors;      // [columns / W] what a piece's lanes are xored with
 
   SketchRun(int64_t capacity, int lanes)
-      : words(aligned_array<uint32_t>(capacity / 32)),
+      : words(aligned_array<uint32_t>(capacity / 32 + 32)),  // written eight calls at a time
         targets(aligned_array<uint32_t>(capacity / lanes + 8)),  // written in eights
         stops(aligned_array<int64_t>(capacity / lanes)),
         xors(aligned_array<uint8_t>(capacity / lanes)) {}
@@ -116,7 +78,8 @@ inline void sketch_targets(const SketchWalk& walk, int64_t first, int64_t count,
 
 // first_column and columns are multiples of 128.
 inline void make_run(const SketchWalk& walk, int64_t first_column, int64_t columns, SketchRun& run) {
-  sketch_signs(first_column / kSignsPerCall, columns / kSignsPerCall, walk.r, walk.seed, walk.stream, run.words.get());
+  philox_calls(static_cast<uint32_t>(first_column / kSignsPerCall), columns / kSignsPerCall, static_cast<uint32_t>(walk.r),
+               kSketchSigns, walk.seed, walk.stream, run.words.get());
   sketch_targets(walk, first_column / walk.lanes, columns / walk.lanes, run);
 }
 

@@ -197,7 +197,7 @@ class _Projected:
         if any(local != "weight" or site.rule.as_layer is None for site, local, _ in sources):
             return False
         layers = [site.rule.as_layer(site.module, *pair) for site, _, pairs in sources for pair in pairs]
-        if any(layer.sketchable() for layer in layers):
+        if any(layer.unfit() for layer in layers):
             return False
         key = self.projector
         for layer in layers:

@@ -1,14 +1,16 @@
 """Per-sample weight gradients of linear and convolution layers: formed a few rows at a time, or projected without forming them.
 
 A linear layer is a convolution with 1 x 1 kernels. The gradient of a sample correlates its input (the activations) with the
-gradient of the loss with respect to the output (the errors). Rows are formed in one of two ways, chosen by where and on what:
+gradient of the loss with respect to the output (the errors). Rows are formed in one of these ways, chosen by where and on what:
 
-- *unfolded*: patches times errors, one matrix product per sample. Copies the patches: costs with the size of the map.
+- *pointwise*: where patches are pixels, one matrix product per sample.
 - *grouped*: a library call, the weight gradient of a convolution that has the samples as its groups. Returns a gradient
   that must be copied: costs with the size of the weight. Used on the CPU in float32 for maps with more positions than
   the layer has output channels, which is where it was measured to be faster.
+- *tiled*: our own kernel, which gathers patches into panels in the cache. On the CPU in float32, for other maps.
+- *unfolded*: patches, copied, times errors, one matrix product per sample. On other devices and in other dtypes.
 
-Both take a few samples at a time (``WORKSPACE_BYTES``).
+The second and the last take a few samples at a time (``WORKSPACE_BYTES``).
 """
 
 from collections.abc import Iterator
@@ -79,8 +81,13 @@ class Layer(NamedTuple):
         if all(k == s == 1 and p == 0 for k, s, p in settings) and self.acts.shape[3:] == self.errs.shape[3:]:
             _put_patch_product(self.acts.flatten(3), self.errs, self.groups, out, add)
             return
+        own = not self.unfit()
         on_cpu = self.acts.device.type == "cpu" and self.acts.dtype == torch.float32
-        if self.acts.dim() > 5 or (on_cpu and positions > self.errs.shape[2] // self.groups):
+        wide = on_cpu and positions > self.errs.shape[2] // self.groups
+        if own and not wide:
+            self._run("layer_gradient_cpu", 0, self.errs.shape[2], out.data_ptr(), out.stride(0), add)
+            return
+        if self.acts.dim() > 5 or wide:
             method, sample_bytes = _put_grouped, out[0].nbytes
         else:
             method, sample_bytes = _put_unfolded, self.acts[0].numel() * self.taps * self.acts.element_size()
@@ -89,8 +96,8 @@ class Layer(NamedTuple):
             part = slice(start, start + step)
             method(self._replace(acts=self.acts[part], errs=self.errs[part]), out[part], add)
 
-    def sketchable(self) -> list[str]:
-        """Why `sketch` cannot take this layer; empty when it can."""
+    def unfit(self) -> list[str]:
+        """Why our own kernels for the CPU cannot take this layer; empty when they can."""
         reasons = backends.cpu_unavailable("layer_sketch_cpu")()
         for argument, tensor in (("acts", self.acts), ("errs", self.errs)):
             if tensor.device.type != "cpu":
@@ -103,16 +110,17 @@ class Layer(NamedTuple):
 
     def sketch(self, out: Tensor, seed: int, stream: int, column_offset: int, nonzeros: int, scale: float):
         """Add the sparse projection of the whole gradient to ``out [B, D]``, without writing the gradient to memory."""
+        self._run("layer_sketch_cpu", out.data_ptr(), out.shape[1], seed, stream, column_offset, nonzeros, scale)
+
+    def _run(self, kernel: str, *arguments):
         acts, errs = self.acts, self.errs
         settings = [self.kernel_size, self.stride, self.padding, self.dilation]
         if len(self.kernel_size) == 1:  # a map one pixel wide
             acts, errs = acts.unsqueeze(4), errs.unsqueeze(4)
             settings = [(*values, rest) for values, rest in zip(settings, (1, 1, 0, 1), strict=True)]
         shapes = (acts.data_ptr(), acts.shape, acts.stride(), errs.data_ptr(), errs.shape, errs.stride())
-        backends.extension().layer_sketch_cpu(
-            *shapes, *settings, self.groups, out.data_ptr(), out.shape[1], seed, stream, column_offset, nonzeros, scale,
-            threads.usable(torch.get_num_threads()),
-        )  # fmt: skip
+        run = getattr(backends.extension(), kernel)
+        run(*shapes, *settings, self.groups, *arguments, threads.usable(torch.get_num_threads()))
 
 
 def put(values: Tensor, out: Tensor, add: bool):
