@@ -36,6 +36,8 @@ pyattr::LayerArgs layer_args(uintptr_t acts, const Five& acts_sizes, const Five&
     args.kernel[i] = kernel[i], args.stride[i] = stride[i], args.padding[i] = padding[i], args.dilation[i] = dilation[i];
   }
   require(acts_sizes[0] == errs_sizes[0] && acts_sizes[1] == errs_sizes[1], "acts and errs must have as many samples and views");
+  const auto empty = [](const Five& sizes) { return sizes[0] * sizes[1] * sizes[2] * sizes[3] * sizes[4] == 0; };
+  require((acts != 0 || empty(acts_sizes)) && (errs != 0 || empty(errs_sizes)), "acts or errs is a null address");
   require(groups >= 1 && acts_sizes[2] % groups == 0 && errs_sizes[2] % groups == 0, "groups must divide the channels");
   args.num_samples = acts_sizes[0], args.num_views = acts_sizes[1], args.channels = acts_sizes[2];
   args.height = acts_sizes[3], args.width = acts_sizes[4];
@@ -64,12 +66,12 @@ void bind_layer_sketch(pybind11::module_& m) {
         [](uintptr_t acts, const Five& acts_sizes, const Five& acts_strides, uintptr_t errs, const Five& errs_sizes,
            const Five& errs_strides, const Two& kernel, const Two& stride, const Two& padding, const Two& dilation,
            int64_t groups, uintptr_t out, int64_t proj_dim, uint32_t seed, uint32_t stream, int64_t column_offset, int nonzeros,
-           float scale, int num_threads) {
+           int num_threads) {
           const pyattr::LayerArgs layer = layer_args(acts, acts_sizes, acts_strides, errs, errs_sizes, errs_strides, kernel,
                                                      stride, padding, dilation, groups);
           const int64_t columns = layer.out_channels * layer.row_columns();
           pyattr::SketchArgs sketch = pyattr::bind::sketch_args(0, 2, 0, columns, 0, 0, out, proj_dim, seed, stream,
-                                                                column_offset, nonzeros, scale);
+                                                                column_offset, nonzeros, 1.0f);
           if (out == 0 && layer.num_samples > 0) throw std::invalid_argument("out is a null address");
           pybind11::gil_scoped_release release;
           pyattr::cpu::layer_sketch(layer, sketch, num_threads);

@@ -18,10 +18,14 @@ constexpr uint32_t kPrimeGaps[kNumPrimes] = {
 // Third word of the Philox counter: 0 is the dense matrices'.
 constexpr uint32_t kSketchSigns = 1, kSketchTiles = 2;
 
-// W: columns of a block, a power of two up to 32 that divides D and leaves a block to every nonzero (D >= nonzeros).
+// W: columns of a block, a power of two up to 32 that divides D and leaves blocks to every nonzero (D >= nonzeros), as many to each
+// where that can be.
 inline int sketch_lanes(int64_t proj_dim, int nonzeros) {
   int lanes = 32;
-  while (proj_dim % lanes != 0 || proj_dim / lanes < nonzeros) lanes /= 2;
+  while (proj_dim % lanes != 0 || proj_dim / lanes < nonzeros ||
+         (proj_dim % nonzeros == 0 && proj_dim / lanes % nonzeros != 0)) {
+    lanes /= 2;
+  }
   return lanes;
 }
 

@@ -25,6 +25,9 @@ int64_t num_parts(const LayerArgs& layer, int64_t proj_dim) {
   return std::clamp<int64_t>(std::min(kSumFloats / proj_dim, layer.row_columns() / kPartColumns), 1, kMostParts);
 }
 
+constexpr int64_t kSlab = 8;              // samples of a task
+constexpr int64_t kSumBytes = 16 << 20;
+
 }  // namespace
 
 void layer_sketch(const LayerArgs& layer, const SketchArgs& sketch, int num_threads) {
@@ -35,19 +38,34 @@ void layer_sketch(const LayerArgs& layer, const SketchArgs& sketch, int num_thre
   if (simd_level() == SimdLevel::avx2) kernel = layer_chunk_avx2;
   if (simd_level() == SimdLevel::avx512) kernel = layer_chunk_avx512;
 #endif
-  const int64_t parts = num_parts(layer, D), slab = std::min<int64_t>(B, 8), slabs = (B + slab - 1) / slab;
-  std::vector<float> sums(static_cast<size_t>(B * parts * D));  // [slabs][parts][slab][D]
-  parallel_for(slabs * parts, usable_threads(num_threads), [&](int64_t task) {
-    const int64_t first = task / parts * slab, last = std::min(B, first + slab), part = task % parts;
-    kernel({&layer, &sketch, first, last, part * columns / parts, (part + 1) * columns / parts,
-            sums.data() + (first * parts + part * (last - first)) * D});
-  });
-  for (int64_t b = 0; b < B; ++b) {
-    const int64_t first = b / slab * slab, samples = std::min(slab, B - first);
-    float* const out = sketch.out + b * D;
-    for (int64_t part = 0; part < parts; ++part) {
-      const float* const sum = sums.data() + (first * parts + part * samples + b - first) * D;
-      for (int64_t j = 0; j < D; ++j) out[j] += sketch.scale * sum[j];
+  const int64_t parts = num_parts(layer, D), slab = std::min<int64_t>(B, kSlab), threads = usable_threads(num_threads);
+  if (parts == 1) {
+    parallel_for((B + slab - 1) / slab, threads, [&](int64_t task) {
+      const int64_t first = task * slab;
+      kernel({&layer, &sketch, first, std::min(B, first + slab), 0, columns, sketch.out + first * D});
+    });
+    return;
+  }
+  // So many samples at a time that their sums take 16 MB at most.
+  const int64_t together = std::max(slab, kSumBytes / (4 * parts * D) / slab * slab);
+  std::vector<float> sums;  // [slabs][parts][slab][D]
+  for (int64_t low = 0; low < B; low += together) {
+    const int64_t high = std::min(B, low + together), slabs = (high - low + slab - 1) / slab;
+    sums.assign(static_cast<size_t>((high - low) * parts * D), 0.0f);
+    const auto at = [&](int64_t first, int64_t samples, int64_t part) {
+      return sums.data() + ((first - low) * parts + part * samples) * D;
+    };
+    parallel_for(slabs * parts, threads, [&](int64_t task) {
+      const int64_t first = low + task / parts * slab, last = std::min(high, first + slab), part = task % parts;
+      kernel({&layer, &sketch, first, last, part * columns / parts, (part + 1) * columns / parts, at(first, last - first, part)});
+    });
+    for (int64_t first = low; first < high; first += slab) {
+      const int64_t samples = std::min(slab, high - first);
+      float* const out = sketch.out + first * D;
+      for (int64_t part = 0; part < parts; ++part) {
+        const float* const sum = at(first, samples, part);
+        for (int64_t e = 0; e < samples * D; ++e) out[e] += sum[e];
+      }
     }
   }
 }

@@ -6,8 +6,8 @@
 
 namespace pyattr::cpu {
 
-// out[b, j] += scale * sum over the weight's entries p of M[j, column_offset + p] * G_b[p]. Of `sketch`, grads and what describes
-// them are not used.
+// out[b, j] += sum over the weight's entries p of M[j, column_offset + p] * G_b[p]. Of `sketch`, grads and what describes them, and
+// the scale, are not used.
 void layer_sketch(const LayerArgs& layer, const SketchArgs& sketch, int num_threads);
 
 // out[b, o - row_begin, :] (+)= row o of sample b's gradient, for rows [row_begin, row_end), rows out_stride apart from sample to

@@ -31,6 +31,7 @@ constexpr int64_t kBlockPositions = 256;   // positions of the patches gathered 
 constexpr int64_t kPatchFloats = 64 << 10;  // 256 KB of patches: half of a second-level cache
 constexpr int64_t kBlockColumns = 1024;    // of a row at most
 constexpr int64_t kBlockRows = 24;         // whose gradients are formed before they are added to the sums
+constexpr int64_t kMostRows = 2040;        // whose errors are gathered at a time: 2 MB
 constexpr int64_t kSlabPositions = 32;     // of all samples that share the sketch's tables, where one has few
 
 inline lanes_t multiply_add(lanes_t a, lanes_t b, lanes_t c) {
@@ -107,26 +108,26 @@ struct Window {
   int64_t capacity = 0;
 };
 
-// The window of `channels` channels of one view for map rows [y, y + count).
-inline void open_window(const LayerArgs& layer, int64_t sample, int64_t view, int64_t channels, int64_t y, int64_t count,
-                        Window& window) {
+// The window of `channels` channels of one view for rows [y, y + count) and columns [x, x + length) of the map.
+inline void open_window(const LayerArgs& layer, int64_t sample, int64_t view, int64_t channels, int64_t y, int64_t count, int64_t x,
+                        int64_t length, Window& window) {
   window.rows = (count - 1) * layer.stride[0] + (layer.kernel[0] - 1) * layer.dilation[0] + 1;
-  window.width = (layer.out_width - 1) * layer.stride[1] + (layer.kernel[1] - 1) * layer.dilation[1] + 1;
-  const int64_t size = channels * window.rows * window.width + 4 * layer.stride[1];
+  window.width = (length - 1) * layer.stride[1] + (layer.kernel[1] - 1) * layer.dilation[1] + 1;
+  const int64_t size = channels * window.rows * window.width + 4;
   if (size > window.capacity) {
     window.values = aligned_array<float>(size);
     window.capacity = size;
   }
   std::fill_n(window.values.get(), size, 0.0f);
   const int64_t* const strides = layer.acts_strides;
-  const int64_t top = y * layer.stride[0] - layer.padding[0], left = -layer.padding[1];
+  const int64_t top = y * layer.stride[0] - layer.padding[0], left = x * layer.stride[1] - layer.padding[1];
   const int64_t begin = std::max<int64_t>(0, left), end = std::min(layer.width, left + window.width);
   for (int64_t c = 0; c < channels; ++c) {
     const float* const plane = layer.acts + sample * strides[0] + view * strides[1] + (window.first_channel + c) * strides[2];
     for (int64_t row = std::max<int64_t>(0, top); row < std::min(layer.height, top + window.rows); ++row) {
       float* const out = window.values.get() + (c * window.rows + row - top) * window.width - left;
       const float* const in = plane + row * strides[3];
-      for (int64_t x = begin; x < end; ++x) out[x] = in[x * strides[4]];
+      for (int64_t at = begin; at < end; ++at) out[at] = in[at * strides[4]];
     }
   }
 }
@@ -142,7 +143,10 @@ inline void gather_patches(const LayerArgs& layer, int64_t sample, int64_t group
   for (int64_t l = first, stop; l < first + count; l = stop) {  // positions of one view
     const int64_t view = l / map, top = l % map / layer.out_width;
     stop = std::min(first + count, (view + 1) * map);
-    open_window(layer, sample, view, channels, top, (stop - 1) % map / layer.out_width + 1 - top, window);
+    // Of a single row of the map, only the columns that are wanted.
+    const int64_t map_rows = (stop - 1) % map / layer.out_width + 1 - top;
+    const int64_t left = map_rows == 1 ? l % layer.out_width : 0, length = map_rows == 1 ? stop - l : layer.out_width;
+    open_window(layer, sample, view, channels, top, map_rows, left, length, window);
     for (int64_t c = 0; c < columns; c += 4) {  // four columns at a time: their neighbours make whole stores
       const float* read[4];  // at the window's output row 0 and column 0
       for (int i = 0; i < 4; ++i) {
@@ -153,21 +157,21 @@ inline void gather_patches(const LayerArgs& layer, int64_t sample, int64_t group
       float* const out = panels + c / kStrip * kStrip * count + c % kStrip;
       for (int64_t at = l; at < stop;) {  // rows of the map
         const int64_t y = at % map / layer.out_width - top, x = at % layer.out_width;
-        const int64_t length = std::min(layer.out_width - x, stop - at);
-        const int64_t offset = y * layer.stride[0] * window.width + x * step;
-        for (int64_t j = 0; j < length; j += 4) {
+        const int64_t count_here = std::min(layer.out_width - x, stop - at);
+        const int64_t offset = y * layer.stride[0] * window.width + (x - left) * step;
+        for (int64_t j = 0; j < count_here; j += 4) {
           quad_t in[4];
           for (int i = 0; i < 4; ++i) {
             const float* const line = read[i] + offset + j * step;
             if (step == 1) {
               __builtin_memcpy(&in[i], line, sizeof(quad_t));
             } else {
-              in[i] = quad_t{line[0], line[step], line[2 * step], line[3 * step]};
+              for (int64_t k = 0; k < 4; ++k) in[i][k] = line[std::min(k, count_here - j - 1) * step];
             }
           }
-          transpose_quads(in, length - j, out + (at - first + j) * kStrip);
+          transpose_quads(in, count_here - j, out + (at - first + j) * kStrip);
         }
-        at += length;
+        at += count_here;
       }
     }
   }
@@ -208,7 +212,8 @@ struct LayerBlocks {
   LayerBlocks(const LayerArgs& layer, int64_t most_rows, int64_t all_columns, int64_t samples) {
     const int64_t L = layer.positions(), group_rows = std::min(most_rows, layer.out_channels / layer.groups);
     positions = std::min(L, kBlockPositions);
-    columns = std::min(std::clamp(kPatchFloats / positions / kStrip * kStrip, kStrip, kBlockColumns), all_columns);
+    // In multiples of 32, a whole number of panels at every SIMD level: the order of the sums must not depend on it.
+    columns = std::min(std::clamp<int64_t>(kPatchFloats / positions / 32 * 32, 32, kBlockColumns), all_columns);
     stride = (columns + kStrip - 1) / kStrip * kStrip;
     slab = std::clamp<int64_t>(kSlabPositions / L, 1, samples);
     // The tile holds all rows where the positions come in several blocks, since only the last one completes them.
@@ -252,7 +257,7 @@ void layer_chunk(const LayerTask& task) {
   const LayerArgs& layer = *task.layer;
   const SketchArgs& sketch = *task.sketch;
   const int64_t D = sketch.proj_dim, group_rows = layer.out_channels / layer.groups;
-  LayerBlocks blocks(layer, group_rows, task.column_end - task.column_begin, task.sample_end - task.sample_begin);
+  LayerBlocks blocks(layer, std::min(group_rows, kMostRows), task.column_end - task.column_begin, task.sample_end - task.sample_begin);
   const int lanes = sketch_lanes(D, sketch.nonzeros);
   const AddRun add = choose_add_run(lanes);
   const int64_t capacity = (blocks.columns + 3 * kSignsPerCall) / kSignsPerCall * kSignsPerCall;
@@ -261,25 +266,27 @@ void layer_chunk(const LayerTask& task) {
   for (int64_t sample = task.sample_begin; sample < task.sample_end; sample += blocks.slab) {
     const int64_t samples = std::min(blocks.slab, task.sample_end - sample);
     for (int64_t group = 0; group < layer.groups; ++group) {
-      for (int64_t column = task.column_begin; column < task.column_end; column += blocks.columns) {
-        const int64_t columns = std::min(blocks.columns, task.column_end - column);
-        for (int64_t row = 0; row < group_rows; row += blocks.rows) {
-          const int64_t rows = std::min(blocks.rows, group_rows - row);
-          form_tile(layer, {sample, samples, group, 0, group_rows}, row, rows, column, columns, column == task.column_begin,
-                    blocks);
-          for (int64_t o = 0; o < rows; ++o) {
-            // The sketch's tables come in whole calls of the generator: zeros around the entries add nothing.
-            const int64_t at = sketch.column_offset + (group * group_rows + row + o) * layer.row_columns() + column;
-            const int64_t lead = at % kSignsPerCall;
-            const int64_t whole = (lead + columns + kSignsPerCall - 1) / kSignsPerCall * kSignsPerCall;
-            std::fill_n(entries.get(), lead, 0.0f);
-            std::fill_n(entries.get() + lead + columns, whole - lead - columns, 0.0f);
-            for (int r = 0; r < sketch.nonzeros; ++r) {
-              make_run({lanes, r, sketch_group(D, sketch.nonzeros, r), sketch.seed, sketch.stream}, at - lead, whole, run);
-              for (int64_t s = 0; s < samples; ++s) {
-                const float* const formed = blocks.tile.get() + (s * blocks.rows + o) * blocks.stride;
-                std::copy_n(formed, columns, entries.get() + lead);
-                add(run, entries.get(), task.sums + (sample + s - task.sample_begin) * D);
+      for (int64_t low = 0; low < group_rows; low += kMostRows) {
+        const RowRange range{sample, samples, group, low, std::min(group_rows, low + kMostRows)};
+        for (int64_t column = task.column_begin; column < task.column_end; column += blocks.columns) {
+          const int64_t columns = std::min(blocks.columns, task.column_end - column);
+          for (int64_t row = range.begin; row < range.end; row += blocks.rows) {
+            const int64_t rows = std::min(blocks.rows, range.end - row);
+            form_tile(layer, range, row, rows, column, columns, column == task.column_begin, blocks);
+            for (int64_t o = 0; o < rows; ++o) {
+              // The sketch's tables come in whole calls of the generator: zeros around the entries add nothing.
+              const int64_t at = sketch.column_offset + (group * group_rows + row + o) * layer.row_columns() + column;
+              const int64_t lead = at % kSignsPerCall;
+              const int64_t whole = (lead + columns + kSignsPerCall - 1) / kSignsPerCall * kSignsPerCall;
+              std::fill_n(entries.get(), lead, 0.0f);
+              std::fill_n(entries.get() + lead + columns, whole - lead - columns, 0.0f);
+              for (int r = 0; r < sketch.nonzeros; ++r) {
+                make_run({lanes, r, sketch_group(D, sketch.nonzeros, r), sketch.seed, sketch.stream}, at - lead, whole, run);
+                for (int64_t s = 0; s < samples; ++s) {
+                  const float* const formed = blocks.tile.get() + (s * blocks.rows + o) * blocks.stride;
+                  std::copy_n(formed, columns, entries.get() + lead);
+                  add(run, entries.get(), task.sums + (sample + s - task.sample_begin) * D);
+                }
               }
             }
           }
@@ -293,19 +300,22 @@ void layer_chunk(const LayerTask& task) {
 void layer_rows(const RowsTask& task) {
   const LayerArgs& layer = *task.layer;
   const int64_t columns = layer.row_columns();
-  LayerBlocks blocks(layer, task.end - task.begin, columns, 1);
-  for (int64_t column = 0; column < columns; column += blocks.columns) {
-    const int64_t width = std::min(blocks.columns, columns - column);
-    for (int64_t row = task.begin; row < task.end; row += blocks.rows) {
-      const int64_t rows = std::min(blocks.rows, task.end - row);
-      form_tile(layer, {task.sample, 1, task.group, task.begin, task.end}, row, rows, column, width, column == 0, blocks);
-      for (int64_t o = 0; o < rows; ++o) {
-        const float* const formed = blocks.tile.get() + o * blocks.stride;
-        float* const out = task.out + (row - task.begin + o) * columns + column;
-        if (task.add) {
-          for (int64_t c = 0; c < width; ++c) out[c] += formed[c];
-        } else {
-          std::copy_n(formed, width, out);
+  LayerBlocks blocks(layer, std::min(task.end - task.begin, kMostRows), columns, 1);
+  for (int64_t low = task.begin; low < task.end; low += kMostRows) {
+    const RowRange range{task.sample, 1, task.group, low, std::min(task.end, low + kMostRows)};
+    for (int64_t column = 0; column < columns; column += blocks.columns) {
+      const int64_t width = std::min(blocks.columns, columns - column);
+      for (int64_t row = range.begin; row < range.end; row += blocks.rows) {
+        const int64_t rows = std::min(blocks.rows, range.end - row);
+        form_tile(layer, range, row, rows, column, width, column == 0, blocks);
+        for (int64_t o = 0; o < rows; ++o) {
+          const float* const formed = blocks.tile.get() + o * blocks.stride;
+          float* const out = task.out + (row - task.begin + o) * columns + column;
+          if (task.add) {
+            for (int64_t c = 0; c < width; ++c) out[c] += formed[c];
+          } else {
+            std::copy_n(formed, width, out);
+          }
         }
       }
     }

@@ -53,19 +53,23 @@ void sparse_project(const SketchArgs& args, int num_threads) {
   const int64_t chunk = chunk_columns(D), fit = std::clamp<int64_t>(kSumsBytes / (4 * D), 1, kMaxSlab);
   std::fill_n(args.out, B * D, 0.0f);
   if (threads > 1 && B < threads) {  // threads share the chunks, some at a time, and join their sums in order
-    std::vector<float> wave(static_cast<size_t>(threads) * B * D);  // [threads][B][D]
-    for (int64_t begin = 0; begin < args.num_columns;) {
-      std::vector<int64_t> bounds{begin};
-      while (bounds.back() < args.num_columns && static_cast<int>(bounds.size()) <= threads)
-        bounds.push_back(chunk_end(args, bounds.back(), chunk));
-      const int64_t count = static_cast<int64_t>(bounds.size()) - 1;
-      parallel_for(count, threads, [&](int64_t k) {
-        float* const sums = wave.data() + k * B * D;
-        std::fill_n(sums, B * D, 0.0f);
-        kernel({&args, 0, B, bounds[k], bounds[k + 1], sums});
-      });
-      for (int64_t k = 0; k < count; ++k) join(wave.data() + k * B * D, B * D, args.out);
-      begin = bounds.back();
+    const int64_t together = std::min(B, fit);  // samples
+    std::vector<float> wave(static_cast<size_t>(threads * together * D));  // [threads][together][D]
+    for (int64_t first = 0; first < B; first += together) {
+      const int64_t last = std::min(B, first + together), size = (last - first) * D;
+      for (int64_t begin = 0; begin < args.num_columns;) {
+        std::vector<int64_t> bounds{begin};
+        while (bounds.back() < args.num_columns && static_cast<int>(bounds.size()) <= threads)
+          bounds.push_back(chunk_end(args, bounds.back(), chunk));
+        const int64_t count = static_cast<int64_t>(bounds.size()) - 1;
+        parallel_for(count, threads, [&](int64_t k) {
+          float* const sums = wave.data() + k * size;
+          std::fill_n(sums, size, 0.0f);
+          kernel({&args, first, last, bounds[k], bounds[k + 1], sums});
+        });
+        for (int64_t k = 0; k < count; ++k) join(wave.data() + k * size, size, args.out + first * D);
+        begin = bounds.back();
+      }
     }
     scale_rows(args.out, B * D, args.scale);
     return;

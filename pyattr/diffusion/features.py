@@ -131,7 +131,7 @@ class FeatureMap:
         count = min(timesteps_per_pass, len(times))
         if count > 1:
             # Two images at a time are measured, so half of the budget is for one.
-            least = gradients.least_memory(model, loss, rows(x[:2], ids[:2], slice(0, 1)), self.kind)
+            least = gradients.least_memory(model, loss, rows(x[:2], ids[:2], slice(0, 1)), self.proj_dim, self.kind)
             count = max(1, min(count, memory // 2 // least))
         count = -(-len(times) // -(-len(times) // count))  # equal passes
         total = None

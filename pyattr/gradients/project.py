@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import rademacher_project
 from ..ops._layer_projection import KINDS, Projector, piece
+from ..ops._layers import Layer, takes_sketches
 from ..reference.multisketch_project import WIDTH
 from .batch import Batch
 from .capture import Loss
@@ -18,6 +19,7 @@ from .plan import Planner
 COPIES = 3  # of a block of gradients: itself, and one by a library in another layout and order
 BLOCK_BYTES = 16 << 20  # of a block of gradients at most: more gains nothing, and this stays in the cache longer
 TRANSIENTS = 2  # of a layer's largest input or error: what a rule makes of them on the way to a gradient
+PART_SUMS = 4 << 17  # bytes of the sums that a sketch of a large layer keeps apart, per sample
 GIB = 1 << 30
 
 
@@ -86,7 +88,9 @@ def project_gradients(
     parts, start = [], 0
     while start < batch.size:
         passes = planner.memory(batch)
-        size, block = split(planner.plan.slow, passes, planner.parameters, batch.size - start, memory, _held(kind))
+        size, block = split(
+            planner.plan.slow, passes, planner.parameters, batch.size - start, memory, _held(kind, proj_dim)
+        )
         make_receiver = partial(_Projected, planner.parameters, size, block, projector)
         out = planner.run(batch[start : start + size], make_receiver).out
         parts.append(rademacher_project(out, proj_dim, seed=seed) if kind == "multisketch" else out)
@@ -94,23 +98,22 @@ def project_gradients(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def least_memory(module: nn.Module, loss: Loss, batch, kind: str = "rademacher") -> int:
+def least_memory(module: nn.Module, loss: Loss, batch, proj_dim: int, kind: str = "rademacher") -> int:
     """The least ``memory`` that `project_gradients` accepts: what one sample takes.
 
     Args:
-        module, loss, batch: as in `per_sample_gradients`.
-        kind: as in `project_gradients`.
+        module, loss, batch, proj_dim, kind: as in `project_gradients`.
 
     Extra memory: what two samples take, the first time.
     """
     batch = Batch.of(batch)
     planner = Planner(module, loss, batch)
-    return sum(_needs(planner.plan.slow, planner.memory(batch), planner.parameters, _held(kind)))
+    return sum(_needs(planner.plan.slow, planner.memory(batch), planner.parameters, _held(kind, proj_dim)))
 
 
-def _held(kind: str) -> int:
-    """Bytes between the two stages of a multisketch, for one sample."""
-    return 4 * WIDTH if kind == "multisketch" else 0
+def _held(kind: str, proj_dim: int) -> int:
+    """Bytes for one sample beside the passes: a projected piece, the sums of a sketch's parts, or those between two stages."""
+    return {"sparse": PART_SUMS, "multisketch": 4 * WIDTH}.get(kind, 0) + 4 * proj_dim
 
 
 def split(
@@ -197,16 +200,24 @@ class _Projected:
         if any(local != "weight" or site.rule.as_layer is None for site, local, _ in sources):
             return False
         layers = [site.rule.as_layer(site.module, *pair) for site, _, pairs in sources for pair in pairs]
-        if any(layer.unfit() for layer in layers):
+        if not takes_sketches(self.out) or any(layer.unfit() for layer in layers):
             return False
-        key = self.projector
         for layer in layers:
-            layer.sketch(self.out, key.seed, key.stream, self.offsets[name], key.nonzeros, key.scale)
+            self._sketch(layer, self.offsets[name])
         return True
+
+    def _sketch(self, layer: Layer, offset: int):
+        key = self.projector
+        layer.sketch(self.out, key.seed, key.stream, offset, key.nonzeros)
 
     def from_tensor(self, name: str, grads: Tensor):
         self._add(grads.to(result_dtype(grads)), self.offsets[name])
 
     def _add(self, grads: Tensor, offset: int):
         flat = grads.reshape(self.out.shape[0], -1)
+        if self.projector.kind == "sparse" and takes_sketches(self.out):
+            # Straight to the sums, as the weight of one output: a projection of its own would fill [B, D] for a few columns.
+            layer = Layer.linear(flat[:, None], flat.new_ones(()).expand(len(flat), 1, 1))
+            if not layer.unfit():
+                return self._sketch(layer, offset)
         self.out += piece(self.projector, flat, offset, None).to(self.out.device)

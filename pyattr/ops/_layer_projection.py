@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import arrays, backends
 from ..backends import Backend
 from ..reference.multisketch_project import WIDTH
 from ._arguments import check_integer, check_scale
-from ._layers import Layer
+from ._layers import Layer, written_out
 from ._precision import full_float32
 from .gaussian_project import MAX_COLUMNS as GAUSSIAN_COLUMNS
 from .gaussian_project import gaussian_project
@@ -19,7 +20,10 @@ from .sparse_project import check_nonzeros, sparse_project
 
 KINDS = ("rademacher", "gaussian", "sparse", "multisketch")
 TILE_BYTES = 16 << 20  # rows of the gradients that are formed at a time
-SLAB_BYTES = 16 << 20  # float32 copies of the inputs, or sums between the stages of a multisketch, at a time
+# With so few samples a tile has rows enough that gathering the patches again for each is little work; with fewer, making the
+# matrix again for each would be much.
+TILE_SAMPLES = 32
+SLAB_BYTES = 8 << 20  # float32 copies of the inputs, or sums between the stages of a multisketch, at a time
 
 
 class Projector(NamedTuple):
@@ -77,6 +81,8 @@ class LayerProjection:
         elif nonzeros != 1:
             raise ValueError(f"{op}: nonzeros must be 1 for kind {kind!r}, got {nonzeros}")
         limit = GAUSSIAN_COLUMNS if kind == "gaussian" else MAX_COLUMNS
+        if columns > limit:
+            raise ValueError(f"{op}: errs and acts must make at most {limit} columns for kind {kind!r}, got {columns}")
         offset = check_integer(op, "column_offset", projector.column_offset, 0, limit - columns)
         if num_columns is None and offset and kind in ("sparse", "multisketch"):
             raise ValueError(f"{op}: num_columns must be given with column_offset, got None")
@@ -109,31 +115,37 @@ class LayerProjection:
 
 def project_layer(layer: Layer, projector: Projector, backend: str) -> Tensor:
     """The projection of a layer's weight, and of its bias behind it if there is one.  # [B, D]"""
-    dense = None
+    key = {"seed": projector.seed, "stream": projector.stream}
     if projector.kind == "multisketch":
-        dense, projector = projector, projector._replace(kind="sparse", proj_dim=WIDTH, scale=1.0)
-    batch, (rows, width) = layer.errs.shape[0], (layer.errs.shape[2], layer.width)
+        sketch = project_layer(layer, projector._replace(kind="sparse", proj_dim=WIDTH, scale=1.0), backend)
+        return rademacher_project(sketch, projector.proj_dim, scale=projector.scale, backend=backend, **key)
+    batch, rows, offset = layer.errs.shape[0], layer.errs.shape[2], projector.column_offset
     out = torch.zeros(batch, projector.proj_dim, dtype=torch.float32, device=layer.acts.device)
+    layers = [(layer, offset), (Layer.bias(layer.errs), offset + rows * layer.width)][: 1 + projector.bias]
     if projector.kind == "sparse" and backend == "cpu":
         # Tiles of it stay in registers and caches.
-        key = (projector.seed, projector.stream, projector.column_offset, projector.nonzeros, projector.scale)
-        layer.sketch(out, *key)
-    elif batch and rows and width:
-        step = min(rows, max(1, TILE_BYTES // (4 * batch * width)))
-        buffer = torch.empty(batch * step * width, dtype=torch.float32, device=out.device)
-        for start in range(0, rows, step):
-            size = min(step, rows - start)
-            tile = buffer[: batch * size * width].view(batch, size, width // layer.taps, *layer.kernel_size)
-            layer.put(slice(start, start + size), tile, False)
-            out += piece(projector, tile.flatten(1), projector.column_offset + start * width, backend)
-    if projector.bias:
-        sums = layer.errs.flatten(3).sum((1, 3))  # [B, O]
-        out += piece(projector, sums, projector.column_offset + rows * width, backend)
-    if dense is None:
-        return out
-    return rademacher_project(
-        out, dense.proj_dim, seed=dense.seed, stream=dense.stream, scale=dense.scale, backend=backend
-    )
+        for part, start in layers:
+            part.sketch(out, **key, column_offset=start, nonzeros=projector.nonzeros)
+        return out.mul_(projector.scale)
+    for part, start in layers:
+        for samples in range(0, batch, TILE_SAMPLES):
+            few = slice(samples, samples + TILE_SAMPLES)
+            _project_tiles(part._replace(acts=part.acts[few], errs=part.errs[few]), projector, start, backend, out[few])
+    return out
+
+
+def _project_tiles(layer: Layer, projector: Projector, column_offset: int, backend: str, out: Tensor):
+    """Form some rows at a time, project them, add them to ``out [B, D]``."""
+    batch, rows, width = layer.errs.shape[0], layer.errs.shape[2], layer.width
+    if not (batch and rows and width):
+        return
+    step = min(rows, max(1, TILE_BYTES // (4 * batch * width)))
+    buffer = torch.empty(batch * step * width, dtype=torch.float32, device=out.device)
+    for start in range(0, rows, step):
+        size = min(step, rows - start)
+        tile = buffer[: batch * size * width].view(batch, size, width // layer.taps, *layer.kernel_size)
+        layer.put(slice(start, start + size), tile, False)
+        out += piece(projector, tile.flatten(1), column_offset + start * width, backend)
 
 
 def piece(projector: Projector, grads: Tensor, column_offset: int, backend: str | None) -> Tensor:
@@ -165,12 +177,16 @@ def check_pair(op: str, acts, errs, shapes: dict[int, tuple[str, str]]):
             raise TypeError(f"{op}: {argument} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: {argument} must not require a gradient, which would be lost: detach it")
-        tensors.append(tensor)
-        restores.append((type(array), restore))
+        if (
+            torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+            or forward_ad.unpack_dual(tensor).tangent is not None
+        ):
+            raise ValueError(f"{op}: {argument} must be a plain tensor: the op has no derivatives and no vmap")
+        tensors.append(written_out(tensor))
+        restores.append(("torch" if isinstance(array, Tensor) else type(array).__module__.split(".")[0], restore))
     acts, errs = tensors
-    if restores[0][0] is not restores[1][0]:
-        kinds = [kind.__name__ for kind, _ in restores]
-        raise TypeError(f"{op}: errs must be of the kind of acts, {kinds[0]}, got {kinds[1]}")
+    if restores[0][0] != restores[1][0]:
+        raise TypeError(f"{op}: errs must be of the library of acts, {restores[0][0]}, got {restores[1][0]}")
     for what in ("device", "dtype"):
         if getattr(acts, what) != getattr(errs, what):
             raise ValueError(

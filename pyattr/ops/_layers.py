@@ -53,10 +53,18 @@ class Layer(NamedTuple):
         """Entries of a row of the weight."""
         return self.acts.shape[2] // self.groups * self.taps
 
+    @classmethod
+    def bias(cls, errs: Tensor) -> "Layer":
+        """The bias [O, 1] of a layer with errors [B, K, O, *positions], as a weight whose input is one everywhere."""
+        spatial = errs.dim() - 3
+        ones = errs.new_ones(()).expand(errs.shape[0], errs.shape[1], 1, *errs.shape[3:])
+        return cls(ones, errs, (1,) * spatial, (1,) * spatial, (0,) * spatial, (1,) * spatial)
+
     def put(self, rows: slice, out: Tensor, add: bool):
         """Write rows of the gradient to ``out [B, R, C / groups, *kernel_size]``, or add them to it."""
+        grouped = self._suits_grouped()
         if self.groups == 1:
-            self._replace(errs=self.errs[:, :, rows])._put_groups(out, add)
+            self._replace(errs=self.errs[:, :, rows])._put_groups(out, add, grouped)
             return
         channels, width = self.acts.shape[2] // self.groups, self.errs.shape[2] // self.groups
         for start, stop in _group_pieces(rows, width):
@@ -68,26 +76,27 @@ class Layer(NamedTuple):
             )
             piece = out[:, start - rows.start : stop - rows.start]
             if piece.is_contiguous():
-                used._put_groups(piece, add)
+                used._put_groups(piece, add, grouped)
             else:
                 part = torch.empty_like(piece, memory_format=torch.contiguous_format)
-                used._put_groups(part, False)
+                used._put_groups(part, False, grouped)
                 put(part, piece, add)
 
-    def _put_groups(self, out: Tensor, add: bool):
+    def _suits_grouped(self) -> bool:
+        """Whether the library's weight gradient of all samples as groups is the fastest way, or the only one."""
+        wide = self.errs.shape[3:].numel() > self.errs.shape[2] // self.groups
+        return self.acts.dim() > 5 or (wide and self.acts.device.type == "cpu" and self.acts.dtype == torch.float32)
+
+    def _put_groups(self, out: Tensor, add: bool, grouped: bool):
         """Every row of the gradient, of whole groups."""
-        positions = self.errs.shape[3:].numel()
         settings = zip(self.kernel_size, self.stride, self.padding, strict=True)
         if all(k == s == 1 and p == 0 for k, s, p in settings) and self.acts.shape[3:] == self.errs.shape[3:]:
             _put_patch_product(self.acts.flatten(3), self.errs, self.groups, out, add)
             return
-        own = not self.unfit()
-        on_cpu = self.acts.device.type == "cpu" and self.acts.dtype == torch.float32
-        wide = on_cpu and positions > self.errs.shape[2] // self.groups
-        if own and not wide:
+        if not grouped and not self.unfit():
             self._run("layer_gradient_cpu", 0, self.errs.shape[2], out.data_ptr(), out.stride(0), add)
             return
-        if self.acts.dim() > 5 or wide:
+        if grouped:
             method, sample_bytes = _put_grouped, out[0].nbytes
         else:
             method, sample_bytes = _put_unfolded, self.acts[0].numel() * self.taps * self.acts.element_size()
@@ -108,12 +117,14 @@ class Layer(NamedTuple):
             reasons.append(f"a kernel of {len(self.kernel_size)} dimensions, this kernel takes up to 2")
         return reasons
 
-    def sketch(self, out: Tensor, seed: int, stream: int, column_offset: int, nonzeros: int, scale: float):
+    def sketch(self, out: Tensor, seed: int, stream: int, column_offset: int, nonzeros: int):
         """Add the sparse projection of the whole gradient to ``out [B, D]``, without writing the gradient to memory."""
-        self._run("layer_sketch_cpu", out.data_ptr(), out.shape[1], seed, stream, column_offset, nonzeros, scale)
+        if not takes_sketches(out):
+            raise ValueError(f"out must be contiguous float32 on the CPU, got {out.dtype} on {out.device}")
+        self._run("layer_sketch_cpu", out.data_ptr(), out.shape[1], seed, stream, column_offset, nonzeros)
 
     def _run(self, kernel: str, *arguments):
-        acts, errs = self.acts, self.errs
+        acts, errs = written_out(self.acts), written_out(self.errs)
         settings = [self.kernel_size, self.stride, self.padding, self.dilation]
         if len(self.kernel_size) == 1:  # a map one pixel wide
             acts, errs = acts.unsqueeze(4), errs.unsqueeze(4)
@@ -121,6 +132,18 @@ class Layer(NamedTuple):
         shapes = (acts.data_ptr(), acts.shape, acts.stride(), errs.data_ptr(), errs.shape, errs.stride())
         run = getattr(backends.extension(), kernel)
         run(*shapes, *settings, self.groups, *arguments, threads.usable(torch.get_num_threads()))
+
+
+def takes_sketches(out: Tensor) -> bool:
+    """Whether `Layer.sketch` can add to these sums."""
+    return out.device.type == "cpu" and out.dtype == torch.float32 and out.is_contiguous()
+
+
+def written_out(tensor: Tensor) -> Tensor:
+    """The tensor with its values in memory: some are negated, or zero, only in name."""
+    if tensor._is_zerotensor():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return tensor.resolve_conj().resolve_neg()
 
 
 def put(values: Tensor, out: Tensor, add: bool):

@@ -41,15 +41,17 @@ def sparse_project(
     entries +-1 in different rows and zeros elsewhere. Row and sign of an entry are functions of (seed, stream, column, D,
     nonzeros) alone: the same on every device, backend and batch.
 
-    Columns come in tiles of D / nonzeros consecutive ones that an entry sends to different rows, so that a layer no larger than
-    a tile is kept exactly; columns of different tiles meet with probability ``nonzeros / D``. Inner products have
-    ``E <Y, Y'> = nonzeros * <g, g'>`` (unscaled), and with ``scale = nonzeros ** -0.5`` the variance
+    Columns come in tiles of about D / nonzeros consecutive ones, which an entry of the column sends to different rows, so that
+    gradients within a tile are kept exactly; columns of different tiles meet with probability ``nonzeros / D``. Inner products
+    have ``E <Y, Y'> = nonzeros * <g, g'>`` (unscaled), and with ``scale = nonzeros ** -0.5``, where ``nonzeros`` divides D, the
+    variance
 
         ``Var <Y, Y'> = 1/D * sum over p != q of different tiles of (g_p^2 g'_q^2 + g_p g'_p g_q g'_q)``,
 
     at most that of CountSketch and of SJLT with as many nonzeros, ``(|g|^2 |g'|^2 + <g, g'>^2 - 2 sum_p g_p^2 g'_p^2) / D``,
-    which is also that of a dense sign matrix. (More nonzeros do not lower it; they make large deviations rarer when few
-    entries hold most of the norm.)
+    which is also that of a dense sign matrix. Where ``nonzeros`` does not divide D, the nonzeros have m_r rows each, not all as
+    many, and 1/D becomes ``sum_r 1 / m_r / nonzeros^2`` (1.125 / D for 6 rows and 4 nonzeros, 1.0001 / D for 4096 and 3). More
+    nonzeros do not lower the variance; they make large deviations rarer when few entries hold most of the norm.
 
     Args:
         grads: [B, P] float16, bfloat16, float32 or float64 (reference only); a torch tensor, NumPy array or CuPy array, any
@@ -75,8 +77,9 @@ def sparse_project(
         TypeError, ValueError: an argument is not as above.
         BackendError: the backend cannot take these inputs; the reasons are listed.
 
-    Extra memory: CPU, per thread up to 8 rows of sums (32 D bytes) and 150 KB. CUDA and Triton, partial sums of at most 64 MiB
-    or one row of outputs per sample, whichever is more. Reference and the transpose (reverse mode), 60 MB and 16 B D bytes.
+    Extra memory: CPU, per thread a row of sums (4 D bytes) or 256 KB, whichever is more, and 50 KB. CUDA and Triton, partial
+    sums of at most 64 MiB or one row of outputs per sample, whichever is more. Reference and the transpose (reverse mode),
+    60 MB and 16 B D bytes.
 
     Source: Charikar, Chen, Farach-Colton, "Finding Frequent Items in Data Streams", 2002 (CountSketch); Kane, Nelson, "Sparser
     Johnson-Lindenstrauss Transforms", J. ACM 2014, section 3 (block construction); the tiles are ours.

@@ -1,6 +1,7 @@
 """Sparse projection by definition: Y = scale * G M^T, M a D x P matrix with s entries +-1 in each column.
 
-The D outputs are NB = D / W blocks of W lanes, W = gcd(D, 32), halved until NB >= s. Nonzero r of s belongs to the block group
+The D outputs are NB = D / W blocks of W lanes, W = gcd(D, 32), halved until NB >= s and, where s divides D, s
+divides NB. Nonzero r of s belongs to the block group
 [F_r, F_(r+1)) with F_r = r NB div s, of size G_r: the nonzeros of a column lie in different rows. A column i is lane i mod W of
 block q = i div W, the m-th block of tile t: q = t G_r + m. Its row is
 
@@ -31,9 +32,9 @@ BLOCK_COLUMNS = 1 << 18  # worked on at a time
 
 
 def lanes(proj_dim, nonzeros):
-    """W: columns of a block, a power of two that divides D and leaves a block to every nonzero."""
-    width = math.gcd(proj_dim, 32)
-    while proj_dim // width < nonzeros:
+    """W: columns of a block, a power of two that divides D and leaves blocks to every nonzero, as many to each where that can be."""
+    width, even = math.gcd(proj_dim, 32), proj_dim % nonzeros == 0
+    while proj_dim // width < nonzeros or (even and proj_dim // width % nonzeros):
         width //= 2
     return width
 

@@ -127,10 +127,34 @@ def test_sketches_of_layers_whose_gradients_are_never_formed(kind, nonzeros, def
         64,
         kind=kind,
         seed=5,
-        memory=least_memory(module, image_loss, images, kind),
+        memory=least_memory(module, image_loss, images, 64, kind),
         **options,
     )
     torch.testing.assert_close(small, got, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ["sparse", "multisketch"])
+def test_sketches_of_a_model_of_two_dtypes(kind, definition):
+    """A float64 layer makes the result float64, which the float32 kernel must not be handed."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.single, self.double_ = nn.Linear(6, 8), nn.Linear(8, 3).double()
+
+        def forward(self, x):
+            return self.double_(self.single(x).double())
+
+    module, x = Mixed(), torch.randn(B, 6)
+
+    def square(module, x):
+        return module(x).square().sum(1)
+
+    got = project_gradients(module, square, x, 32, kind=kind, seed=1)
+    grads = per_sample_gradients(module, square, x)
+    expected = PROJECT[kind](torch.cat([grad.double().flatten(1) for grad in grads.values()], 1), 32, seed=1)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_signs_sit_where_named_parameters_put_them():

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 
 from pyattr import ops, testing
 from pyattr.backends import BackendError
@@ -144,14 +145,15 @@ def test_nothing_to_sum(backend, kind):
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is not built")
 def test_sketches_have_the_same_bits_for_any_threads_and_batch():
-    acts, errs = torch.randn(19, 5, 300), torch.randn(19, 5, 70)
+    acts, errs = torch.randn(19, 2000, 30), torch.randn(19, 2000, 7)
     torch.set_num_threads(1)
-    whole = linear_grad_project(acts, errs, 64, kind="sparse", backend="cpu")
+    options = {"kind": "sparse", "bias": True, "backend": "cpu"}
+    whole = linear_grad_project(acts, errs, 64, **options)
     for threads in (2, 3, 8):
         torch.set_num_threads(threads)
-        assert torch.equal(linear_grad_project(acts, errs, 64, kind="sparse", backend="cpu"), whole)
+        assert torch.equal(linear_grad_project(acts, errs, 64, **options), whole)
     for a, b in ((0, 1), (1, 10), (10, 19)):
-        assert torch.equal(linear_grad_project(acts[a:b], errs[a:b], 64, kind="sparse", backend="cpu"), whole[a:b])
+        assert torch.equal(linear_grad_project(acts[a:b], errs[a:b], 64, **options), whole[a:b])
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -183,6 +185,37 @@ def test_the_gradient_is_never_whole(backend, kind, monkeypatch):
         assert max(tiles) <= 16 << 20 and sum(tiles) == 4 * 16 * 1536 * 1024
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ("sparse", "rademacher"))
+def test_tensors_that_are_not_what_their_memory_says(backend, kind):
+    """Negated, or zero, in name only."""
+    device = testing.device_of(backend)
+    errs, negated = (
+        torch.randn(3, 4, device=device),
+        torch.randn(3, 5, dtype=torch.complex64, device=device).conj().imag,
+    )
+    assert negated.is_neg()
+    out = linear_grad_project(negated, errs, 8, kind=kind, backend=backend)
+    assert torch.equal(out, linear_grad_project(negated.clone().resolve_neg(), errs, 8, kind=kind, backend=backend))
+    zero = torch._efficientzerotensor((3, 5), device=device)
+    assert not linear_grad_project(zero, errs, 8, kind=kind, backend=backend).any()
+
+
+def test_derivatives_are_refused_instead_of_lost():
+    message = "linear_grad_project: acts must be a plain tensor: the op has no derivatives and no vmap"
+    with pytest.raises(ValueError, match=message):
+        torch.func.vmap(lambda x: linear_grad_project(x, x, 4, kind="sparse"))(torch.randn(2, 3, 4))
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=message):
+        linear_grad_project(forward_ad.make_dual(torch.randn(3, 4), torch.randn(3, 4)), torch.randn(3, 4), 4)
+
+
+@pytest.mark.parametrize("kind", ("sparse", "multisketch"))
+def test_more_rows_than_are_gathered_at_a_time(kind):
+    """4,100 rows in three ranges, with so many positions that the tile holds a range whole."""
+    acts, errs = torch.randn(1, 300, 5), torch.randn(1, 300, 4100)
+    check(acts, errs, 64, None, kind, column_offset=3)
+
+
 def test_numpy_in_numpy_out_and_float64_on_the_reference():
     acts, errs = np.random.randn(3, 4).astype(np.float32), np.random.randn(3, 2).astype(np.float32)
     out = linear_grad_project(acts, errs, 5)
@@ -199,7 +232,7 @@ ERRORS = (
     ({"errs": torch.zeros(2, 3, 4)}, ValueError, "errs must have as many dimensions as acts, 2, got 3"),
     ({"errs": torch.zeros(3, 4)}, ValueError, "errs must have the samples and positions of acts, [2], got [3]"),
     ({"errs": torch.zeros(2, 4).half()}, ValueError, "errs must have the dtype of acts, torch.float32, got torch.float16"),
-    ({"errs": np.zeros((2, 4), np.float32)}, TypeError, "errs must be of the kind of acts, Tensor, got ndarray"),
+    ({"errs": np.zeros((2, 4), np.float32)}, TypeError, "errs must be of the library of acts, torch, got numpy"),
     ({"acts": torch.zeros(2, 3).long()}, TypeError, "acts must be float16, bfloat16, float32 or float64, got torch.int64"),
     (
         {"acts": torch.zeros(2, 3).requires_grad_()},

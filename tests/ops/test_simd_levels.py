@@ -26,6 +26,14 @@ for op in (ops.rademacher_project, ops.gaussian_project, hadamard, sparse):
             exact = op(grads.double(), proj_dim, column_offset=offset, backend="reference")
             assert ((out - exact).abs() <= testing.projection_bound(grads, 1.0, 2.0**-18)).all()
             digest.update(out.numpy().tobytes())
+for shape in ((2, 220, 600, 9), (1, 100, 2100, 7), (3, 4, 50, 8)):  # positions decide how many columns are formed together
+    generator = torch.Generator().manual_seed(1)
+    acts = torch.randn(shape[0], shape[1], shape[2], generator=generator)
+    errs = torch.randn(shape[0], shape[1], shape[3], generator=generator)
+    out = ops.linear_grad_project(acts, errs, 96, kind="sparse", backend="cpu")
+    exact = ops.linear_grad_project(acts.double(), errs.double(), 96, kind="sparse", backend="reference")
+    assert (out - exact).abs().max() <= 1e-5 * exact.abs().max()
+    digest.update(out.numpy().tobytes())
 print(digest.hexdigest())
 """
 

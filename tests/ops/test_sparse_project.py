@@ -97,9 +97,10 @@ def test_no_two_columns_of_a_tile_meet_and_no_two_nonzeros_of_a_column(proj_dim,
 
 def test_blocks_are_as_wide_as_the_width_allows():
     assert [lanes(*case) for case in ((4096, 1), (4096, 8), (96, 3), (1000, 1), (48, 2), (7, 2), (32, 8), (1, 1))] == [
-        32, 32, 32, 8, 16, 1, 4, 1,
+        32, 32, 32, 8, 8, 1, 4, 1,
     ]  # fmt: skip
-    assert groups(96, 2) == [(0, 1), (1, 2)]
+    assert groups(96, 2) == [(0, 3), (3, 3)]
+    assert groups(6, 4) == [(0, 1), (1, 2), (3, 1), (4, 2)]  # 4 does not divide 6
 
 
 def test_seed_stream_nonzero_and_width_give_unrelated_entries():
@@ -265,6 +266,19 @@ def test_mean_and_variance_are_those_of_theory_and_no_more_than_sjlts(nonzeros):
     assert abs(found.mean() - g @ h) < 4 * (theory / seeds) ** 0.5
     assert 0.7 < found.var() / theory < 1.4
     assert theory < sjlt
+
+
+@pytest.mark.parametrize(("proj_dim", "nonzeros"), ((96, 2), (160, 4), (6, 4)))
+def test_variance_where_blocks_do_not_come_out_even(proj_dim, nonzeros):
+    """Two columns of different tiles meet with the probability that the docstring gives, 1 / D where nonzeros divide D."""
+    _, sizes = zip(*groups(proj_dim, nonzeros), strict=True)
+    theory = sum(1 / (size * lanes(proj_dim, nonzeros)) for size in sizes) / nonzeros**2
+    assert (abs(theory * proj_dim - 1) < 1e-9) == (proj_dim % nonzeros == 0)
+    far = [0, 10_000]
+    meetings = [sketch_entries(far, proj_dim, nonzeros=nonzeros, seed=seed)[0] for seed in range(3000)]
+    share = sum((rows[0] == rows[1]).sum().item() for rows in meetings) / (nonzeros**2 * 3000)
+    deviation = (theory / (nonzeros * 3000)) ** 0.5
+    assert abs(share - theory) < 5 * deviation
 
 
 def test_a_layer_within_a_tile_is_kept_exactly():
