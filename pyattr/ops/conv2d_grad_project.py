@@ -53,10 +53,10 @@ def conv2d_grad_project(
         TypeError, ValueError: an argument is not as above, or requires a gradient (the op has none).
         BackendError: the backend cannot take these inputs; the reasons are listed.
 
-    Extra memory: at most 64 MB and B * D * 4 bytes, whatever the layer is. On the CPU, "sparse" and "multisketch" keep their
-    tiles in registers and caches (0.5 MB of sums per sample and, per thread, 256 KB of patches and the errors of a sample);
-    other kinds form 16 MB of rows at a time from 8 MB of patches. 16-bit inputs are copied to float32 16 MB at a time. The
-    reference forms the whole gradient in float64.
+    Extra memory: at most 64 MB and B * D * 4 bytes, whatever the layer is, or the float32 copy of one sample's 16-bit inputs
+    where that is more. On the CPU, "sparse" and "multisketch" keep their tiles in registers and caches: 16 MB of sums, and
+    per thread 256 KB of patches and at most 6 MB of errors and tile. Other kinds form 16 MB of rows at a time. The reference
+    forms the whole gradient in float64, and its patches.
 
     Source: Rochette, Manoel, Tramel, "Efficient Per-Example Gradient Computations in Convolutional Neural Networks", 2019.
     """
