@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference.sparse_project import GAPS
+from ..reference.sparse_project import GAPS, lanes
 from .philox import philox_words
 from .projection import LAUNCH_SAMPLES, RANGE_ROWS, reduce_kernel
 
@@ -137,9 +137,7 @@ def sparse_project(grads, out, seed, stream, column_offset, nonzeros, scale):  #
     if num_columns == 0:
         out.zero_()
         return
-    width = 32
-    while proj_dim % width or proj_dim // width < nonzeros:
-        width //= 2
+    width = lanes(proj_dim, nonzeros)
     range_columns, num_ranges = plan_ranges(num_columns, proj_dim)
     table = inverses(proj_dim // width // nonzeros, grads.device)
     blocks = BLOCK_OUTPUTS // width

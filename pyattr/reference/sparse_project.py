@@ -32,7 +32,7 @@ BLOCK_COLUMNS = 1 << 18  # worked on at a time
 
 
 def lanes(proj_dim, nonzeros):
-    """W: columns of a block, a power of two that divides D and leaves blocks to every nonzero, as many to each if s divides D."""
+    """W: columns of a block, a power of two that divides D and leaves blocks to every nonzero, evenly if s divides D."""
     width, even = math.gcd(proj_dim, 32), proj_dim % nonzeros == 0
     while proj_dim // width < nonzeros or (even and proj_dim // width % nonzeros):
         width //= 2
