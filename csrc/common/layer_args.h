@@ -1,5 +1,5 @@
 // A layer whose per-sample weight gradient G_b = sum over its views and positions of err (x) patch is wanted: a convolution, or a
-// linear layer as one with 1 x 1 kernels and its positions as the height of a map one pixel wide.
+// linear layer as one with 1 x 1 kernels and its positions as a map one pixel high.
 #pragma once
 
 #include <cstdint>

@@ -28,7 +28,9 @@ constexpr int64_t kStrip = 2 * kRegisterLanes;  // columns of a panel: two regis
 constexpr int64_t kRows = 6;                    // rows of a panel: 12 sums, 2 columns and a row in 16 registers
 
 constexpr int64_t kBlockPositions = 256;   // positions of the patches gathered at a time
-constexpr int64_t kPatchFloats = 64 << 10;  // 256 KB of patches: half of a second-level cache
+// 512 KB of patches, a second-level cache: longer rows of a tile were worth more than what falls out of it (82 G multiply-adds a
+// second on two Zen 3 cores where 256 KB gave 59, 1280 to 1280 features and 256 positions).
+constexpr int64_t kPatchFloats = 128 << 10;
 constexpr int64_t kBlockColumns = 1024;    // of a row at most
 constexpr int64_t kBlockRows = 24;         // whose gradients are formed before they are added to the sums
 constexpr int64_t kMostRows = 2040;        // whose errors are gathered at a time: 2 MB
@@ -180,17 +182,52 @@ inline void gather_patches(const LayerArgs& layer, int64_t sample, int64_t group
     for (int64_t l = 0; l < count; ++l) panels[c / kStrip * kStrip * count + l * kStrip + c % kStrip] = 0.0f;
 }
 
+// The same for a layer whose patches are pixels with the channels side by side, as a linear layer's inputs are.
+inline void gather_pixels(const LayerArgs& layer, int64_t sample, int64_t group, int64_t first_column, int64_t columns,
+                          int64_t first, int64_t count, float* panels) {
+  const int64_t* const strides = layer.acts_strides;
+  const int64_t map = layer.out_height * layer.out_width, padded = (columns + kStrip - 1) / kStrip * kStrip;
+  const float* const start = layer.acts + sample * strides[0] + group * layer.group_channels() + first_column;
+  if (padded > columns) std::fill_n(panels + (padded - kStrip) * count, kStrip * count, 0.0f);
+  for (int64_t l = first; l < first + count; ++l) {
+    const float* const pixel =
+        start + l / map * strides[1] + l % map / layer.out_width * strides[3] + l % layer.out_width * strides[4];
+    float* const out = panels + (l - first) * kStrip;
+    int64_t c = 0;
+    for (; c + kStrip <= columns; c += kStrip) __builtin_memcpy(out + c * count, pixel + c, kStrip * sizeof(float));
+    for (int64_t i = c; i < columns; ++i) out[c * count + i - c] = pixel[i];
+  }
+}
+
+inline bool pixels_in_place(const LayerArgs& layer) {
+  return layer.acts_strides[2] == 1 && layer.kernel[0] == 1 && layer.kernel[1] == 1 && layer.stride[0] == 1 &&
+         layer.stride[1] == 1 && layer.padding[0] == 0 && layer.padding[1] == 0;
+}
+
 // panels[o / kRows][l][o % kRows] = errs[sample, :, first_row + o, :] at position first + l; rows up to a whole panel are zero.
 inline void gather_errors(const LayerArgs& layer, int64_t sample, int64_t first_row, int64_t rows, int64_t first, int64_t count,
                           float* panels) {
   const int64_t* const strides = layer.errs_strides;
-  const int64_t map = layer.out_height * layer.out_width;
-  for (int64_t o = 0; o < (rows + kRows - 1) / kRows * kRows; ++o) {
-    float* const out = panels + o / kRows * kRows * count + o % kRows;
-    const float* const plane = layer.errs + sample * strides[0] + (first_row + o) * strides[2];
-    for (int64_t l = first; l < first + count; ++l) {
-      const int64_t view = l / map, y = l % map / layer.out_width, x = l % layer.out_width;
-      out[(l - first) * kRows] = o < rows ? plane[view * strides[1] + y * strides[3] + x * strides[4]] : 0.0f;
+  const int64_t map = layer.out_height * layer.out_width, padded = (rows + kRows - 1) / kRows * kRows;
+  if (padded > rows) std::fill_n(panels + (padded - kRows) * count, kRows * count, 0.0f);
+  for (int64_t l = first, run; l < first + count; l += run) {  // along the rows of the map
+    const int64_t x = l % layer.out_width;
+    run = std::min(layer.out_width - x, first + count - l);
+    const float* const at = layer.errs + sample * strides[0] + l / map * strides[1] + first_row * strides[2] +
+                            l % map / layer.out_width * strides[3] + x * strides[4];
+    float* const out = panels + (l - first) * kRows;
+    if (strides[2] == 1) {  // channels side by side
+      for (int64_t i = 0; i < run; ++i) {
+        const float* const pixel = at + i * strides[4];
+        for (int64_t o = 0; o < rows; o += kRows)
+          for (int64_t k = 0; k < std::min(kRows, rows - o); ++k) out[o * count + i * kRows + k] = pixel[o + k];
+      }
+    } else {
+      for (int64_t o = 0; o < rows; ++o) {
+        const float* const line = at + o * strides[2];
+        float* const column = out + o / kRows * kRows * count + o % kRows;
+        for (int64_t i = 0; i < run; ++i) column[i * kRows] = line[i * strides[4]];
+      }
     }
   }
 }
@@ -242,7 +279,13 @@ inline void form_tile(const LayerArgs& layer, const RowRange& range, int64_t row
     float* const tile = blocks.tile.get() + s * blocks.rows * blocks.stride;
     for (int64_t first = 0; first < L; first += blocks.positions) {
       const int64_t count = std::min(blocks.positions, L - first);
-      if (!whole || row == range.begin) gather_patches(layer, sample + s, range.group, column, columns, first, count, blocks.window, patches);
+      if (!whole || row == range.begin) {
+        if (pixels_in_place(layer)) {
+          gather_pixels(layer, sample + s, range.group, column, columns, first, count, patches);
+        } else {
+          gather_patches(layer, sample + s, range.group, column, columns, first, count, blocks.window, patches);
+        }
+      }
       if (!whole || (row == range.begin && first_columns))
         gather_errors(layer, sample + s, range.group * group_rows + range.begin, range.end - range.begin, first, count, errors);
       for (int64_t c = 0; c < columns; c += kStrip)

@@ -126,9 +126,9 @@ class Layer(NamedTuple):
     def _run(self, kernel: str, *arguments):
         acts, errs = written_out(self.acts), written_out(self.errs)
         settings = [self.kernel_size, self.stride, self.padding, self.dilation]
-        if len(self.kernel_size) == 1:  # a map one pixel wide
-            acts, errs = acts.unsqueeze(4), errs.unsqueeze(4)
-            settings = [(*values, rest) for values, rest in zip(settings, (1, 1, 0, 1), strict=True)]
+        if len(self.kernel_size) == 1:  # a map one pixel high
+            acts, errs = acts.unsqueeze(3), errs.unsqueeze(3)
+            settings = [(rest, *values) for rest, values in zip((1, 1, 0, 1), settings, strict=True)]
         shapes = (acts.data_ptr(), acts.shape, acts.stride(), errs.data_ptr(), errs.shape, errs.stride())
         run = getattr(backends.extension(), kernel)
         run(*shapes, *settings, self.groups, *arguments, threads.usable(torch.get_num_threads()))
