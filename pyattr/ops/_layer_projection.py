@@ -19,10 +19,9 @@ from .rademacher_project import MAX_COLUMNS, rademacher_project
 from .sparse_project import check_nonzeros, sparse_project
 
 KINDS = ("rademacher", "gaussian", "sparse", "multisketch")
-TILE_BYTES = 16 << 20  # rows of the gradients that are formed at a time
-# With so few samples a tile has rows enough that gathering the patches again for each is little work; with fewer, making the
-# matrix again for each would be much.
-TILE_SAMPLES = 32
+TILE_BYTES = 32 << 20  # rows of the gradients that are formed at a time
+# A dense kernel shares a row of its matrix among so many samples; more would leave a tile fewer rows to gather patches for.
+TILE_SAMPLES = 64
 SLAB_BYTES = 8 << 20  # float32 copies of the inputs, or sums between the stages of a multisketch, at a time
 
 

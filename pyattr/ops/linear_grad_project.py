@@ -51,7 +51,7 @@ def linear_grad_project(
 
     Extra memory: at most 64 MB and B * D * 4 bytes, whatever the layer is, or the float32 copy of one sample's 16-bit inputs
     where that is more. On the CPU, "sparse" and "multisketch" keep their tiles in registers and caches: 16 MB of sums, and
-    per thread 512 KB of patches and at most 6 MB of errors and tile. Other kinds form 16 MB of rows at a time. The reference
+    per thread 512 KB of patches and at most 6 MB of errors and tile. Other kinds form 32 MB of rows at a time. The reference
     forms the whole gradient in float64, and its patches.
 
     Source: Goodfellow, "Efficient Per-Example Gradient Computations", 2015, equation 5, for the gradient.
