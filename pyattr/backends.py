@@ -59,6 +59,8 @@ def choose(op: str, requested: str | None, *args, **kwargs) -> Backend:
         requested, source = os.environ["PYATTR_BACKEND"], "PYATTR_BACKEND"
     if requested is not None and requested not in NAMES:
         raise ValueError(f"{op}: {source} must be one of {', '.join(NAMES)}, got {requested!r}")
+    if requested not in (None, *(backend.name for backend in _REGISTRY[op])):
+        raise BackendError(f"{op}: {source}={requested!r} cannot run, the op has no such backend")
     refusals = []
     for backend in _REGISTRY[op]:
         if requested not in (None, backend.name):

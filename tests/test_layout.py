@@ -85,7 +85,8 @@ def test_triton_kernel_and_its_launcher(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_backend_is_declared(op):
-    assert list(backends.report()[op]) == list(backends.NAMES)
+    lacking = {"mask_project": "triton"}.get(op)  # one gather is all it does, and torch's runs on the same device
+    assert list(backends.report()[op]) == [name for name in backends.NAMES if name != lacking]
 
 
 def imported_parts(path: Path) -> set[str]:

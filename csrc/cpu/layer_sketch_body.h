@@ -28,8 +28,8 @@ constexpr int64_t kStrip = 2 * kRegisterLanes;  // columns of a panel: two regis
 constexpr int64_t kRows = 6;                    // rows of a panel: 12 sums, 2 columns and a row in 16 registers
 
 constexpr int64_t kBlockPositions = 256;   // positions of the patches gathered at a time
-// 512 KB of patches, a second-level cache: longer rows of a tile were worth more than what falls out of it (82 G multiply-adds a
-// second on two Zen 3 cores where 256 KB gave 59, 1280 to 1280 features and 256 positions).
+// 512 KB of patches, a second-level cache: longer rows of a tile were worth more than what falls out of it (66 to 82 G multiply-adds
+// a second on two Zen 3 cores where 256 KB gave 59, 1280 to 1280 features and 256 positions).
 constexpr int64_t kPatchFloats = 128 << 10;
 constexpr int64_t kBlockColumns = 1024;    // of a row at most
 constexpr int64_t kBlockRows = 24;         // whose gradients are formed before they are added to the sums

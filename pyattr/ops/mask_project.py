@@ -128,17 +128,12 @@ def _no_cuda():
     return [] if torch.cuda.is_available() else ["torch sees no CUDA device"]
 
 
-def _no_triton():
-    return ["mask_project has no Triton kernel, since one gather is all it does: cuda runs torch's"]
-
-
 backends.register(
     "mask_project",
     [
         Backend("reference", reference.mask_project, backends.always, lambda *args: []),
         Backend("cpu", _gather, backends.always, _on("cpu")),
         Backend("cuda", _gather, _no_cuda, _on("cuda")),
-        Backend("triton", _gather, _no_triton, lambda *args: []),
     ],
 )
 
