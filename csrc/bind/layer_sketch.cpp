@@ -52,15 +52,13 @@ void bind_layer_sketch(pybind11::module_& m) {
   m.def("layer_gradient_cpu",
         [](uintptr_t acts, const Five& acts_sizes, const Five& acts_strides, uintptr_t errs, const Five& errs_sizes,
            const Five& errs_strides, const Two& kernel, const Two& stride, const Two& padding, const Two& dilation,
-           int64_t groups, int64_t row_begin, int64_t row_end, uintptr_t out, int64_t out_stride, bool add, int num_threads) {
+           int64_t groups, uintptr_t out, int64_t out_stride, bool add, int num_threads) {
           const pyattr::LayerArgs layer = layer_args(acts, acts_sizes, acts_strides, errs, errs_sizes, errs_strides, kernel,
                                                      stride, padding, dilation, groups);
-          if (row_begin < 0 || row_begin > row_end || row_end > layer.out_channels)
-            throw std::invalid_argument("rows are out of range");
-          if (out == 0 && layer.num_samples * layer.row_columns() * (row_end - row_begin) > 0)
+          if (out == 0 && layer.num_samples * layer.row_columns() * layer.out_channels > 0)
             throw std::invalid_argument("out is a null address");
           pybind11::gil_scoped_release release;
-          pyattr::cpu::layer_gradient(layer, row_begin, row_end, reinterpret_cast<float*>(out), out_stride, add, num_threads);
+          pyattr::cpu::layer_gradient(layer, reinterpret_cast<float*>(out), out_stride, add, num_threads);
         });
   m.def("layer_sketch_cpu",
         [](uintptr_t acts, const Five& acts_sizes, const Five& acts_strides, uintptr_t errs, const Five& errs_sizes,

@@ -70,12 +70,11 @@ void layer_sketch(const LayerArgs& layer, const SketchArgs& sketch, int num_thre
   }
 }
 
-void layer_gradient(const LayerArgs& layer, int64_t row_begin, int64_t row_end, float* out, int64_t out_stride, bool add,
-                    int num_threads) {
+void layer_gradient(const LayerArgs& layer, float* out, int64_t out_stride, bool add, int num_threads) {
   const int64_t B = layer.num_samples, columns = layer.row_columns(), group_rows = layer.out_channels / layer.groups;
-  if (B == 0 || columns == 0 || row_begin >= row_end) return;
+  if (B == 0 || columns == 0 || group_rows == 0) return;
   if (layer.positions() == 0) {
-    for (int64_t b = 0; b < B && !add; ++b) std::fill_n(out + b * out_stride, (row_end - row_begin) * columns, 0.0f);
+    for (int64_t b = 0; b < B && !add; ++b) std::fill_n(out + b * out_stride, layer.out_channels * columns, 0.0f);
     return;
   }
   RowsKernel kernel = layer_rows;
@@ -85,15 +84,11 @@ void layer_gradient(const LayerArgs& layer, int64_t row_begin, int64_t row_end, 
 #endif
   // Patches are gathered again for each task of a sample, so it has more than one only where there are few samples.
   const int threads = usable_threads(num_threads);
-  const int64_t first = row_begin / group_rows, groups = (row_end - 1) / group_rows + 1 - first;
-  const int64_t pieces = std::clamp<int64_t>((threads + B * groups - 1) / (B * groups), 1, group_rows);
-  parallel_for(B * groups * pieces, threads, [&](int64_t task) {
-    const int64_t piece = task % pieces, group = first + task / pieces % groups, b = task / (pieces * groups);
-    const int64_t low = std::max(row_begin, group * group_rows), high = std::min(row_end, (group + 1) * group_rows);
-    const int64_t begin = low + (high - low) * piece / pieces, end = low + (high - low) * (piece + 1) / pieces;
-    if (begin == end) return;
-    kernel({&layer, b, group, begin - group * group_rows, end - group * group_rows,
-            out + b * out_stride + (begin - row_begin) * columns, add});
+  const int64_t pieces = std::clamp<int64_t>((threads + B * layer.groups - 1) / (B * layer.groups), 1, group_rows);
+  parallel_for(B * layer.groups * pieces, threads, [&](int64_t task) {
+    const int64_t piece = task % pieces, group = task / pieces % layer.groups, b = task / (pieces * layer.groups);
+    const int64_t begin = group_rows * piece / pieces, end = group_rows * (piece + 1) / pieces;
+    kernel({&layer, b, group, begin, end, out + b * out_stride + (group * group_rows + begin) * columns, add});
   });
 }
 

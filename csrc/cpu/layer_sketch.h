@@ -10,10 +10,8 @@ namespace pyattr::cpu {
 // the scale, are not used.
 void layer_sketch(const LayerArgs& layer, const SketchArgs& sketch, int num_threads);
 
-// out[b, o - row_begin, :] (+)= row o of sample b's gradient, for rows [row_begin, row_end), rows out_stride apart from sample to
-// sample, of row_columns() entries each.
-void layer_gradient(const LayerArgs& layer, int64_t row_begin, int64_t row_end, float* out, int64_t out_stride, bool add,
-                    int num_threads);
+// out[b, o, :] (+)= row o of sample b's gradient, of row_columns() entries; samples are out_stride apart.
+void layer_gradient(const LayerArgs& layer, float* out, int64_t out_stride, bool add, int num_threads);
 
 // Some samples of the layer and a part of its columns: sums[b - sample_begin, :] += the projection of columns [begin, end) of every
 // row of the weight, of all groups.

@@ -94,7 +94,7 @@ class Layer(NamedTuple):
             _put_patch_product(self.acts.flatten(3), self.errs, self.groups, out, add)
             return
         if not grouped and not self.unfit():
-            self._run("layer_gradient_cpu", 0, self.errs.shape[2], out.data_ptr(), out.stride(0), add)
+            self._run("layer_gradient_cpu", out.data_ptr(), out.stride(0), add)
             return
         if grouped:
             method, sample_bytes = _put_grouped, out[0].nbytes
