@@ -213,7 +213,9 @@ def test_info_lists_every_op_and_backend(succeeds):
 
     told = " ".join(re.sub(r"[│┃━┏┓┡┩└┘─┴┳╇]", " ", succeeds("info")).split())
     for op, states in backends.report().items():
-        assert op in told and {"cuda", "triton", "cpu", "reference"} == set(states)
+        assert f"{op} {' '.join([*states][:1])} " in told  # the op, then the first of its backends
+    for state in {reason for states in backends.report().values() for reasons in states.values() for reason in reasons}:
+        assert state in told
     assert "usable" in told and f"torch {torch.__version__}" in told and "SIMD level" in told
 
 
