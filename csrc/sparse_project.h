@@ -22,7 +22,10 @@ struct SketchArgs : ProjectArgs {
 
 namespace cpu {
 void sparse_project(const SketchArgs& args, int num_threads);
-}
+
+// The transpose: grads is [B, D], of the strides given, out is [B, P].
+void sparse_project_transpose(const SketchArgs& args, int num_threads);
+}  // namespace cpu
 #if defined(PYATTR_WITH_CUDA)
 namespace cuda {
 size_t sparse_project_workspace(const SketchArgs& args);

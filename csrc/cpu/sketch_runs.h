@@ -1,5 +1,5 @@
-// The sparse projection's inner loops: tables of where a run of columns goes, and the addition of a run of entries. Included by one
-// file per SIMD level, with internal linkage throughout.
+// The sparse projection's inner loops: tables of where a run of columns goes, and the addition of a run of entries, either way: to
+// the outputs, or (the transpose) from them. Included by one file per SIMD level, with internal linkage throughout.
 //
 // Floor: memory. A block of 32 columns is 128 bytes, with AVX2 four vectors of a load, a sign flip (shift, mask, xor), one or two
 // permutations and a load, addition and store of the sums. Measured in the first-level cache of a Zen 3 core: 4.4 ns a block, and
@@ -83,16 +83,16 @@ inline void make_run(const SketchWalk& walk, int64_t first_column, int64_t colum
   sketch_targets(walk, first_column / walk.lanes, columns / walk.lanes, run);
 }
 
-// sums[row(c)] += sign(c) * x[c] for the columns of a run.
-template <int W>
-void add_run(const SketchRun& run, const float* x, float* sums) {
+// For the columns c of a run: outs[row(c)] += sign(c) * ins[c], or, of the transpose, outs[c] += sign(c) * ins[row(c)].
+template <int W, bool kTranspose>
+void add_entries(const SketchRun& run, const float* ins, float* outs) {
   for (int64_t piece = 0, k = 0; piece < run.num_pieces; ++piece) {
     for (; k < run.stops[piece]; ++k) {
       const uint32_t word = run.words[k * W / 32] >> k * W % 32;
-      float* const out = sums + run.targets[k];
       for (int lane = 0; lane < W; ++lane) {
-        const float entry = x[k * W + lane];
-        out[lane ^ run.xors[piece]] += word >> lane & 1 ? entry : -entry;
+        const int64_t column = k * W + lane, row = run.targets[k] + (lane ^ run.xors[piece]);
+        const float entry = ins[kTranspose ? row : column];
+        outs[kTranspose ? column : row] += word >> lane & 1 ? entry : -entry;
       }
     }
   }
@@ -101,72 +101,78 @@ void add_run(const SketchRun& run, const float* x, float* sums) {
 #if defined(__AVX2__)
 // Blocks [begin, end) of one tile, whose lanes are all xored with the same number: `order` does so within four lanes, kHigh, the
 // number's upper bits, exchanges the halves of a vector and the vectors. (vpermps would do eight lanes at once, for twice the time.)
-template <int W, int kHigh>
-void add_tile(const SketchRun& run, int64_t begin, int64_t end, __m256i order, const float* x, float* sums) {
+// An exclusive or undoes itself, so that the transpose reads through the same exchanges.
+template <int W, bool kTranspose, int kHigh>
+void add_tile(const SketchRun& run, int64_t begin, int64_t end, __m256i order, const float* ins, float* outs) {
   const uint32_t* const words = run.words.get();
   const uint32_t* const targets = run.targets.get();
   const __m256i top = _mm256_set1_epi32(INT32_MIN);
   __m256i places[W / 8];
   for (int v = 0; v < W / 8; ++v)
     places[v] = _mm256_sub_epi32(_mm256_set1_epi32(31 - 8 * v), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  const auto exchange = [order](__m256 entry) {
+    entry = _mm256_permutevar_ps(entry, order);
+    return kHigh % 2 != 0 ? _mm256_permute2f128_ps(entry, entry, 1) : entry;
+  };
   for (int64_t k = begin; k < end; ++k) {
     const __m256i clear = _mm256_set1_epi32(static_cast<int>(~(words[k * W / 32] >> k * W % 32)));
-    float* const out = sums + targets[k];
 #pragma GCC unroll 4
     for (int v = 0; v < W / 8; ++v) {
-      const __m256i flip = _mm256_and_si256(_mm256_sllv_epi32(clear, places[v]), top);
-      __m256 entry = _mm256_xor_ps(_mm256_loadu_ps(x + k * W + 8 * v), _mm256_castsi256_ps(flip));
-      entry = _mm256_permutevar_ps(entry, order);
-      if (kHigh % 2 != 0) entry = _mm256_permute2f128_ps(entry, entry, 1);
-      float* const sum = out + 8 * (v ^ kHigh / 2);
+      const __m256 flip = _mm256_castsi256_ps(_mm256_and_si256(_mm256_sllv_epi32(clear, places[v]), top));
+      const int64_t columns = k * W + 8 * v, rows = targets[k] + 8 * (v ^ kHigh / 2);
+      const __m256 entry = kTranspose ? _mm256_xor_ps(exchange(_mm256_loadu_ps(ins + rows)), flip)
+                                      : exchange(_mm256_xor_ps(_mm256_loadu_ps(ins + columns), flip));
+      float* const sum = outs + (kTranspose ? columns : rows);
       _mm256_storeu_ps(sum, _mm256_add_ps(_mm256_loadu_ps(sum), entry));
     }
   }
 }
 
-template <int W>
-void add_vectors(const SketchRun& run, const float* x, float* sums) {
+template <int W, bool kTranspose>
+void add_vectors(const SketchRun& run, const float* ins, float* outs) {
   for (int64_t piece = 0, begin = 0; piece < run.num_pieces; ++piece) {
     const int64_t end = run.stops[piece];
     const int exchange = run.xors[piece];
     const __m256i order = _mm256_xor_si256(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(exchange & 3));
     switch (exchange >> 2) {  // below W / 4
-      case 0: add_tile<W, 0>(run, begin, end, order, x, sums); break;
-      case 1: add_tile<W, 1>(run, begin, end, order, x, sums); break;
-      case 2: add_tile<W, 2 % (W / 4)>(run, begin, end, order, x, sums); break;
-      case 3: add_tile<W, 3 % (W / 4)>(run, begin, end, order, x, sums); break;
-      case 4: add_tile<W, 4 % (W / 4)>(run, begin, end, order, x, sums); break;
-      case 5: add_tile<W, 5 % (W / 4)>(run, begin, end, order, x, sums); break;
-      case 6: add_tile<W, 6 % (W / 4)>(run, begin, end, order, x, sums); break;
-      default: add_tile<W, 7 % (W / 4)>(run, begin, end, order, x, sums);
+      case 0: add_tile<W, kTranspose, 0>(run, begin, end, order, ins, outs); break;
+      case 1: add_tile<W, kTranspose, 1>(run, begin, end, order, ins, outs); break;
+      case 2: add_tile<W, kTranspose, 2 % (W / 4)>(run, begin, end, order, ins, outs); break;
+      case 3: add_tile<W, kTranspose, 3 % (W / 4)>(run, begin, end, order, ins, outs); break;
+      case 4: add_tile<W, kTranspose, 4 % (W / 4)>(run, begin, end, order, ins, outs); break;
+      case 5: add_tile<W, kTranspose, 5 % (W / 4)>(run, begin, end, order, ins, outs); break;
+      case 6: add_tile<W, kTranspose, 6 % (W / 4)>(run, begin, end, order, ins, outs); break;
+      default: add_tile<W, kTranspose, 7 % (W / 4)>(run, begin, end, order, ins, outs);
     }
     begin = end;
   }
 }
-template <>
-void add_run<8>(const SketchRun& run, const float* x, float* sums) {
-  add_vectors<8>(run, x, sums);
-}
-template <>
-void add_run<16>(const SketchRun& run, const float* x, float* sums) {
-  add_vectors<16>(run, x, sums);
-}
-template <>
-void add_run<32>(const SketchRun& run, const float* x, float* sums) {
-  add_vectors<32>(run, x, sums);
-}
 #endif
+
+template <int W, bool kTranspose>
+void add_run(const SketchRun& run, const float* ins, float* outs) {
+#if defined(__AVX2__)
+  if constexpr (W >= 8) {
+    add_vectors<W, kTranspose>(run, ins, outs);
+  } else {
+    add_entries<W, kTranspose>(run, ins, outs);
+  }
+#else
+  add_entries<W, kTranspose>(run, ins, outs);
+#endif
+}
 
 using AddRun = void (*)(const SketchRun&, const float*, float*);
 
+template <bool kTranspose = false>
 inline AddRun choose_add_run(int lanes) {
   switch (lanes) {
-    case 32: return add_run<32>;
-    case 16: return add_run<16>;
-    case 8: return add_run<8>;
-    case 4: return add_run<4>;
-    case 2: return add_run<2>;
-    default: return add_run<1>;
+    case 32: return add_run<32, kTranspose>;
+    case 16: return add_run<16, kTranspose>;
+    case 8: return add_run<8, kTranspose>;
+    case 4: return add_run<4, kTranspose>;
+    case 2: return add_run<2, kTranspose>;
+    default: return add_run<1, kTranspose>;
   }
 }
 

@@ -17,4 +17,13 @@ struct SketchTask {
 
 using SketchKernel = void (*)(const SketchTask&);
 
+// out[b * P + p] = scale * sum_j M[j, column_offset + p] * coefficients[b * D + j] for p in [column_begin, column_end), all samples.
+struct TransposeTask {
+  const SketchArgs* args;
+  const float* coefficients;         // [B, D]
+  int64_t column_begin, column_end;  // of P
+};
+
+using TransposeKernel = void (*)(const TransposeTask&);
+
 }  // namespace pyattr::cpu

@@ -11,6 +11,7 @@ namespace pyattr::cpu {
 
 #if defined(PYATTR_X86)
 void sketch_chunk_avx2(const SketchTask& task);
+void transpose_chunk_avx2(const TransposeTask& task);
 #endif
 
 namespace {
@@ -87,6 +88,26 @@ void sparse_project(const SketchArgs& args, int num_threads) {
       begin = end;
     }
     scale_rows(out, samples * D, args.scale);
+  });
+}
+
+void sparse_project_transpose(const SketchArgs& args, int num_threads) {
+  const int64_t B = args.num_samples, D = args.proj_dim, P = args.num_columns;
+  if (B == 0 || P == 0) return;
+  TransposeKernel kernel = transpose_chunk;
+#if defined(PYATTR_X86)
+  if (simd_level() != SimdLevel::scalar) kernel = transpose_chunk_avx2;
+#endif
+  const float* coefficients = static_cast<const float*>(args.grads);
+  std::vector<float> widened;
+  if (args.dtype != Dtype::float32 || args.column_stride != 1 || args.sample_stride != D) {
+    widened.resize(static_cast<size_t>(B * D));
+    for (int64_t b = 0; b < B; ++b) stage<1>(args, b, 1, 0, D, widened.data() + b * D);
+    coefficients = widened.data();
+  }
+  constexpr int64_t kPiece = 8 * kRunColumns;  // columns of a thread's turn
+  parallel_for((P + kPiece - 1) / kPiece, usable_threads(num_threads), [&](int64_t piece) {
+    kernel({&args, coefficients, piece * kPiece, std::min(P, (piece + 1) * kPiece)});
   });
 }
 

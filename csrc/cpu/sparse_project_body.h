@@ -1,5 +1,6 @@
-// The sparse projection of a chunk of columns, included by one file per SIMD level. Internal linkage throughout.
+// The sparse projection of a chunk of columns and the transpose's, included by one file per SIMD level. Internal linkage throughout.
 #include <algorithm>
+#include <vector>
 
 #include "cpu/buffer.h"
 #include "cpu/sketch_runs.h"
@@ -38,6 +39,30 @@ void project_chunk(const SketchTask& task) {
         }
         add(run, x, sums);
       }
+    }
+  }
+}
+
+// Adds up the nonzeros of a column in turn, so that an entry's bits depend on nothing else.
+void transpose_chunk(const TransposeTask& task) {
+  const SketchArgs& args = *task.args;
+  const int lanes = sketch_lanes(args.proj_dim, args.nonzeros);
+  const AddRun add = choose_add_run<true>(lanes);
+  std::vector<SketchRun> runs;  // of every nonzero
+  for (int r = 0; r < args.nonzeros; ++r) runs.emplace_back(kRunColumns, lanes);
+  auto entries = aligned_array<float>(kRunColumns);
+  const int64_t first = args.column_offset + task.column_begin, last = args.column_offset + task.column_end;
+  for (int64_t start = first / kRunColumns * kRunColumns; start < last; start += kRunColumns) {
+    const int64_t begin = std::max(first, start), end = std::min(last, start + kRunColumns);
+    const int64_t low = begin / kSignsPerCall * kSignsPerCall;
+    const int64_t columns = (end - low + kSignsPerCall - 1) / kSignsPerCall * kSignsPerCall;
+    for (int r = 0; r < args.nonzeros; ++r)
+      make_run({lanes, r, sketch_group(args.proj_dim, args.nonzeros, r), args.seed, args.stream}, low, columns, runs[r]);
+    for (int64_t b = 0; b < args.num_samples; ++b) {
+      std::fill_n(entries.get(), columns, 0.0f);
+      for (int r = 0; r < args.nonzeros; ++r) add(runs[r], task.coefficients + b * args.proj_dim, entries.get());
+      float* const out = args.out + b * args.num_columns + (begin - args.column_offset);
+      for (int64_t c = 0; c < end - begin; ++c) out[c] = args.scale * entries[begin - low + c];
     }
   }
 }

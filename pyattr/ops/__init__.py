@@ -8,7 +8,7 @@ from .linear_grad_project import linear_grad_project
 from .mask_project import mask_indices, mask_project
 from .multisketch_project import multisketch_project
 from .rademacher_project import rademacher_project, sign_matrix
-from .sparse_project import sketch_entries, sparse_project
+from .sparse_project import sketch_entries, sparse_project, sparse_project_transpose
 
 __all__ = [
     "conv2d_grad_project",
@@ -24,4 +24,5 @@ __all__ = [
     "sign_matrix",
     "sketch_entries",
     "sparse_project",
+    "sparse_project_transpose",
 ]

@@ -21,16 +21,16 @@ class Matrix(NamedTuple):
     scale: float
 
 
-def check_grads(op: str, grads):
+def check_grads(op: str, grads, name: str = "grads", shape: str = "[B, P]"):
     """``grads`` as a tensor [B, P] of floating-point numbers, and what turns the result back into its kind of array."""
-    grads, restore = arrays.to_torch(grads, op, "grads")
+    grads, restore = arrays.to_torch(grads, op, name)
     if grads.layout != torch.strided or grads.is_nested:
         layout = "nested" if grads.is_nested else grads.layout
-        raise TypeError(f"{op}: grads must be a dense (strided) tensor, got layout {layout}")
+        raise TypeError(f"{op}: {name} must be a dense (strided) tensor, got layout {layout}")
     if grads.dim() != 2:
-        raise ValueError(f"{op}: grads must have shape [B, P], got {list(grads.shape)}")
+        raise ValueError(f"{op}: {name} must have shape {shape}, got {list(grads.shape)}")
     if grads.dtype not in DTYPES and grads.dtype != torch.float64:
-        raise TypeError(f"{op}: grads must be float16, bfloat16, float32 or float64, got {grads.dtype}")
+        raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {grads.dtype}")
     return grads, restore
 
 
@@ -55,11 +55,20 @@ class Projection:
         max_columns: the largest ``column_offset + P`` that the generator's 32-bit counter reaches.
         matrix: the named tuple of the parameters; seed, stream and scale among them.
         max_proj_dim: the largest D.
+        transposes: by backend, kernels of the transpose, with the arguments of ``adjoint``, which serves all others.
     """
 
     def __init__(
-        self, name: str, definition, adjoint, max_columns: int, matrix: type = Matrix, max_proj_dim: int = 2**32
+        self,
+        name: str,
+        definition,
+        adjoint,
+        max_columns: int,
+        matrix: type = Matrix,
+        max_proj_dim: int = 2**32,
+        transposes: dict | None = None,
     ):
+        self.transposes = transposes or {}
         self.max_proj_dim = max_proj_dim
         self.name, self.definition, self.adjoint, self.max_columns = name, definition, adjoint, max_columns
         backends.register(
@@ -71,7 +80,7 @@ class Projection:
                 Backend("triton", self._run_triton, backends.triton_unavailable, self._unsupported("triton")),
             ],
         )
-        self._op, _ = register_pair(name, self._project, self._transpose, matrix)
+        self._op, self._transpose_op = register_pair(name, self._project, self._transpose, matrix)
 
     def __call__(self, grads, proj_dim, matrix, backend):
         """Check the arguments, choose the backend, run. Public ops carry the documentation."""
@@ -79,6 +88,13 @@ class Projection:
         proj_dim = check_integer(self.name, "proj_dim", proj_dim, 1, self.max_proj_dim)
         matrix = check_matrix(self.name, matrix, self.max_columns - grads.shape[1])
         return restore(self._op(grads, proj_dim, *matrix, backend))
+
+    def transpose(self, op: str, coefficients, num_columns, matrix, backend):
+        """The same for the public op of the transpose, ``op``."""
+        coefficients, restore = check_grads(op, coefficients, "coefficients", "[B, D]")
+        num_columns = check_integer(op, "num_columns", num_columns, 0, self.max_columns)
+        matrix = check_matrix(op, matrix, self.max_columns - num_columns)
+        return restore(self._transpose_op(coefficients, num_columns, *matrix, backend))
 
     # Backends. All take (grads [B, P], proj_dim, *matrix).
 
@@ -116,5 +132,10 @@ class Projection:
         return backends.choose(self.name, backend, grads, proj_dim, *matrix).run(grads, proj_dim, *matrix)
 
     def _transpose(self, coefficients, num_columns, *matrix_and_backend):
-        """[B, D] -> [B, P]: blocks of the matrix, generated on the input's device, times a library matmul."""
-        return self.adjoint(coefficients, num_columns, *matrix_and_backend[:-1])
+        """[B, D] -> [B, P]: the adjoint's definition on the input's device, or a kernel of the backend's where there is one."""
+        *matrix, backend = matrix_and_backend
+        if self.transposes:
+            chosen = backends.choose(self.name, backend, coefficients, num_columns, *matrix).name
+            if chosen in self.transposes:
+                return self.transposes[chosen](coefficients, num_columns, *matrix)
+        return self.adjoint(coefficients, num_columns, *matrix)

@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import torch
 
+from .. import backends, threads
 from ..reference import sparse_project as reference
 from . import _arguments
-from ._projection import Projection
+from ._projection import DTYPES, Projection, check_grads
 
 MAX_COLUMNS = 2**39  # the Philox counter holds the column div 128 in 32 bits
 MAX_PROJ_DIM = 2**31
@@ -22,6 +23,18 @@ class Sketch(NamedTuple):
     scale: float
 
 
+def _transpose_cpu(coefficients, num_columns, *matrix):
+    batch, proj_dim = coefficients.shape
+    out = torch.empty(batch, num_columns, dtype=torch.float32)
+    if out.numel() == 0:
+        return out
+    backends.extension().sparse_project_transpose_cpu(
+        coefficients.data_ptr(), DTYPES[coefficients.dtype], batch, num_columns, *coefficients.stride(), out.data_ptr(),
+        proj_dim, *matrix, threads.usable(torch.get_num_threads()),
+    )  # fmt: skip
+    return out
+
+
 _PROJECT = Projection(
     "sparse_project",
     reference.sparse_project,
@@ -29,6 +42,7 @@ _PROJECT = Projection(
     max_columns=MAX_COLUMNS,
     matrix=Sketch,
     max_proj_dim=MAX_PROJ_DIM,
+    transposes={"cpu": _transpose_cpu},
 )
 
 
@@ -78,8 +92,8 @@ def sparse_project(
         BackendError: the backend cannot take these inputs; the reasons are listed.
 
     Extra memory: CPU, per thread a row of sums (4 D bytes) or 256 KB, whichever is more, and 50 KB. CUDA and Triton, partial
-    sums of at most 64 MiB or one row of outputs per sample, whichever is more. Reference and the transpose (reverse mode),
-    60 MB and 16 B D bytes.
+    sums of at most 64 MiB or one row of outputs per sample, whichever is more. Reference, 60 MB and 16 B D bytes. Reverse
+    mode: see :func:`sparse_project_transpose`.
 
     Source: Charikar, Chen, Farach-Colton, "Finding Frequent Items in Data Streams", 2002 (CountSketch); Kane, Nelson, "Sparser
     Johnson-Lindenstrauss Transforms", J. ACM 2014, section 3 (block construction); the tiles are ours.
@@ -89,10 +103,48 @@ def sparse_project(
     return _PROJECT(grads, proj_dim, Sketch(seed, stream, column_offset, nonzeros, scale), backend)
 
 
-def check_nonzeros(op: str, nonzeros, proj_dim) -> int:
+def sparse_project_transpose(
+    coefficients, num_columns, *, nonzeros=1, seed=0, stream=0, column_offset=0, scale=1.0, backend=None
+):
+    """Multiply each row by the transpose of :func:`sparse_project`'s matrix, back to the columns.
+
+    ``X[b, p] = scale * sum_j M[j, column_offset + p] * coefficients[b, j]``: an entry is a signed sum of ``nonzeros``
+    coefficients. ``sparse_project`` and this are each other's derivative in reverse mode.
+
+    Args:
+        coefficients: [B, D] float16, bfloat16, float32 or float64 (reference only), D from ``nonzeros`` to 2^31; a torch
+            tensor, NumPy array or CuPy array, any strides.
+        num_columns: P, columns to return, from 0.
+        nonzeros, seed, stream, scale: as in :func:`sparse_project`.
+        column_offset: the column of M that gives ``X[:, 0]``; ``column_offset + num_columns`` is at most 2^39.
+        backend: "reference", "cpu", "cuda", "triton", or None for the first usable. "cuda" and "triton" compute it by torch
+            operations on their device, with the same bits as the reference.
+
+    Returns:
+        [B, P] float32 (float64 for float64 input), of the kind and on the device of ``coefficients``: the exact sum in the
+        reference, rounded; on the CPU rounded at each of the additions, to at most ``nonzeros * 2^-24`` of the sum of
+        magnitudes. NaN and inf propagate to the columns that meet them. Differentiable in both modes and any order.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        BackendError: the backend cannot take these inputs; the reasons are listed.
+
+    Extra memory: CPU, 16 KB and 2 KB per nonzero a thread, and 4 B D bytes unless the coefficients are contiguous float32.
+    Others, 60 MB and 16 B D bytes.
+
+    Source: as :func:`sparse_project`.
+    """
+    op = "sparse_project_transpose"
+    coefficients, restore = check_grads(op, coefficients, "coefficients", "[B, D]")
+    nonzeros = check_nonzeros(op, nonzeros, coefficients.shape[1], "coefficients.shape[1]")
+    matrix = Sketch(seed, stream, column_offset, nonzeros, scale)
+    return restore(_PROJECT.transpose(op, coefficients, num_columns, matrix, backend))
+
+
+def check_nonzeros(op: str, nonzeros, proj_dim, name: str = "proj_dim") -> int:
     """1 to 8, and no more than there are outputs."""
     nonzeros = _arguments.check_integer(op, "nonzeros", nonzeros, 1, 8)
-    _arguments.check_integer(op, "proj_dim", proj_dim, nonzeros, MAX_PROJ_DIM)
+    _arguments.check_integer(op, name, proj_dim, nonzeros, MAX_PROJ_DIM)
     return nonzeros
 
 

@@ -34,6 +34,10 @@ for shape in ((2, 220, 600, 9), (1, 100, 2100, 7), (3, 4, 50, 8)):  # positions 
     exact = ops.linear_grad_project(acts.double(), errs.double(), 96, kind="sparse", backend="reference")
     assert (out - exact).abs().max() <= 1e-5 * exact.abs().max()
     digest.update(out.numpy().tobytes())
+for proj_dim, nonzeros, offset in ((96, 2, 5), (40, 5, 128), (12, 3, 77)):
+    coefficients = testing.make_gradients(3, proj_dim)
+    out = ops.sparse_project_transpose(coefficients, 9000, nonzeros=nonzeros, column_offset=offset, backend="cpu")
+    digest.update(out.numpy().tobytes())
 print(digest.hexdigest())
 """
 

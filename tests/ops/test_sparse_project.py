@@ -1,5 +1,7 @@
 """The sparse projection: its matrix, every backend against the definition, its variance, and the properties it promises."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from pyattr import testing
 from pyattr.backends import BackendError
-from pyattr.ops import sketch_entries, sparse_project
+from pyattr.ops import sketch_entries, sparse_project, sparse_project_transpose
 from pyattr.reference.philox import philox4x32_10
 from pyattr.reference.sparse_project import groups, lanes
 
@@ -299,6 +301,80 @@ def test_transpose_is_the_adjoint(backend):
     (bar,) = torch.autograd.grad(out, grads, cotangent)
     written = matrix(50, range(9, 1009), 2, seed=2)
     torch.testing.assert_close(bar.cpu(), 0.5 * cotangent.cpu() @ written.float(), rtol=1e-5, atol=1e-5)
+
+
+# A whole run and a part of one, whole calls of the generator and parts, lanes from 32 to 1, a span over several threads' turns.
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("proj_dim", "nonzeros", "offset", "columns"),
+    [(64, 1, 0, 4096), (64, 2, 4000, 300), (48, 3, 129, 70), (40, 5, 0, 33_000), (6, 4, 2**32 - 7, 99), (7, 7, 5, 1),
+     (2048, 8, 2**39 - 500, 500), (1, 1, 3, 40)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_transpose_is_the_matrix_transposed(backend, dtype, proj_dim, nonzeros, offset, columns):
+    coefficients = testing.make_gradients(3, proj_dim, dtype, testing.device_of(backend))
+    options = {"nonzeros": nonzeros, "seed": 8, "stream": 3, "column_offset": offset, "scale": 0.7, "backend": backend}
+    out = sparse_project_transpose(coefficients, columns, **options)
+    assert out.shape == (3, columns) and out.dtype == torch.float32 and out.device == coefficients.device
+    written = matrix(proj_dim, range(offset, offset + columns), nonzeros, seed=8, stream=3)
+    wide = coefficients.cpu().double()
+    error = (out.cpu() - 0.7 * wide @ written).abs()
+    assert (error <= (nonzeros + 1) * 2.0**-24 * (0.7 * wide.abs() @ written.abs())).all()
+
+
+@CPU
+def test_transpose_takes_any_strides_and_gives_the_same_bits_on_any_number_of_threads():
+    wide = torch.randn(100, 6).t()[::2]  # [3, 100] of strides (2, 6)
+    out = sparse_project_transpose(wide, 70_000, nonzeros=4, seed=2, backend="cpu")
+    assert torch.equal(out, sparse_project_transpose(wide.contiguous(), 70_000, nonzeros=4, seed=2, backend="cpu"))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(out, sparse_project_transpose(wide, 70_000, nonzeros=4, seed=2, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert sparse_project_transpose(wide, 0).shape == (3, 0)
+    assert sparse_project_transpose(wide[:0], 5).shape == (0, 5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transpose_shows_nan_in_the_columns_that_meet_it_alone(backend):
+    coefficients = torch.zeros(1, 64, device=testing.device_of(backend))
+    coefficients[0, 5], coefficients[0, 40] = float("nan"), float("inf")
+    out = sparse_project_transpose(coefficients, 5000, nonzeros=2, seed=4, backend=backend).cpu()
+    rows, _ = sketch_entries(range(5000), 64, nonzeros=2, seed=4)
+    meets_nan, meets_inf = (rows == 5).any(1), (rows == 40).any(1)
+    assert torch.equal(out[0].isnan(), meets_nan) and torch.equal(out[0].isinf(), meets_inf & ~meets_nan)
+
+
+def test_transpose_differentiates_to_the_projection():
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+
+    def function(c):
+        return sparse_project_transpose(c, 40, nonzeros=2, seed=1, column_offset=3, scale=0.3)
+
+    assert torch.autograd.gradcheck(function, x, check_forward_ad=True)
+    out = function(x)
+    (bar,) = torch.autograd.grad(out, x, out.detach())
+    torch.testing.assert_close(bar, project(out.detach(), 6, "reference", 3, nonzeros=2, seed=1, scale=0.3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((torch.ones(4), 5), {}, "coefficients must have shape [B, D], got [4]"),
+        ((torch.ones(1, 4), 5), {"nonzeros": 5}, "coefficients.shape[1] must lie in [5, 2147483648], got 4"),
+        ((torch.ones(1, 4), -1), {}, "num_columns must lie in [0, 549755813888], got -1"),
+        (
+            (torch.ones(1, 4), 9),
+            {"column_offset": 2**39 - 8},
+            "column_offset must lie in [0, 549755813879], got 549755813880",
+        ),
+    ],
+)  # fmt: skip
+def test_transpose_names_the_bad_argument(arguments, options, message):
+    with pytest.raises(ValueError, match=f"^{re.escape('sparse_project_transpose: ' + message)}$"):
+        sparse_project_transpose(*arguments, **options)
 
 
 def test_gradcheck_in_both_modes_and_twice():
