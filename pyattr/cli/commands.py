@@ -184,6 +184,9 @@ def attribute(
     query_noises: Annotated[
         int, typer.Option(min=1, help="Noise draws for each timestep of a query; more make its scores steadier.")
     ] = SCORE.query_noises,
+    projection: Annotated[
+        str, typer.Option(help="Of the gradients: rademacher, gaussian, sparse or multisketch.")
+    ] = SCORE.kind,
     proj_dim: Annotated[int, typer.Option(min=1, help="Numbers that each gradient is projected to.")] = SCORE.proj_dim,
     lambda_: Annotated[
         float | None, typer.Option("--lambda", help="Damping; default: chosen from the spectrum.")
@@ -218,6 +221,7 @@ def attribute(
             num_timesteps=num_timesteps,
             strategy=strategy,
             query_noises=query_noises,
+            kind=projection,
             proj_dim=proj_dim,
             lambda_=lambda_,
             seed=seed,

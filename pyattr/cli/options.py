@@ -69,6 +69,7 @@ class ScoreOptions:
     num_timesteps: int = 10
     strategy: str = "uniform"
     query_noises: int = 1
+    kind: str = "rademacher"
     proj_dim: int = 4096
     lambda_: float | None = None
     seed: int = 0

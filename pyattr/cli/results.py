@@ -136,7 +136,7 @@ def settings_of(
         pairs = [
             ("timesteps", f"{o.num_timesteps} of {schedule.num_timesteps:,}, {o.strategy}: {shown}"),
             ("noise", f"{draws(1)} of a training image, {draws(o.query_noises)} of a query"),
-            ("projection", f"random signs, to {o.proj_dim:,} numbers, seed {o.seed}"),
+            ("projection", f"{o.kind}, to {o.proj_dim:,} numbers, seed {o.seed}"),
             ("lambda", f"{found['lambda']:.4g}, {'chosen automatically' if o.lambda_ is None else 'given'}"),
             ("effective dimension", f"{found['effective dimension']:.0f} of {min(o.proj_dim, len(data)):,}"),
         ]

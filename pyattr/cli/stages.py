@@ -302,7 +302,7 @@ class Scoring:
     ):
         self.workspace, self.data, self.options, self.schedule = workspace, data, options, schedule
         self.name = METHODS[options.method]
-        chosen = {name: getattr(options, name) for name in ("num_timesteps", "strategy", "proj_dim", "seed")}
+        chosen = {name: getattr(options, name) for name in ("num_timesteps", "strategy", "kind", "proj_dim", "seed")}
         self.timesteps = FeatureMap(schedule, num_noises=options.query_noises, **chosen).timesteps().tolist()
         if options.lambda_ is not None and not 0 < options.lambda_ < math.inf:
             raise ValueError(f"attribute: lambda must be positive and finite, got {options.lambda_}")

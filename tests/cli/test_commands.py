@@ -153,6 +153,21 @@ def test_a_changed_option_recomputes_only_what_depends_on_it(out, monkeypatch, s
     ]
 
 
+def test_another_projection_is_the_librarys(out, images, succeeds, arrays, folders):
+    before = folders(out)
+    succeeds("attribute", "--out", out, "--projection", "sparse", *SCORE)
+    assert len(folders(out) - before) == 2  # its own features and scores
+    found = arrays(out / "scores.npz")
+    model = diffusion.load_model(next(out.glob("train-*")))
+    method = attribution.DTRAK(model, diffusion.Schedule(), num_timesteps=2, kind="sparse", proj_dim=16, batch_size=8)
+    files = sorted((images / "dark").iterdir()) + sorted((images / "light").iterdir())
+    train = np.stack([np.asarray(Image.open(file)) for file in files])[:, None]
+    ids = attribution.QUERY_IDS + np.arange(len(found["queries"]))
+    expected = method.fit(train).scores(found["queries"], ids=ids)
+    np.testing.assert_allclose(found["scores"], expected, rtol=1e-5, atol=1e-9)
+    assert "sparse, to 16 numbers" in (out / "report.html").read_text()
+
+
 def test_other_generated_images_need_no_new_features(out, succeeds, arrays, folders):
     before = folders(out)
     succeeds("generate", "--out", out, "-n", 1, "--steps", 2, "--seed", 5, "--device", "cpu")

@@ -207,6 +207,8 @@ def test_options_that_are_not_possible_leave_nothing_behind(images, out, tmp_pat
         "FeatureMap: strategy must be one of uniform, cumulative, midpoint, got 'foo'", *attribute, "--strategy", "foo"
     )
     fails("FeatureMap: num_timesteps must lie in [1, 1000], got 2000", *attribute, "--num-timesteps", 2000)
+    kinds = "FeatureMap: kind must be one of rademacher, gaussian, sparse, multisketch, got 'foo'"
+    fails(kinds, *attribute, "--projection", "foo")
     for number in ("-1.0", "0.0", "inf", "nan"):
         fails(f"attribute: lambda must be positive and finite, got {number}", *attribute, "--lambda", number)
 
