@@ -27,12 +27,15 @@ class Setting:
     out_channels: int
     size: int
     batch: int = 64
+    device: str = "cpu"
 
     @functools.cached_property
     def data(self) -> tuple[torch.Tensor, torch.Tensor]:  # [B, C, H, W], [B, O, H, W]
         generator = torch.Generator().manual_seed(layers.SEED)
         channels = (self.in_channels, self.out_channels)
-        return tuple(torch.randn(self.batch, c, self.size, self.size, generator=generator) for c in channels)
+        return tuple(
+            torch.randn(self.batch, c, self.size, self.size, generator=generator).to(self.device) for c in channels
+        )
 
     @property
     def parameters(self) -> int:

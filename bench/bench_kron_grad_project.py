@@ -31,6 +31,7 @@ class Setting:
     factor_dims: tuple[int, int] = (64, 64)
     kernel: int = 3
     batch: int = BATCH
+    device: str = "cpu"
 
     @property
     def is_convolution(self) -> bool:
@@ -53,13 +54,13 @@ class Setting:
             if self.is_convolution
             else [(self.batch, self.size, channels) for channels in (self.in_channels, self.out_channels)]
         )
-        return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+        return tuple(torch.randn(shape, generator=generator).to(self.device) for shape in shapes)
 
     @functools.cached_property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """P_out [k_out, O], P_in [k_in, I]; torch's rows have them ready."""
         sizes = zip(self.factor_dims, (self.out_channels, self.width), (0, 1), strict=True)
-        return tuple(sign_matrix(range(k), range(n), SEED, side).float() for k, n, side in sizes)
+        return tuple(sign_matrix(range(k), range(n), SEED, side).float().to(self.device) for k, n, side in sizes)
 
     @property
     def layer(self) -> dict:

@@ -26,12 +26,15 @@ class Setting:
     out_features: int
     tokens: int
     batch: int = 64
+    device: str = "cpu"
 
     @functools.cached_property
     def data(self) -> tuple[torch.Tensor, torch.Tensor]:  # [B, T, I], [B, T, O]
         generator = torch.Generator().manual_seed(layers.SEED)
         widths = (self.in_features, self.out_features)
-        return tuple(torch.randn(self.batch, self.tokens, width, generator=generator) for width in widths)
+        return tuple(
+            torch.randn(self.batch, self.tokens, width, generator=generator).to(self.device) for width in widths
+        )
 
     @property
     def parameters(self) -> int:

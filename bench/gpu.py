@@ -42,6 +42,11 @@ AT_SCALE = {
     "rademacher_project": ("projection_at_scale", (4096, 32768)),
     "gaussian_project": ("projection_at_scale", (4096,)),
     "sparse_project": ("sparse_at_scale", (4096, 1 << 20)),
+    "multisketch_project": ("fused_at_scale", (32768,)),
+    **{
+        op: ("fused_at_scale", (4096,))
+        for op in ("conv2d_grad_project", "linear_grad_project", "kron_grad_project", "hadamard_project")
+    },
 }
 SUFFIXES = (".py", ".h", ".cpp", ".cu", ".cuh", ".cmake", ".txt", ".toml")
 # Every step must fit into one call.

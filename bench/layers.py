@@ -30,7 +30,7 @@ def by_matmul(setting) -> torch.Tensor:
 
 def by_vmap(setting) -> torch.Tensor:
     """Every sample's gradient [B, P], as torch.func gives it."""
-    layer = setting.layer()
+    layer = setting.layer().to(setting.device)
 
     def loss(parameters, x, e):
         return (functional_call(layer, parameters, (x[None],))[0] * e).sum()
@@ -39,13 +39,13 @@ def by_vmap(setting) -> torch.Tensor:
     return vmap(grad(loss), (None, 0, 0))(parameters, *setting.data)["weight"].flatten(1)
 
 
-def run(setting, row: str) -> torch.Tensor:
+def run(setting, row: str, backend: str = "cpu") -> torch.Tensor:
     """One contender's answer.  # [B, D]"""
     kind = ROWS[row]
     if row.startswith("pyattr"):
-        return setting.project(*setting.data, kind=kind, backend="cpu")
+        return setting.project(*setting.data, kind=kind, backend=backend)
     form = by_matmul if "matmul" in row else by_vmap
-    return KINDS[kind](form(setting), PROJ_DIM, seed=SEED, backend="cpu")
+    return KINDS[kind](form(setting), PROJ_DIM, seed=SEED, backend=backend)
 
 
 def warm_up() -> None:
@@ -76,23 +76,28 @@ def goals(table: str, columns) -> list[Goal]:
     ]
 
 
+def check(setting, kind: str):
+    """First and last sample against the definition."""
+    ends = [torch.stack([tensor[0], tensor[-1]]) for tensor in setting.data]
+    wanted = setting.project(*(end.double() for end in ends), kind=kind, backend="reference")
+
+    def run(answer):
+        error = ((answer[[0, -1]] - wanted).norm(dim=1) / wanted.norm(dim=1)).max().item()
+        assert error < 1e-5, f"differs from the definition by {error:.2g} of its norm"
+
+    return run
+
+
 def measure_layer(module: str, table: str, setting, row: str, column: str, measure, leave_out) -> None:
-    """Check a contender's first and last sample against the definition, then time it."""
+    """Check a contender, then time it, on the CPU."""
     ours = row.startswith("pyattr")
     formed = 4 * setting.batch * setting.parameters
     if not ours and 2.5 * formed > machine.available_bytes():
         leave_out(table, row, column, f"the formed gradients take {formed / 2**30:.1f} GiB, too much of what is free")
-    ends = [torch.stack([tensor[0], tensor[-1]]) for tensor in setting.data]
-    wanted = setting.project(*(end.double() for end in ends), kind=ROWS[row], backend="reference")
-
-    def check(answer):
-        error = ((answer[[0, -1]] - wanted).norm(dim=1) / wanted.norm(dim=1)).max().item()
-        assert error < 1e-5, f"differs from the definition by {error:.2g} of its norm"
-
     acts, errs = setting.data
     measure(
         Here(lambda: run(setting, row)),
-        check=check,
+        check=check(setting, ROWS[row]),
         table=table,
         row=row,
         column=column,
