@@ -75,8 +75,9 @@ def project_global(identifier, P, m, projection_type="normal", projection_scale=
             divisor [O, W] or None.
         m: the width D, 1 to 2^31 - 1.
         projection_type: "normal" or "rademacher".
-        projection_scale: "jl", the scale sqrt(m), so that inner products are kept in expectation; or "row_norm", for each
-            column of Y the norm of its row of R: sqrt(n) for signs.
+        projection_scale: "jl", the scale sqrt(m), so that inner products are kept in expectation, with the variance that
+            ``pyattr.ops.rademacher_project`` and ``gaussian_project`` state; or "row_norm", for each column of Y the norm of
+            its row of R: sqrt(n) for signs, so that inner products are kept times m / n.
 
     Returns:
         [N, m] of the dtype and on the device of P (of g), with no autograd history. Sums are in float32 over all blocks and
