@@ -182,6 +182,7 @@ def test_kron_grad_project(row, column, measure, leave_out):
         row=row,
         column=column,
         ours=row.startswith("pyattr"),
+        kind="mask and sketch" if row in (OUR_SKETCH, FORM_SKETCH) else "dense factors",
         work=setting.batch * setting.positions * per_position,
         unit="multiply-adds of the two-sided product",
         bytes=4 * (acts.numel() + errs.numel() + setting.batch * k_out * k_in),

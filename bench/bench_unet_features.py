@@ -130,6 +130,7 @@ def test_unet_features(row, measure, leave_out, peer_python):
         row=row,
         column=COLUMN,
         ours=row in OURS,
+        kind=OURS.get(row, "rademacher"),
         work=setting().batch * setting().steps,
         unit="images through the network",
         bytes=4 * setting().parameters + 4 * setting().batch * PROJ_DIM,

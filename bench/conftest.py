@@ -99,6 +99,7 @@ def measure(request, benchmark, ceilings, leave_out):
         work, unit: operations per call and what they are.
         bytes: least traffic to and from memory per call.
         ceiling: which measured ceiling bounds the work: "adds_per_s", "fmas_per_s", or None.
+        kind: of the work, where a table has several that cannot be compared; a peer is compared with ours of its kind.
         note: what a reader must know, such as a smaller shape.
         rounds: at most this many rounds.
         extra: more entries of the recorded figure, such as peak memory.
@@ -107,7 +108,7 @@ def measure(request, benchmark, ceilings, leave_out):
 
     def run(
         contender, *, check, table, row, column, ours, work, unit, bytes,
-        ceiling=None, note="", rounds=30, extra=None, flush=None,
+        ceiling=None, kind="", note="", rounds=30, extra=None, flush=None,
     ):  # fmt: skip
         config = request.config
         try:
@@ -131,6 +132,7 @@ def measure(request, benchmark, ceilings, leave_out):
         on_cpu = device == "cpu"
         benchmark.extra_info.update(
             {"table": table, "row": row, "column": column, "ours": ours, "note": note},
+            **({"kind": kind} if kind else {}),
             **figures.describe(
                 benchmark.stats["median"],
                 work=work,

@@ -53,7 +53,8 @@ def describe(
 def add_ratios(benchmarks: list[dict]) -> None:
     """Give each of our figures its ratio to every peer in the same table and column: 4.0 is four times the peer's rate.
 
-    A figure that was not timed through ``measure`` stands in no table and is left as it is.
+    Where a table has several kinds of work, only peers of the figure's own kind are its rivals. A figure that was not timed
+    through ``measure`` stands in no table and is left as it is.
     """
     for figure in benchmarks:
         info = figure["extra_info"]
@@ -62,9 +63,12 @@ def add_ratios(benchmarks: list[dict]) -> None:
         info["times_faster_than"] = {
             other["extra_info"]["row"]: float(f"{info['work_per_s'] / other['extra_info']['work_per_s']:.4g}")
             for other in benchmarks
-            if other["extra_info"].get("ours") is False
-            and (other["extra_info"]["table"], other["extra_info"]["column"]) == (info["table"], info["column"])
+            if other["extra_info"].get("ours") is False and _rivalry(other["extra_info"]) == _rivalry(info)
         }
+
+
+def _rivalry(info: dict):
+    return info["table"], info["column"], info.get("kind", "")
 
 
 def check_goals(goals: Iterable[Goal], benchmarks: list[dict], ceilings: dict | None = None) -> list[dict]:

@@ -102,6 +102,7 @@ def measure_layer(module: str, table: str, setting, row: str, column: str, measu
         row=row,
         column=column,
         ours=ours,
+        kind=ROWS[row],
         work=setting.batch * setting.parameters,
         unit="gradient entries",
         bytes=4 * (acts.numel() + errs.numel() + setting.batch * PROJ_DIM),

@@ -25,13 +25,14 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
 
-def _cell(figure: dict | None, best: float, scale: float) -> str:
+def _cell(figure: dict | None, best: dict[tuple[str, str], float], scale: float) -> str:
     if figure is None:
         return "–"
     info = figure["extra_info"]
     text = _number(info["work_per_s"] / scale)
-    if not info["ours"] and best:
-        text += f" ({_number(best / info['work_per_s'])}x)"
+    fastest = best[info["column"], info.get("kind", "")]
+    if not info["ours"] and fastest:
+        text += f" ({_number(fastest / info['work_per_s'])}x)"
     if "peak_mib" in info:
         text += f", {info['peak_mib']:.0f} MiB"
     if disturbed(figure):
@@ -47,22 +48,25 @@ def table(run: dict, name: str) -> str:
     at = {(f["extra_info"]["row"], f["extra_info"]["column"]): f for f in figures}
     rates = [f["extra_info"]["work_per_s"] for f in figures]
     scale, prefix = next((s, p) for s, p in _SCALES if max(rates) >= s or s == 1.0)
-    best = dict.fromkeys(columns, 0.0)
+    kinds = {f["extra_info"].get("kind", "") for f in figures}
+    best = {(column, kind): 0.0 for column in columns for kind in kinds}
     for info in (figure["extra_info"] for figure in figures):
         if info["ours"]:
-            best[info["column"]] = max(best[info["column"]], info["work_per_s"])
+            place = info["column"], info.get("kind", "")
+            best[place] = max(best[place], info["work_per_s"])
+    rival = "pyattr's fastest row of the same kind" if len(kinds) > 1 else "pyattr's fastest backend"
     machine = run["machine_info"]
     where = [machine["cpu"]["name"], machine["cpu"]["kind"] or "", f"{machine['threads']} threads", *machine["gpus"]]
     lines = [
         f"{', '.join(filter(None, where))}; commit {machine['commit']}, {machine['date'][:10]}. In {prefix}"
-        f"{figures[0]['extra_info']['unit']} per second; in brackets, how many times faster pyattr's fastest backend is.",
+        f"{figures[0]['extra_info']['unit']} per second; in brackets, how many times faster {rival} is.",
         "",
         f"| | {' | '.join(columns)} | |",
         f"|---|{'---:|' * len(columns)}---|",
     ]
     for row in rows:
         notes = dict.fromkeys(at[row, column]["extra_info"]["note"] for column in columns if (row, column) in at)
-        cells = [_cell(at.get((row, column)), best[column], scale) for column in columns]
+        cells = [_cell(at.get((row, column)), best, scale) for column in columns]
         lines.append(f"| {row} | {' | '.join(cells)} | {'; '.join(filter(None, notes))} |")
     if any(map(disturbed, figures)):
         lines.append("\n† disturbed: the slowest round took over 1.5 times as long as the fastest.")

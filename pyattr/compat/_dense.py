@@ -12,7 +12,7 @@ OPS = {"normal": gaussian_project, "rademacher": rademacher_project}
 def kind_of(where: str, proj_type) -> str:
     """The name of a kind given as a string or as a member of the peer's Enum."""
     kind = getattr(proj_type, "value", proj_type)
-    if kind not in OPS:
+    if not isinstance(kind, str) or kind not in OPS:
         raise ValueError(f"{where}: proj_type must be one of {sorted(OPS)}, got {kind!r}")
     return kind
 
@@ -27,6 +27,8 @@ def pieces_of(where: str, grads) -> list[torch.Tensor]:
             raise TypeError(
                 f"{where}: grads must be a tensor or a dict of tensors, got {type(piece).__name__} for {name}"
             )
+        if piece.layout != torch.strided or piece.is_nested:
+            raise TypeError(f"{where}: grads must be dense (strided) tensors, got another layout for {name}")
         if piece.dim() == 0:
             raise ValueError(f"{where}: grads must have a batch dimension, got a scalar for {name}")
     batches = sorted({piece.shape[0] for piece in named.values()})
@@ -51,5 +53,6 @@ def project_pieces(kind: str, pieces, proj_dim: int, device=None, **matrix) -> t
         flat = piece.reshape(piece.shape[0], width(piece)).to(device)
         part = OPS[kind](flat, proj_dim, column_offset=column, **matrix)
         column += flat.shape[1]
-        out = part if out is None else out.add_(part)
+        wide = part.dtype == torch.float64  # in whichever piece, it is the result's
+        out = part if out is None else part.add_(out) if wide else out.add_(part)
     return out

@@ -27,8 +27,8 @@ from ._dense import OPS
 BLOCK_ENTRIES = 1 << 27
 # float32 entries of the gradients that are formed at a time: 32 MB, and as much again for what is formed of narrower factors.
 TILE_ENTRIES = 1 << 23
-# Working memory while a matrix is written out, at 4 bytes an entry by the kernel and at most 150 in torch.
-WRITTEN_BYTES = 1 << 25
+# A piece of a matrix that is written out, at 4 bytes an entry by the kernel and at most 150 in torch. Two are alive at a time.
+WRITTEN_BYTES = 1 << 24
 SCALES = ("jl", "row_norm")
 
 
@@ -48,7 +48,7 @@ def random_matrix(identifier, m, n, device, projection_type, dtype=torch.float32
     Raises:
         TypeError, ValueError: an argument is not as above.
 
-    Extra memory: 34 MB, or one column.
+    Extra memory: 50 MB, or three columns where one has over 2^22 rows.
     """
     _check_type(projection_type)
     m, n = (check_integer("random_matrix", name, size, 0, 2**63) for name, size in (("m", m), ("n", n)))
@@ -75,8 +75,9 @@ def project_global(identifier, P, m, projection_type="normal", projection_scale=
             divisor [O, W] or None.
         m: the width D, 1 to 2^31 - 1.
         projection_type: "normal" or "rademacher".
-        projection_scale: "jl", the scale sqrt(m), so that inner products are kept in expectation; or "row_norm", for each
-            column of Y the norm of its row of R: sqrt(n) for signs.
+        projection_scale: "jl", the scale sqrt(m), so that inner products are kept in expectation, with the variance that
+            ``pyattr.ops.rademacher_project`` and ``gaussian_project`` state; or "row_norm", for each column of Y the norm of
+            its row of R: sqrt(n) for signs, so that inner products are kept times m / n.
 
     Returns:
         [N, m] of the dtype and on the device of P (of g), with no autograd history. Sums are in float32 over all blocks and
@@ -88,8 +89,8 @@ def project_global(identifier, P, m, projection_type="normal", projection_scale=
         TypeError, ValueError: an argument is not as above.
 
     Extra memory: [N, m] float32 and that of one projection; for factors 64 MB besides (more only if a single column of the
-    gradients has over 2^23 rows). "row_norm" with normal entries writes R out a piece at a time (34 MB), once for each name and
-    shape: the norms of the last 1024 are kept, 8 m bytes each.
+    gradients has over 2^23 rows). "row_norm" with normal entries writes R out a piece at a time (as `random_matrix`, and twice
+    as much again), once for each name and shape: the norms of the last 1024 are kept, 8 m bytes each.
     """
     _check_type(projection_type)
     if projection_scale not in SCALES:
@@ -228,7 +229,7 @@ def _row_norms(identifier, m, num_columns, block_entries):
     squares = torch.zeros(m, dtype=torch.float64)
     for start, stop, name in _blocks(identifier, m, num_columns):
         for rows, _, entries in _written(name, m, stop - start, squares.device, "normal"):
-            squares[rows] += entries.to(torch.float64).square().sum(1)
+            squares[rows] += torch.linalg.vector_norm(entries, dim=1, dtype=torch.float64).square()
     return squares.sqrt()
 
 

@@ -63,6 +63,8 @@ class _Projector(AbstractProjector):
         least = -1 if self.proj_type == "identity" else 1
         self.proj_dim = check_integer(name, "proj_dim", proj_dim, least, 2**31)
         self.seed = check_integer(name, "seed", seed, -(2**63), 2**64 - 1)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"{name}: dtype must be a floating-point torch.dtype, got {dtype}")
         self.device, self.dtype = torch.device(device), dtype
 
     def project(self, features, ensemble_id):
@@ -84,7 +86,9 @@ class _Projector(AbstractProjector):
         that of the kernel; nothing that grows as P times proj_dim.
         """
         pieces = features if isinstance(features, dict) else {"features": features}
-        name, rows = type(self).__name__, {len(piece) for piece in pieces.values()}
+        name = type(self).__name__
+        _check_tensors(name, "features", pieces.values())
+        rows = {len(piece) for piece in pieces.values()}
         if len(rows) != 1:
             raise ValueError(f"{name}: features must all have the same number of rows, got {sorted(rows)}")
         if not isinstance(features, dict) and features.dim() != 2:
@@ -155,7 +159,11 @@ class BasicProjector(_Projector):
 
     The scales are dattri's: normal and rademacher ``proj_dim ** -0.5`` times independent N(0, 1) or +-1, for which
     ``E <y, y'> = <x, x'>``; sjlt one +-1 per column, likewise; random_mask and identity 1; grass a mask of
-    ``4 * proj_dim`` coordinates (at most P), then sjlt of those.
+    ``4 * proj_dim`` coordinates (at most P), then sjlt of those. With a mask the mean is ``<x, x'>`` times the share kept.
+
+    The variance of ``<y, y'>`` is ``(|x|^2 |x'|^2 + <x, x'>^2) / proj_dim`` for normal, less ``2 sum_p x_p^2 x'_p^2 /
+    proj_dim`` for rademacher and (at most) sjlt; a mask's is stated at ``pyattr.ops.mask_project``, and grass has it and that
+    of the sketch of what is kept.
     """
 
     def __init__(
@@ -196,6 +204,8 @@ class ChunkedCudaProjector:
 
     Raises:
         ValueError: there is not one projector for each chunk, or one is the identity.
+
+    Scale and variance are those of its projectors, extra memory that of one of them and a second result.
     """
 
     def __init__(self, projector_per_chunk, max_chunk_size, dim_per_chunk, feature_batch_size, device, dtype):
@@ -210,7 +220,7 @@ class ChunkedCudaProjector:
         self.device, self.dtype = torch.device(device), dtype
 
     def project(self, features, ensemble_id):
-        """[B, P] -> [B, proj_dim]; see :meth:`dict_project`, which takes a dict."""
+        """[B, P] -> [B, proj_dim]; see :meth:`dict_project`, which takes a dict, where this raises TypeError."""
         if isinstance(features, dict):
             raise TypeError(
                 "ChunkedCudaProjector.project() only accepts Tensor inputs; dict_project() and random_project() take a dict"
@@ -222,24 +232,29 @@ class ChunkedCudaProjector:
 
         Any batch will do, and the border of a chunk may lie within a tensor.
 
+        Returns:
+            [B, proj_dim] of the dtype and on the device that were asked for.
+
         Raises:
-            ValueError: the tensors do not hold as many numbers per row as the chunks.
+            TypeError, ValueError: as there, or the tensors do not hold as many numbers per row as the chunks.
         """
+        _check_tensors("ChunkedCudaProjector", "features", features.values())
         pieces = list(features.values())
         starts = _starts(pieces)
         borders = list(accumulate(self.dim_per_chunk, initial=0))
         if starts[-1] != borders[-1]:
             sizes = f"{borders[-1]} numbers per row as in dim_per_chunk, got {starts[-1]}"
             raise ValueError(f"ChunkedCudaProjector: features must have {sizes}")
-        parts = []
+        out = None
         for projector, (low, high) in zip(self.projector_per_chunk, pairwise(borders), strict=True):
             chunk = {
                 index: _flat(piece)[:, max(low - start, 0) : high - start]
                 for index, (piece, (start, end)) in enumerate(zip(pieces, pairwise(starts), strict=True))
                 if start < high and end > low
             }
-            parts.append(projector.project(chunk, ensemble_id).to(self.device))
-        return reduce(torch.add, parts).to(self.dtype)
+            part = projector.project(chunk, ensemble_id).to(self.device)
+            out = part if out is None else out + part
+        return out.to(self.dtype)
 
     def free_memory(self):
         """Does nothing: nothing is held."""
@@ -263,14 +278,16 @@ def random_project(
     attributes (dattri's ``RandomProjectionParams``, or any object with them).
 
     Args:
-        feature: [B, P] tensor or dict of tensors [B, ...], as those to be projected: gives P and the dtype of results (that of
-            the dict's first tensor).
-        feature_batch_size, proj_max_batch_size: dattri's, by which it cuts up its work; without effect, any batch will do.
+        feature: tensor or dict of tensors like those to be projected: gives P and the dtype of results (that of the dict's
+            first tensor).
+        feature_batch_size: B of ``feature``, whose P is its number of entries div B: of named parameters themselves, B is 1.
+        proj_max_batch_size: dattri's, by which it cuts up its work; without effect, any batch will do.
         proj_dim, proj_seed, proj_type: those of :class:`BasicProjector`.
         device: "cpu", "cuda" or a torch.device of these, where features are moved to and projected.
 
     Returns:
-        ``f(feature, ensemble_id=0) -> [B, proj_dim]``, which is :meth:`BasicProjector.project`.
+        ``f(feature, ensemble_id=0) -> [B, proj_dim]`` for [B, P] tensors and dicts of tensors [B, ...] of any B, which is
+        :meth:`BasicProjector.project`: formulas, scales, variances and memory are stated there and at :class:`BasicProjector`.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or missing.
@@ -280,24 +297,34 @@ def random_project(
     if proj_params is not None:
         if (feature_batch_size, proj_dim, proj_max_batch_size) != (None, None, None):
             raise TypeError("random_project: proj_params must come without the arguments that it holds")
+        feature_batch_size = proj_params.feature_batch_size
         proj_dim, proj_seed = proj_params.proj_dim, proj_params.proj_seed
         proj_type, device = proj_params.proj_type, proj_params.device
-    elif None in (feature_batch_size, proj_dim, proj_max_batch_size):
-        raise TypeError(
-            "random_project: feature_batch_size, proj_dim and proj_max_batch_size, or proj_params, must be given"
-        )
+    elif None in (feature_batch_size, proj_dim):  # dattri's LoGra passes None on for a proj_max_batch_size left out
+        raise TypeError("random_project: feature_batch_size and proj_dim, or proj_params, must be given")
     pieces = list(feature.values()) if isinstance(feature, dict) else [feature]
     if not pieces:
         raise ValueError("random_project: feature must hold at least one tensor")
+    _check_tensors("random_project", "feature", pieces)
+    rows = check_integer("random_project", "feature_batch_size", feature_batch_size, 1, 2**62)
+    for piece in pieces:
+        if piece.numel() % rows:
+            raise ValueError(f"random_project: feature_batch_size must divide shape {list(piece.shape)}, got {rows}")
     if torch.device(device).type not in ("cpu", "cuda"):
         raise ValueError(f"random_project: device must be 'cpu' or 'cuda', got {device}")
-    columns = sum(width(piece) for piece in pieces)
+    columns = sum(piece.numel() // rows for piece in pieces)
     projector = CudaProjector(columns, proj_dim, proj_seed, proj_type, device, pieces[0].dtype)
 
     def project(feature, ensemble_id=0):
         return projector.project(feature, ensemble_id)
 
     return project
+
+
+def _check_tensors(name, argument, pieces):
+    for piece in pieces:
+        if not isinstance(piece, torch.Tensor):
+            raise TypeError(f"{name}: {argument} must be a tensor or a dict of tensors, got {type(piece).__name__}")
 
 
 def _starts(pieces):

@@ -30,8 +30,9 @@ def project_rademacher_8(input, N, seed, num_feature_tiles):
         num_feature_tiles: a positive integer, without effect.
 
     Returns:
-        [B, N] float32 on the input's device (float64 for float64). Inner products grow by a factor N in expectation. float32
-        is not rounded to float16 on the way: see ``pyattr.ops.rademacher_project`` for accuracy and extra memory.
+        [B, N] float32 on the input's device (float64 for float64), with no autograd history, as theirs has none. Inner products
+        grow by a factor N in expectation, with the variance of ``pyattr.ops.rademacher_project``, which also states accuracy
+        and extra memory. float32 is not rounded to float16 on the way.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -40,7 +41,11 @@ def project_rademacher_8(input, N, seed, num_feature_tiles):
 
 
 def project_normal_8(input, N, seed, num_feature_tiles):
-    """``Y[b, j] = sum_f Z[j, f] input[b, f]``, Z standard normal; see :func:`project_rademacher_8`."""
+    """``Y[b, j] = sum_f Z[j, f] input[b, f]``, Z standard normal.
+
+    Arguments, shapes, scale and errors are those of :func:`project_rademacher_8`; variance, accuracy and extra memory those of
+    ``pyattr.ops.gaussian_project``.
+    """
     return _project("normal", input, N, seed, num_feature_tiles)
 
 
@@ -56,4 +61,4 @@ def _project(kind, input, N, seed, num_feature_tiles):
     N = check_integer("fast_jl", "N", N, 1, 2**32)
     seed = check_integer("fast_jl", "seed", seed, 0, 2**32 - 1)
     check_integer("fast_jl", "num_feature_tiles", num_feature_tiles, 1, 2**63 - 1)
-    return OPS[kind](input, N, seed=seed)
+    return OPS[kind](input.detach(), N, seed=seed)

@@ -9,7 +9,8 @@ Instead of ``from sjlt import SJLTProjection``::
     x = sketch.transpose(y)  # [100, 1024]
 
 The matrix is the one in the module's buffers, as it is with sjlt: pyattr's own sparse matrix, which no one stores, is
-:func:`pyattr.ops.sparse_project`. Here are also ``get_cuda_info`` and the two functions of ``sjlt._C``.
+:func:`pyattr.ops.sparse_project`. Here are also ``get_cuda_info``, ``CUDA_AVAILABLE``, ``EXTENSION_AVAILABLE`` and the two
+functions of ``sjlt._C``.
 
 How: on the CPU each row adds its entries into its outputs in their order (``scatter_add_``); elsewhere, where that would need
 atomics, entries are sorted by output and each output sums its own in that order (``embedding_bag``). Neither keeps anything
@@ -19,6 +20,9 @@ between calls, so that what is written into the buffers always counts. The GPU's
 import torch
 from torch.nn import functional
 
+from ..ops._arguments import check_integer
+
+CUDA_AVAILABLE, EXTENSION_AVAILABLE = torch.cuda.is_available(), True  # sjlt's; there is nothing here to compile
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Columns and rows worked on at a time. Columns are fixed, so that no other row has a say in a row's bits.
 CPU_COLUMNS, GPU_COLUMNS, ROWS = 1 << 16, 1 << 19, 64
@@ -28,7 +32,8 @@ class SJLTProjection(torch.nn.Module):
     """Sparse Johnson-Lindenstrauss transform by stored indices and signs, with sjlt's interface.
 
     ``y[b, k] = c^-1/2 * sum over (p, j) with rand_indices[p, j] = k of rand_signs[p, j] * x[b, p]``. Over random buffers
-    ``E <y, y'> = <x, x'>``. The c indices of a column are drawn with replacement, as sjlt draws them.
+    ``E <y, y'> = <x, x'>``, and ``Var <y, y'> = (|x|^2 |x'|^2 + <x, x'>^2 - 2/c * sum_p x_p^2 x'_p^2) / K``: the c indices of a
+    column are drawn with replacement, as sjlt draws them, so that they may meet.
 
     Args:
         original_dim: P, at least 1.
@@ -44,7 +49,7 @@ class SJLTProjection(torch.nn.Module):
         rand_signs: [P, c] int8 buffer of +-1. Both may be overwritten at any time.
 
     Raises:
-        ValueError: a dimension is out of its range.
+        TypeError, ValueError: a dimension is not an integer, or out of its range.
         RuntimeError: ``device`` is a GPU and torch sees none.
 
     Memory: 9 c bytes per column, as with sjlt.
@@ -54,10 +59,12 @@ class SJLTProjection(torch.nn.Module):
 
     def __init__(self, original_dim, proj_dim, c=1, threads=1024, fixed_blocks=84, device="cuda", *, generator=None):
         super().__init__()
-        for name, value, least in (("original_dim", original_dim, 1), ("c", c, 1), ("proj_dim", proj_dim, max(c, 1))):
-            if value < least:
-                bound = "c" if name == "proj_dim" and c > 1 else least
-                raise ValueError(f"SJLTProjection: {name} must be at least {bound}, got {value}")
+        sizes = {"original_dim": original_dim, "proj_dim": proj_dim, "c": c}
+        original_dim, proj_dim, c = (
+            check_integer("SJLTProjection", name, size, 1, 2**63 - 1) for name, size in sizes.items()
+        )
+        if proj_dim < c:
+            raise ValueError(f"SJLTProjection: proj_dim must be at least c = {c}, got {proj_dim}")
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("SJLTProjection: torch sees no CUDA device; pass device='cpu'")
@@ -83,8 +90,8 @@ class SJLTProjection(torch.nn.Module):
             and inf propagate. Differentiable in both modes and any order.
 
         Raises:
-            TypeError: the dtype is another.
-            ValueError: the shape is, or the buffers hold an index outside [0, K).
+            TypeError: the dtype is another, or ``x`` no dense tensor.
+            ValueError: the shape is another, or the buffers hold an index outside [0, K).
 
         Extra memory: copies of pieces, of 64 rows and 2^16 columns on the CPU (34 MB; 67 MB in float64), of 64 rows and 2^19
         columns on a GPU (270 MB and 20 MB c; 540 MB in float64); for 16-bit inputs, the result in float32.
@@ -116,7 +123,11 @@ class SJLTProjection(torch.nn.Module):
 
 
 def sjlt_projection_cuda(x, rand_indices, rand_signs, proj_dim, c, threads=1024, fixed_blocks=84):
-    """``sjlt._C.sjlt_projection_cuda``, on any device: [B, P], [P, c], [P, c] -> [[B, proj_dim]], as the module's forward."""
+    """``sjlt._C.sjlt_projection_cuda``, on any device: [B, P], [P, c], [P, c] -> [[B, proj_dim]].
+
+    Formula, scale, variance, dtypes, errors and memory are those of :meth:`SJLTProjection.forward`; TypeError or ValueError
+    besides where a buffer is not int64 (indices) or int8 (signs) [P, c] on the device of ``x``.
+    """
     op = "sjlt_projection_cuda"
     _check_buffers(op, x, rand_indices, rand_signs, c)
     _check_input(op, x, rand_indices.shape[0])
@@ -124,7 +135,10 @@ def sjlt_projection_cuda(x, rand_indices, rand_signs, proj_dim, c, threads=1024,
 
 
 def sjlt_transpose_cuda(y, rand_indices, rand_signs, original_dim, c, threads=1024, fixed_blocks=84):
-    """``sjlt._C.sjlt_transpose_cuda``, on any device: [B, K], [P, c], [P, c] -> [[B, P]], as the module's transpose."""
+    """``sjlt._C.sjlt_transpose_cuda``, on any device: [B, K], [P, c], [P, c] -> [[B, P]].
+
+    As :func:`sjlt_projection_cuda`, of :meth:`SJLTProjection.transpose`; ValueError too where ``original_dim`` is not P.
+    """
     op = "sjlt_transpose_cuda"
     _check_buffers(op, y, rand_indices, rand_signs, c)
     _check_input(op, y, None)
@@ -135,15 +149,23 @@ def sjlt_transpose_cuda(y, rand_indices, rand_signs, original_dim, c, threads=10
 
 def get_cuda_info() -> dict:
     """sjlt's report: ``extension_available`` is True everywhere, since nothing here has to be compiled."""
-    info = {"cuda_available": torch.cuda.is_available(), "extension_available": True}
+    info = {"cuda_available": torch.cuda.is_available(), "extension_available": EXTENSION_AVAILABLE}
     if info["cuda_available"]:
         count = torch.cuda.device_count()
-        info |= {"cuda_version": torch.version.cuda, "device_count": count}
+        info |= {
+            "cuda_version": torch.version.cuda,
+            "cudnn_version": torch.backends.cudnn.version(),
+            "device_count": count,
+        }
+        info["current_device"] = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         info["devices"] = [torch.cuda.get_device_name(i) for i in range(count)]
     return info
 
 
 def _check_input(op, x, width):
+    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+        got = x.layout if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"{op}: the input must be a dense tensor, got {got}")
     if x.dim() != 2 or width not in (None, x.shape[1]):
         raise ValueError(
             f"{op}: the input must have shape [B, {'any' if width is None else width}], got {list(x.shape)}"

@@ -9,15 +9,23 @@
 TRAK itself need not be installed. Where it is, :class:`Projector` is a ``trak.projectors.AbstractProjector``.
 """
 
+import enum
+
 from ..ops._arguments import check_integer
 from ._dense import kind_of, pieces_of, project_pieces, width
 
 try:
-    from trak.projectors import AbstractProjector
+    from trak.projectors import AbstractProjector, ProjectionType
 except ModuleNotFoundError as absent:
-    if absent.name != "trak":
+    if absent.name.partition(".")[0] != "trak":
         raise
     AbstractProjector = object
+
+    class ProjectionType(str, enum.Enum):
+        """TRAK's two kinds of matrix; the names are the values."""
+
+        normal = "normal"
+        rademacher = "rademacher"
 
 
 MAX_COLUMNS = {"normal": 2**34, "rademacher": 2**39}  # what the generators' counters reach
@@ -28,7 +36,8 @@ class Projector(AbstractProjector):
 
     M belongs to (seed, model_id) alone, our Philox key: entry (j, p) is ``pyattr.ops.sign_matrix([j], [p], seed, model_id)``,
     or that of ``normal_matrix``, on every device. It is neither TRAK's matrix nor fast_jl's, whose entries depend on the
-    device. Nothing of it is stored. Inner products grow by a factor D in expectation; TRAKer divides by sqrt(P) itself.
+    device. Nothing of it is stored. Inner products grow by a factor D in expectation, ``E <Y, Y'> = D <g, g'>``, with the
+    variance ``D (|g|^2 |g'|^2 + <g, g'>^2)``, less ``2 D sum_p g_p^2 g'_p^2`` for signs; TRAKer divides by sqrt(P) itself.
 
     Args:
         grad_dim: P, the length of a gradient, at most 2^39 ("rademacher") or 2^34 ("normal").
@@ -36,16 +45,16 @@ class Projector(AbstractProjector):
         seed: in [0, 2^32).
         proj_type: "rademacher" or "normal", or the member of TRAK's ProjectionType; kept as a string, which JSON can hold.
         device: where to project; gradients elsewhere are moved there. None: where they are.
-        dtype, block_size, max_batch_size: taken because TRAK's projectors take them. Without effect: any batch goes in one
-            call, and sums and results are float32.
+        without_effect, dtype, block_size, max_batch_size, model_id: taken, by position too, because TRAK's projectors take
+            them. Without effect: any batch goes in one call, sums and results are float32, and every call names its checkpoint.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
 
     def __init__(
-        self, grad_dim, proj_dim, seed=0, proj_type="rademacher", device=None, *,
-        dtype=None, block_size=None, max_batch_size=None,
+        self, grad_dim, proj_dim, seed=0, proj_type="rademacher", device=None, *without_effect,
+        dtype=None, block_size=None, max_batch_size=None, model_id=None,
     ):  # fmt: skip
         self.proj_type = kind_of("Projector", proj_type)
         self.grad_dim = check_integer("Projector", "grad_dim", grad_dim, 0, MAX_COLUMNS[self.proj_type])
@@ -63,7 +72,7 @@ class Projector(AbstractProjector):
             model_id: of the checkpoint, in [0, 2^32); checkpoints have independent matrices.
 
         Returns:
-            [B, D] float32 (float64 for float64), with no autograd history.
+            [B, D] float32 (float64 where any of ``grads`` is), with no autograd history.
 
         Raises:
             TypeError, ValueError: an argument is not as above, or the columns are not ``grad_dim``.

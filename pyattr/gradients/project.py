@@ -38,13 +38,14 @@ def project_gradients(
 
     ``phi_b = M g_b`` with ``g_b`` [P] the flat gradient of sample b (`per_sample_gradients`, each parameter flattened
     row by row, in ``named_parameters()`` order) and M [D, P] the matrix of `pyattr.ops.rademacher_project`,
-    `gaussian_project`, `sparse_project` or `multisketch_project`, unscaled. A loss [B, T] is averaged over T first.
+    `gaussian_project`, `sparse_project` or `multisketch_project`, unscaled: ``E <phi, phi'>`` is ``<g, g'>`` times D, for
+    "sparse" times ``nonzeros``, with the variance stated there. A loss [B, T] is averaged over T first.
     Dense kinds form a few rows of a weight's gradient at a time. "sparse" and "multisketch" add the gradients of linear
     layers and convolutions to the sketch straight from activations and errors, on the CPU in registers and caches.
 
     Args:
         module, loss, batch: as in `per_sample_gradients`.
-        proj_dim: D.
+        proj_dim: D, from 1 (``nonzeros`` for "sparse") to the largest of the projection.
         kind: "rademacher" (entries +-1), "gaussian" (standard normal), "sparse" (``nonzeros`` entries +-1 in each
             column) or "multisketch" (sparse to 2^20 entries, then signs).
         nonzeros: entries of a column, 1 to 8, for "sparse".
@@ -63,15 +64,7 @@ def project_gradients(
 
     Source: Park et al., "TRAK: Attributing Model Behavior at Scale" (2023), section 3.2, for the projected gradients.
     """
-    if kind not in KINDS:
-        raise ValueError(f"project_gradients: kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    for name, value in (("proj_dim", proj_dim), ("nonzeros", nonzeros), ("seed", seed), ("memory", memory)):
-        try:
-            operator.index(value)
-        except TypeError:
-            raise TypeError(f"project_gradients: {name} must be an integer, got {type(value).__name__}") from None
-    if proj_dim < 1:
-        raise ValueError(f"project_gradients: proj_dim must be at least 1, got {proj_dim}")
+    _check("project_gradients", kind, proj_dim=proj_dim, nonzeros=nonzeros, seed=seed, memory=memory)
     if not 1 <= nonzeros <= 8 or (nonzeros > 1 and kind != "sparse"):
         raise ValueError(
             f'project_gradients: nonzeros must lie in [1, 8], and be 1 unless kind is "sparse", got {nonzeros} for {kind!r}'
@@ -101,14 +94,35 @@ def project_gradients(
 def least_memory(module: nn.Module, loss: Loss, batch, proj_dim: int, kind: str = "rademacher") -> int:
     """The least ``memory`` that `project_gradients` accepts: what one sample takes.
 
+    ``a + b``: a for what the two passes keep of one sample and its sums, b for one row of the widest gradient and copies of it.
+
     Args:
         module, loss, batch, proj_dim, kind: as in `project_gradients`.
 
+    Returns:
+        Bytes.
+
+    Raises:
+        TypeError, ValueError: as in `project_gradients`.
+
     Extra memory: what two samples take, the first time.
     """
+    _check("least_memory", kind, proj_dim=proj_dim)
     batch = Batch.of(batch)
     planner = Planner(module, loss, batch)
     return sum(_needs(planner.plan.slow, planner.memory(batch), planner.parameters, _held(kind, proj_dim)))
+
+
+def _check(op: str, kind: str, **integers):
+    if kind not in KINDS:
+        raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    for name, value in integers.items():
+        try:
+            operator.index(value)
+        except TypeError:
+            raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}") from None
+    if integers["proj_dim"] < 1:
+        raise ValueError(f"{op}: proj_dim must be at least 1, got {integers['proj_dim']}")
 
 
 def _held(kind: str, proj_dim: int) -> int:

@@ -97,7 +97,8 @@ class Layer(NamedTuple):
             self._run("layer_gradient_cpu", out.data_ptr(), out.stride(0), add)
             return
         if grouped:
-            method, sample_bytes = _put_grouped, out[0].nbytes
+            # The library reorders what goes in and what comes out, in copies of its own.
+            method, sample_bytes = _put_grouped, 2 * (out[0].nbytes + self.acts[0].nbytes + self.errs[0].nbytes)
         else:
             method, sample_bytes = _put_unfolded, self.acts[0].numel() * self.taps * self.acts.element_size()
         step = max(1, WORKSPACE_BYTES // max(1, sample_bytes))

@@ -18,8 +18,11 @@ def gaussian_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, scal
     """Project each row onto ``proj_dim`` random normal vectors.
 
     ``Y[b, j] = scale * sum_p Z[j, column_offset + p] * grads[b, p]``, with Z standard normal, a function of (seed, stream, j,
-    column) alone. The Rademacher projection has lower variance and is several times faster; this one is for agreement with
-    published settings.
+    column) alone. Unscaled by default: ``E <Y, Y'> = scale^2 * D * <g, g'>``, with the variance
+
+        ``Var <Y, Y'> = scale^4 * D * (|g|^2 |g'|^2 + <g, g'>^2)``.
+
+    The Rademacher projection has lower variance and is several times faster; this one is for agreement with published settings.
 
     Args:
         grads: [B, P] float16, bfloat16, float32 or float64 (reference only); a torch tensor, NumPy array or CuPy array, any
@@ -53,6 +56,10 @@ def gaussian_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, scal
 
 def normal_matrix(rows, columns, seed, stream=0):
     """Entries of the normal matrix that :func:`gaussian_project` multiplies by.
+
+    ``Z[j, i]`` is ``r cos(2 pi u)`` for even i and ``r sin(2 pi u)`` for odd i, ``r = (-2 ln((a + 1/2) 2^-32))^(1/2)`` and
+    ``u = b 2^-32``, where (a, b) is the pair (i div 2) mod 2 of the words of Philox4x32-10 with counter (i div 4, j, 0, 0) and
+    key (seed, stream).
 
     Args:
         rows: [R] integers j, a list, range or array, in [0, 2^32).

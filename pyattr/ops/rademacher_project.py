@@ -21,7 +21,9 @@ def rademacher_project(grads, proj_dim, *, seed=0, stream=0, column_offset=0, sc
 
     ``Y[b, j] = scale * sum_p S[j, column_offset + p] * grads[b, p]``, with S in {-1, +1} a function of (seed, stream, j,
     column) alone: the same on every device, backend and batch. Unscaled by default, so that inner products grow by a factor
-    ``proj_dim``; ``scale=proj_dim ** -0.5`` keeps them in expectation.
+    ``proj_dim``, ``E <Y, Y'> = scale^2 * D * <g, g'>``; ``scale=proj_dim ** -0.5`` keeps them in expectation. Their variance is
+
+        ``Var <Y, Y'> = scale^4 * D * (|g|^2 |g'|^2 + <g, g'>^2 - 2 sum_p g_p^2 g'_p^2)``.
 
     Args:
         grads: [B, P] float16, bfloat16, float32 or float64 (reference only); a torch tensor, NumPy array or CuPy array, any

@@ -151,6 +151,11 @@ def check_nonzeros(op: str, nonzeros, proj_dim, name: str = "proj_dim") -> int:
 def sketch_entries(columns, proj_dim, *, nonzeros=1, seed=0, stream=0):
     """Rows and signs of the matrix that :func:`sparse_project` multiplies by.
 
+    Column i has ``M[rows[i, r], i] = signs[i, r]`` for its nonzeros r, and zeros elsewhere. Outputs are blocks of W <= 32
+    lanes, of which nonzero r has G_r from block F_r on. Column i, lane i mod W of the m-th block of its tile, goes to row
+    ``W * (F_r + (a m + b) mod G_r) + ((i mod W) xor x)``; a, b and x are Philox4x32-10 of the tile, r and the key, the sign is
+    that of i div 128, r and the key. docs/projections.md gives every bit.
+
     Args:
         columns: [C] integers, a list, range or array, in [0, 2^39).
         proj_dim: D, from ``nonzeros`` to 2^31.

@@ -47,6 +47,16 @@ def test_ratios_are_to_peers_of_the_same_table_and_column_only():
     assert "times_faster_than" not in benchmarks[1]["extra_info"]
 
 
+def test_ratios_are_to_peers_of_the_same_kind_only():
+    ours, sketch = figure("pyattr", "B=1", 40.0, ours=True), figure("pyattr sketch", "B=1", 900.0, ours=True)
+    others = [figure("peer", "B=1", 10.0, ours=False), figure("peer's sketch", "B=1", 300.0, ours=False)]
+    for dense, sparse in ((ours, sketch), others):
+        dense["extra_info"]["kind"], sparse["extra_info"]["kind"] = "dense", "sparse"
+    figures.add_ratios([ours, sketch, *others])
+    assert ours["extra_info"]["times_faster_than"] == {"peer": 4.0}
+    assert sketch["extra_info"]["times_faster_than"] == {"peer's sketch": 3.0}
+
+
 def test_goals_are_met_missed_or_not_measured():
     def ratio(rate):
         above, below = rate("pyattr", "B=1"), rate("peer", "B=1")

@@ -39,7 +39,7 @@ def check(answer):
 ])
 def test_toy(row, contender, measure):
     measure(contender, check=check, table="toy", row=row, column="B=1", ours=row == "right",
-            work=100, unit="sums", bytes=10, rounds=5, extra={"peak_mib": 7})
+            work=100, unit="sums", bytes=10, rounds=5, kind="adding", extra={"peak_mib": 7})
 """
 
 
@@ -73,7 +73,7 @@ def test_the_seconds_are_the_contenders_own(session):
     # 1 s for a first run of 0.5 s makes two rounds, three at least.
     assert (figure["stats"]["rounds"], figure["stats"]["min"], figure["stats"]["max"]) == (3, 0.25, 0.25)
     info = figure["extra_info"]
-    assert (info["work_per_s"], info["bytes_per_s"], info["peak_mib"]) == (400.0, 40.0, 7)
+    assert (info["work_per_s"], info["bytes_per_s"], info["peak_mib"], info["kind"]) == (400.0, 40.0, 7, "adding")
 
 
 def test_what_is_left_out_and_what_was_wanted_are_recorded(session):

@@ -48,6 +48,22 @@ def test_table():
     assert tables.table(make_run(), "op") == EXPECTED
 
 
+def test_a_peer_is_compared_with_ours_of_its_own_kind():
+    """A fast sketch of ours says nothing of a dense projection by others."""
+    figures = [
+        entry("pyattr sparse", "B=1", 800.0, True, kind="sparse"),
+        entry("peer sparse", "B=1", 400.0, False, kind="sparse"),
+        entry("pyattr dense", "B=1", 30.0, True, kind="dense"),
+        entry("peer dense", "B=1", 40.0, False, kind="dense"),
+        entry("peer mask", "B=1", 50.0, False, kind="mask"),
+    ]
+    found = tables.table({"machine_info": machine(), "benchmarks": figures}, "op")
+    assert "in brackets, how many times faster pyattr's fastest row of the same kind is." in found
+    assert "| peer sparse | 400 (2.00x) |" in found
+    assert "| peer dense | 40.0 (0.750x) |" in found
+    assert "| peer mask | 50.0 |" in found
+
+
 def test_small_rates_are_written_in_ones():
     run = {"machine_info": machine(), "benchmarks": [entry("pyattr", "B=1", 12.0, True)]}
     assert "In sums per second" in tables.table(run, "op")

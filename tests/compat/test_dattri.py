@@ -116,6 +116,23 @@ def test_positional_arguments_of_the_first_signature(gradients):
     close(found, by_hand(flat(gradients), "normal", 0))  # the default seed and type
 
 
+def test_what_logra_leaves_out_is_none(gradients):
+    """dattri's LoGra hands None on for a proj_max_batch_size that its user did not give."""
+    found = random_project(gradients, 5, proj_dim=OUTPUTS, proj_max_batch_size=None)(gradients)
+    assert torch.equal(found, random_project(gradients, 5, OUTPUTS, 16)(gradients))
+
+
+def test_the_batch_size_says_how_wide_the_example_is(gradients):
+    """P is dattri's, entries div batch size: the parameters themselves are an example of B = 1, positions are rows."""
+    parameters = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    wanted = random_project(gradients, 5, OUTPUTS, 16)(gradients)
+    assert torch.equal(random_project(parameters, 1, OUTPUTS, 16)(gradients), wanted)
+    positions = torch.randn(5, 4, 25)
+    flat_positions = positions.flatten(0, 1)
+    found = random_project(positions, 20, OUTPUTS, 16)(flat_positions)
+    assert torch.equal(found, random_project(flat_positions, 20, OUTPUTS, 16)(flat_positions))
+
+
 def test_grass_multipliers(gradients):
     whole = flat(gradients)
 
@@ -219,7 +236,24 @@ def test_our_seeds_are_not_those_of_another_library():
         (
             lambda g: random_project(g, 5),
             TypeError,
-            "feature_batch_size, proj_dim and proj_max_batch_size, or proj_params, m",
+            "random_project: feature_batch_size and proj_dim, or proj_params, must be given",
+        ),
+        (lambda g: random_project(g, 4, 8, 8), ValueError, r"feature_batch_size must divide shape \[5\], got 4"),
+        (lambda g: random_project(g, 0, 8, 8), ValueError, "feature_batch_size must lie in .*, got 0"),
+        (
+            lambda g: random_project([1.0], 1, 8, 8),
+            TypeError,
+            "feature must be a tensor or a dict of tensors, got list",
+        ),
+        (
+            lambda g: random_project(g, 5, 8, 8)(torch.ones(5, 700).numpy()),
+            TypeError,
+            "features must be a tensor or a dict of tensors, got ndarray",
+        ),
+        (
+            lambda g: random_project(torch.ones(5, 7, dtype=torch.int64), 5, 8, 8),
+            TypeError,
+            "dtype must be a floating-point torch.dtype, got torch.int64",
         ),
         (lambda g: random_project({}, 5, 8, 8), ValueError, "random_project: feature must hold at least one tensor"),
         (lambda g: random_project(g, 5, 8, 8, device="meta"), ValueError, "device must be 'cpu' or 'cuda', got meta"),

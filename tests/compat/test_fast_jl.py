@@ -57,6 +57,12 @@ def test_float32_is_not_rounded_to_float16():
     assert fast_jl.project_rademacher_8(large[:, 1:], 4, 0, 108).abs().tolist() == [[float(np.float32(1e-30))] * 4]
 
 
+def test_no_autograd_history():
+    """A caller may go on with ``.numpy()``, and nothing of the gradient stays behind the features."""
+    for project in (fast_jl.project_rademacher_8, fast_jl.project_normal_8):
+        assert not project(torch.ones(2, 3, requires_grad=True), 4, 0, 108).requires_grad
+
+
 def test_strided_input():
     x = torch.randn(300, 6)
     for project in (fast_jl.project_rademacher_8, fast_jl.project_normal_8):

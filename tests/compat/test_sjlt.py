@@ -1,5 +1,7 @@
 """sjlt's interface: the matrix is the one in the buffers, whatever was written into them, on both of its ways."""
 
+import copy
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -195,6 +197,41 @@ def test_no_columns():
     assert torch.equal(projected, torch.zeros(3, 4))
 
 
+def test_variance_of_inner_products():
+    """As stated, indices of a column that meet included: without their term it would be half of it."""
+    x, y = torch.tensor([[2.0, 1.0, 0.5, 0.0]]), torch.tensor([[1.5, -1.0, 1.0, 1.0]])
+    products = []
+    for seed in range(2000):
+        sketch = make(4, 5, 3, generator=torch.Generator().manual_seed(seed))
+        products.append((sketch(x) * sketch(y)).sum())
+    products, inner, norms = torch.stack(products), (x * y).sum(), x.square().sum() * y.square().sum()
+    variance = (norms + inner**2 - 2 / 3 * (x * y).square().sum()) / 5
+    assert abs(products.mean() - inner) < 4 * (variance / 2000) ** 0.5
+    assert abs(products.var() / variance - 1) < 0.15
+    assert (norms + inner**2 - 2 * (x * y).square().sum()) / 5 < 0.6 * variance
+
+
+def test_it_is_saved_and_loaded(tmp_path):
+    sketch, x = make(), torch.randn(2, 300)
+    other = make()
+    assert not torch.equal(other(x), sketch(x))
+    other.load_state_dict(sketch.state_dict())
+    torch.save(sketch, tmp_path / "whole")
+    for copied in (other, copy.deepcopy(sketch), torch.load(tmp_path / "whole", weights_only=False)):
+        assert torch.equal(copied(x), sketch(x)) and copied.c == 3
+
+
+def test_what_sjlt_says_of_a_gpu(monkeypatch):
+    assert sjlt.EXTENSION_AVAILABLE is True and sjlt.CUDA_AVAILABLE == torch.cuda.is_available()
+    stand_ins = {"is_available": True, "device_count": 2, "is_initialized": True, "current_device": 1}
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_name", "card {}".format)
+    info = get_cuda_info()
+    assert (info["devices"], info["device_count"], info["current_device"]) == (["card 0", "card 1"], 2, 1)
+    assert {"cuda_version", "cudnn_version"} < set(info)
+
+
 def test_attributes():
     sketch = make(100, 25, 4, threads=100, fixed_blocks=9)
     assert (sketch.original_dim, sketch.proj_dim, sketch.c) == (100, 25, 4)
@@ -210,15 +247,18 @@ def test_attributes():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((0, 10), "original_dim must be at least 1, got 0"),
-        ((10, 0), "proj_dim must be at least 1, got 0"),
-        ((10, 5, 0), "c must be at least 1, got 0"),
-        ((10, 5, 6), "proj_dim must be at least c, got 5"),
+        ((0, 10), "original_dim must lie in .*, got 0"),
+        ((10, 0), "proj_dim must lie in .*, got 0"),
+        ((10, 5, 0), "c must lie in .*, got 0"),
+        ((10, 5, 6), "proj_dim must be at least c = 6, got 5"),
     ],
 )
 def test_constructor_errors(arguments, message):
     with pytest.raises(ValueError, match=f"SJLTProjection: {message}"):
         SJLTProjection(*arguments, device="cpu")
+    for wrong in (2.0, "2", True):
+        with pytest.raises(TypeError, match="SJLTProjection: c must be an integer, got "):
+            SJLTProjection(10, 5, wrong, device="cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -237,6 +277,9 @@ def test_input_errors():
         sketch.transpose(torch.ones(20))
     with pytest.raises(TypeError, match=r"SJLTProjection.forward: the input must be float16, .* got torch.int64"):
         sketch(torch.ones(2, 300, dtype=torch.int64))
+    for wrong, name in ((torch.ones(2, 300).numpy(), "ndarray"), (torch.ones(2, 300).to_sparse(), "torch.sparse_coo")):
+        with pytest.raises(TypeError, match=f"SJLTProjection.forward: the input must be a dense tensor, got {name}"):
+            sketch(wrong)
     sketch.rand_indices[5, 1] = 20
     with pytest.raises(ValueError, match=r"SJLTProjection.forward: rand_indices must lie in \[0, 20\), got 0..20"):
         sketch(torch.ones(2, 300))

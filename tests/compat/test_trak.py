@@ -1,12 +1,16 @@
 """pyattr.compat.trak without TRAK: the matrix, its streams, and gradients in pieces."""
 
 import enum
+import importlib
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 
+from pyattr.compat import trak
 from pyattr.compat.trak import Projector
 from pyattr.ops import normal_matrix, sign_matrix
 
@@ -128,6 +132,39 @@ def test_the_kind_is_a_string_that_json_holds(kind):
     assert (projector.grad_dim, projector.proj_dim, projector.seed) == (5, 4, 0)
 
 
+@pytest.mark.parametrize("more", [(8,), (100, torch.float32, 0), (100, torch.float32, 0, "further")])
+def test_what_their_constructors_take_by_position(more):
+    """CudaProjector(..., max_batch_size), BasicProjector(..., block_size, dtype, model_id, *args)."""
+    g = torch.randn(3, 5)
+    assert torch.equal(
+        Projector(5, 4, 1, "normal", "cpu", *more).project(g, 2), Projector(5, 4, 1, "normal").project(g, 2)
+    )
+
+
+def test_what_their_constructors_take_by_name():
+    names = {"dtype": torch.float16, "block_size": 100, "max_batch_size": 8, "model_id": 3}
+    g = torch.randn(3, 5)
+    projector = Projector(grad_dim=5, proj_dim=4, seed=1, proj_type=trak.ProjectionType.normal, device="cpu", **names)
+    assert torch.equal(projector.project(g, model_id=2), Projector(5, 4, 1, "normal").project(g, 2))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sede'"):
+        Projector(5, 4, sede=1)
+
+
+def test_another_package_named_trak_is_none_of_theirs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trak", types.ModuleType("trak"))
+    monkeypatch.delitem(sys.modules, "pyattr.compat.trak")
+    assert importlib.import_module("pyattr.compat.trak").Projector(5, 4).project(torch.ones(2, 5), 0).shape == (2, 4)
+
+
+@pytest.mark.parametrize("order", [("wide", "half"), ("half", "wide")])
+def test_a_float64_piece_makes_a_float64_result(order):
+    grads = {"wide": torch.randn(2, 3, dtype=torch.float64), "half": torch.randn(2, 2).half()}
+    grads = {name: grads[name] for name in order}
+    out = Projector(5, 4).project(grads, 0)
+    signs = sign_matrix(range(4), range(5), 0).double()
+    torch.testing.assert_close(out, torch.cat([piece.double() for piece in grads.values()], 1) @ signs.T)
+
+
 def test_empty_gradients():
     assert Projector(0, 4).project(torch.empty(3, 0), 0).tolist() == torch.zeros(3, 4).tolist()
     assert Projector(5, 4).project(torch.empty(0, 5), 0).shape == (0, 4)
@@ -144,6 +181,11 @@ def test_empty_gradients():
             {"proj_type": "sparse"},
             ValueError,
             r"Projector: proj_type must be one of \['normal', 'rademacher'\], got 'sparse'",
+        ),
+        (
+            {"proj_type": ["normal"]},
+            ValueError,
+            r"Projector: proj_type must be one of \['normal', 'rademacher'\], got \['normal'\]",
         ),
     ],
 )
@@ -164,6 +206,7 @@ def test_errors_of_the_constructor(change, error, message):
             r"grads must agree in their first dimension, got \[2, 3\]",
         ),
         (torch.ones(()), ValueError, "grads must have a batch dimension, got a scalar for grads"),
+        (torch.eye(5).to_sparse(), TypeError, r"grads must be dense \(strided\) tensors, got another layout for grads"),
         ({"a": [1.0]}, TypeError, "grads must be a tensor or a dict of tensors, got list for a"),
     ],
 )

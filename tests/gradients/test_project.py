@@ -343,6 +343,19 @@ def test_bad_input(arguments, error, message):
         project_gradients(nn.Linear(3, 2), lambda module, x: module(x).sum(1), torch.ones(2, 3), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((4, "dense"), ValueError, "least_memory: kind must be one of rademacher, .* got 'dense'"),
+        ((0,), ValueError, "least_memory: proj_dim must be at least 1, got 0"),
+        ((1.5,), TypeError, "least_memory: proj_dim must be an integer, got float"),
+    ],
+)
+def test_bad_input_of_the_least_memory(arguments, error, message):
+    with pytest.raises(error, match=message):
+        least_memory(nn.Linear(3, 2), lambda module, x: module(x).sum(1), torch.ones(2, 3), *arguments)
+
+
 def test_a_bad_loss_is_named():
     with pytest.raises(ValueError, match="loss must return"):
         project_gradients(nn.Linear(3, 2), lambda module, x: module(x).sum(), torch.ones(2, 3), 4)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pyattr import ops, testing
-from pyattr.ops import conv2d_grad_project
+from pyattr.ops import _layers, conv2d_grad_project
 from pyattr.ops._layers import Layer
 
 BACKENDS = testing.usable_backends("conv2d_grad_project")
@@ -188,6 +188,26 @@ def test_the_gradient_and_the_patches_are_never_whole(backend, monkeypatch):
     tiles.clear()
     project(conv, acts, errs, 16, backend)
     assert max(tiles) <= 32 << 20 and sum(tiles) == 4 * 16 * 300 * 2304
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is not built")
+def test_the_librarys_products_of_large_maps_take_few_samples_at_a_time(monkeypatch):
+    """It copies what goes in and what comes out: both twice, of the samples of one call, stay within the workspace."""
+    calls, library = [], _layers._put_grouped
+
+    def noted(layer, out, add):
+        calls.append((len(out), 2 * sum(tensor.nbytes for tensor in (layer.acts, layer.errs, out))))
+        library(layer, out, add)
+
+    monkeypatch.setattr(_layers, "_put_grouped", noted)
+    acts, errs = torch.randn(7, 8, 64, 64), torch.randn(7, 16, 64, 64)
+    monkeypatch.setattr(_layers, "WORKSPACE_BYTES", 2 * 2 * (24 * 64 * 64 + 16 * 8 * 9) * 4)  # two samples
+    found = conv2d_grad_project(acts, errs, 32, 3, padding=1, backend="cpu")
+    assert [samples for samples, _ in calls] == [2, 2, 2, 1]
+    assert all(size <= _layers.WORKSPACE_BYTES for _, size in calls)
+    conv = nn.Conv2d(8, 16, 3, padding=1, bias=False)
+    expected = ops.rademacher_project(flat_gradient(conv, acts[:, None], errs[:, None]), 32)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 ERRORS = (

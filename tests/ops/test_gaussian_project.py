@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyattr import testing
-from pyattr.ops import gaussian_project, normal_matrix
+from pyattr.ops import gaussian_project, normal_matrix, rademacher_project
 
 BACKENDS = testing.usable_backends("gaussian_project")
 FAST = [name for name in BACKENDS if name != "reference"]
@@ -135,6 +135,19 @@ def test_gradcheck_in_both_modes_and_twice():
 
     assert torch.autograd.gradcheck(function, grads, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda g: function(g).square(), grads)
+
+
+@pytest.mark.parametrize(("project", "fourth"), ((gaussian_project, 0.0), (rademacher_project, 2.0)))
+def test_inner_products_have_the_mean_and_the_variance_of_theory(project, fourth):
+    """Rows are independent, so that those of one matrix, a product each, stand for many matrices of one row."""
+    x = torch.tensor([[3.0, 1.0, 1.0, 0.5], [2.0, -1.0, 1.0, 0.0]], dtype=torch.float64)
+    rows = 1 << 14
+    products = project(x, rows, seed=3, scale=0.5, backend="reference").prod(0)  # [rows], scale^2 times
+    inner, terms = (x[0] * x[1]).sum(), (x[0] * x[1]).square().sum()
+    variance = 0.5**4 * (x.square().sum(1).prod() + inner**2 - fourth * terms)
+    assert abs(products.mean() - 0.5**2 * inner) < 4 * (variance / rows) ** 0.5
+    # Signs have 0.45 of the normals' variance here, whose sample variance scatters by about 3%.
+    assert 0.85 < products.var() / variance < 1.15
 
 
 def test_library_registration():
