@@ -20,6 +20,7 @@ import torch
 
 from ..ops import normal_matrix
 from ..ops._arguments import check_integer
+from ..ops._precision import full_float32
 from ..reference.philox import philox4x32_10
 from ._dense import OPS
 
@@ -80,10 +81,10 @@ def project_global(identifier, P, m, projection_type="normal", projection_scale=
             its row of R: sqrt(n) for signs, so that inner products are kept times m / n.
 
     Returns:
-        [N, m] of the dtype and on the device of P (of g), with no autograd history. Sums are in float32 over all blocks and
-        rounded once; bergson sums in the dtype of P, and rounds its normal entries to it. The bits of a row of formed gradients
-        are as fixed as those of ``pyattr.ops.rademacher_project``; factors are first multiplied by a library's matmul, whose
-        bits may depend on the thread count.
+        [N, m] of the dtype and on the device of P (of g), with no autograd history. Sums are in float32 over all blocks,
+        whatever autocast and TF32 are set to, and rounded once; bergson sums in the dtype of P, and rounds its normal entries
+        to it. The bits of a row of formed gradients are as fixed as those of ``pyattr.ops.rademacher_project``; factors are
+        first multiplied by a library's matmul, whose bits may depend on the thread count.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -106,8 +107,9 @@ def project_global(identifier, P, m, projection_type="normal", projection_scale=
     for start, stop, name in _blocks(identifier, m, num_columns):
         seed, stream = _key(name)
         tiles = [(start, P[:, start:stop])] if factors is None else factors.tiles(start, stop)
-        for column, tile in tiles:
-            out += OPS[projection_type](tile, m, seed=seed, stream=stream, column_offset=column - start)
+        with full_float32(g.device):
+            for column, tile in tiles:
+                out += OPS[projection_type](tile, m, seed=seed, stream=stream, column_offset=column - start)
     if projection_scale == "jl":
         out /= math.sqrt(m)
     elif projection_type == "rademacher":
@@ -197,7 +199,7 @@ def _written(identifier, m, n, device, projection_type):
         # The kernel times the identity, which is exact, makes normal entries several times faster than torch can write them
         # out, and a few signs in one call. Elsewhere a kernel's rounding may exceed 2e-6.
         width = min(512 if m < 32 else 128, max(1, WRITTEN_BYTES // (4 * max(m, 1))))
-        identity = torch.eye(width)
+        identity = torch.eye(width, dtype=torch.float32, device=device)
         for start in range(0, n if m else 0, width):
             piece = identity[: n - start, : n - start]
             entries = OPS[projection_type](piece, m, seed=key[0], stream=key[1], column_offset=start)
@@ -226,7 +228,7 @@ def _signs(rows, columns, seed, stream):  # [R], [C] -> [R, C] int32
 @functools.lru_cache(maxsize=1024)
 def _row_norms(identifier, m, num_columns, block_entries):
     """[m] float64 norms of the rows of a matrix of normals. They depend on nothing else, so one batch pays for all."""
-    squares = torch.zeros(m, dtype=torch.float64)
+    squares = torch.zeros(m, dtype=torch.float64, device="cpu")
     for start, stop, name in _blocks(identifier, m, num_columns):
         for rows, _, entries in _written(name, m, stop - start, squares.device, "normal"):
             squares[rows] += torch.linalg.vector_norm(entries, dim=1, dtype=torch.float64).square()

@@ -8,6 +8,8 @@ import torch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
+from ._precision import full_float32
+
 TYPES = {int: "SymInt", float: "float"}
 _LIBRARY = torch.library.Library("pyattr", "FRAGMENT")
 
@@ -21,11 +23,17 @@ def register_pair(name: str, project, transpose, matrix: type):
         transpose: the same for the transpose, ``[B, D], width P -> [B, P]``.
         matrix: the named tuple whose fields are the parameters in between.
 
-    Both give float64 for float64 and float32 for everything else.
+    Both give float64 for float64 and float32 for everything else. A transpose may end in a library's matmul: autocast and TF32
+    are off in it.
     """
+
+    def exact_transpose(x, *arguments):
+        with full_float32(x.device):
+            return transpose(x, *arguments)
+
     parameters = ", ".join(f"{TYPES[kind]} {field}" for field, kind in matrix.__annotations__.items())
     schema = f"(Tensor x, SymInt width, {parameters}, str? backend) -> Tensor"
-    for op, kernel in ((name, project), (f"{name}_transpose", transpose)):
+    for op, kernel in ((name, project), (f"{name}_transpose", exact_transpose)):
         _LIBRARY.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"pyattr::{op}", _fake, lib=_LIBRARY)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import types
 from typing import NamedTuple
 
 import numpy as np
@@ -339,3 +340,19 @@ def test_empty_gradients():
 def test_errors(call, error, message):
     with pytest.raises(error, match=f"^{message}$"):
         call()
+
+
+def test_autocast_and_the_default_device_change_nothing():
+    """Factors are multiplied in float32 whatever a surrounding training step rounds to; matrices stay on their device."""
+    torch.manual_seed(0)
+    factors = types.SimpleNamespace(
+        g=torch.randn(4, 3, 5), a=torch.randn(4, 3, 7), bias=None, bias_col=None, divisor=None
+    )
+    expected = project_global(NAME, factors, 40, "rademacher")
+    matrix = random_matrix(NAME, 3, 300, "cpu", "normal")
+    norms = project_global("norms", factors.g[0], 6, "normal", "row_norm")
+    bergson._row_norms.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        assert torch.equal(project_global(NAME, factors, 40, "rademacher"), expected)
+        assert torch.equal(random_matrix(NAME, 3, 300, "cpu", "normal"), matrix)
+        assert torch.equal(project_global("norms", factors.g[0], 6, "normal", "row_norm"), norms)

@@ -154,3 +154,14 @@ def test_torchs_defaults_change_nothing(project, backend, dtype):
     finally:
         torch.set_default_dtype(before)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_does_not_reach_the_transpose(op):
+    """A backward pass inside of autocast: the rows that a library multiplies stay float32."""
+    _, own = OPTIONS[op]
+    transpose = getattr(torch.ops.pyattr, f"{op}_transpose").default
+    arguments = (torch.randn(3, 200), 300, 1, 2, *own, 0.5, None)
+    expected = transpose(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(transpose(*arguments), expected)
