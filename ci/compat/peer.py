@@ -33,6 +33,9 @@ class Peer:
 
     tests: tuple[Adapted, ...] = ()
 
+    skipped: int = 0
+    """How many of its tests skip themselves where there is no GPU; more of them fail the run."""
+
     installed: bool = True
     """False for a peer that cannot be built without nvcc: our stand-in takes its name, and only its tests are fetched."""
 

@@ -77,15 +77,16 @@ BOTH = [("tests.test_a", ""), ("tests.test_ab.TestX", "")]
         (BOTH, 2, (2, 0, 0, False)),  # pytest was interrupted
         ([BOTH[1]], 0, (1, 0, 0, False)),  # nothing of test_a
         ([BOTH[0], ("tests.test_ab", "<skipped/>")], 0, (1, 0, 1, False)),  # a file that only skips
+        ([*BOTH, *2 * [("tests.test_a", "<skipped/>")]], 0, (2, 0, 2, False)),  # one more than is known
         ([], 5, (0, 0, 0, False)),
     ],
 )
 def test_outcomes(tmp_path, cases, status, expected):
-    assert command.outcome(report(tmp_path, *cases), FILES, status) == expected
+    assert command.outcome(report(tmp_path, *cases), FILES, status, 1) == expected
 
 
 def test_no_report_is_no_success(tmp_path):
-    assert command.outcome(tmp_path / "none.xml", FILES, 0) == (0, 0, 0, False)
+    assert command.outcome(tmp_path / "none.xml", FILES, 0, 0) == (0, 0, 0, False)
 
 
 def test_the_exit_status_and_the_table(monkeypatch, capsys):

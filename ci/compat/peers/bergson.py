@@ -13,6 +13,7 @@ def smaller_blocks(columns: int) -> tuple[str, str]:
 
 PEER = Peer(
     distribution="bergson==2.5.1",
+    skipped=17,
     # What importing it needs. Not what it only declares or uses on a GPU alone (bitsandbytes), and neither torchvision nor
     # torchaudio, whose builds for CUDA do not load beside a torch for the CPU.
     packages=(
