@@ -120,7 +120,7 @@ def test_fused_layers(op, column, row, measure):
     row_here = row.replace("pyattr cpu", "pyattr cuda")
     time_layer(
         measure, lambda: layers.run(setting, row, "cuda"), layers.check(setting, layers.ROWS[row]), setting,
-        table=table_of(op), row=row_here, column=column,
+        table=table_of(op), row=row_here, column=column, kind=layers.ROWS[row],
     )  # fmt: skip
 
 
