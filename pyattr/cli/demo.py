@@ -9,7 +9,8 @@ from .. import report
 from .options import DataOptions, Machine, SampleOptions, ScoreOptions, TrainOptions
 from .results import TOP
 from .run import session
-from .stages import Sampling, Scoring, Training
+from .scoring import scoring_of
+from .stages import Sampling, Training
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def demo(out: Path, data: DataOptions, recipe: Recipe, machine: Machine) -> None
         images = work.load(data)
         training = Training(work.workspace, images, recipe.train)
         sampling = Sampling(work.workspace, training.stage.key, images.shape, recipe.sample)
-        scorings = [Scoring(work.workspace, training.stage.key, images, options) for options in recipe.scores]
+        scorings = [scoring_of(work.workspace, training.stage.key, images, options) for options in recipe.scores]
         count = recipe.sample.num_images
         scoring_steps = [step for scoring in scorings for step in scoring.plan(sampling.stage.key, count)]
         work.plan([training, sampling, *scoring_steps])
