@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..reference.patches import may_match, patches
+
 
 @dataclass(frozen=True)
 class Term:
@@ -154,33 +156,15 @@ def pair_weights(
 
     Extra memory: 24 (H' W')^2 + 16 C p^2 H' W' bytes.
     """
-    ours = _patches(noisy, patch_size, coarse)
-    theirs = scale * _patches(image, patch_size, coarse)
-    exponents = ours @ theirs.T  # float64: the expanded square loses nothing that matters
+    ours, theirs = (
+        patches(image[None], patch_size, border, coarse)[0] for image in (noisy, scale * image)
+    )  # [H' W', D]
+    exponents = ours @ theirs.T  # in float64 the expanded square loses nothing that matters
     exponents.mul_(-2).add_((ours * ours).sum(1)[:, None]).add_((theirs * theirs).sum(1)[None])
     exponents.div_(-2 * sigma * sigma).sub_(log_normaliser.reshape(-1, 1))
     if border == "class":
-        vertical, horizontal = (_cuts(size, patch_size) for size in image.shape[1:])
-        patterns = (vertical[:, None] * (int(horizontal.max()) + 1) + horizontal).flatten()  # [H' W']
-        exponents.masked_fill_(patterns[:, None] != patterns, -torch.inf)
+        exponents.masked_fill_(~may_match(*image.shape[1:], patch_size), -torch.inf)
     return exponents.exp_()
-
-
-def _patches(image: Tensor, size: int, coarse: bool) -> Tensor:  # [C, H, W] -> [H' W', D]
-    pad = (size - 1) // 2
-    rows = torch.nn.functional.unfold(image[None], size, padding=pad)[0].T  # [H' W', C p p]
-    if coarse:
-        half = size // 2
-        rows = rows.reshape(len(rows), -1, half, 2, half, 2).sum((3, 5)).flatten(1) / 2
-    return rows
-
-
-def _cuts(length: int, size: int) -> Tensor:
-    """Along one axis, a number for each window that tells how much of it lies before and after the image."""
-    pad = (size - 1) // 2
-    first = torch.arange(length + 2 * pad - size + 1) - pad
-    before, after = (-first).clamp(min=0), (first + size - length).clamp(min=0)
-    return before * (size + 1) + after
 
 
 def find_matches(flow: Tensor, pairs: int, side: int) -> list[Match]:

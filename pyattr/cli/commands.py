@@ -175,7 +175,8 @@ def attribute(
         typer.Option(metavar="SOURCE", help="Images to attribute, like --data; default: the generated ones."),
     ] = None,
     method: Annotated[
-        list[str], typer.Option("--method", "-m", help="dtrak, trak, nda or pixels; several: the first is the main one.")
+        list[str],
+        typer.Option("--method", "-m", help="dtrak, trak, nda or pixels; several: the first is the main one."),
     ] = [SCORE.method],  # noqa: B006
     num_timesteps: Annotated[
         int, typer.Option(min=1, help="Timesteps that gradients average over.")
@@ -192,8 +193,12 @@ def attribute(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images whose gradients are taken together.")
     ] = SCORE.batch_size,
-    patch_timesteps: Annotated[int, typer.Option(min=1, help="NDA: timesteps that scores average over.")] = PATCH.num_timesteps,
-    patch_k: Annotated[int, typer.Option(min=1, help="NDA: places of a training image that count for each of a query.")] = PATCH.k,
+    patch_timesteps: Annotated[
+        int, typer.Option(min=1, help="NDA: timesteps that scores average over.")
+    ] = PATCH.num_timesteps,
+    patch_k: Annotated[
+        int, typer.Option(min=1, help="NDA: places of a training image that count for each of a query.")
+    ] = PATCH.k,
     patch_noises: Annotated[int, typer.Option(min=1, help="NDA: noise draws at each timestep.")] = PATCH.num_noises,
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="For the gradients of a batch: GiB, or with a unit, as in 512MiB.")

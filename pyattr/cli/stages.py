@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import math
 import os
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +17,15 @@ from PIL import Image
 from torch import nn
 
 from .. import attribution, diffusion
-from ..attribution.kernel import effective_dimension
 from ..datasets import DataError, ImageDataset, load
 from ..diffusion.checkpoint import trained_with
-from ..diffusion.features import FeatureMap
 from ..diffusion.sampling import check_options as check_sampling
 from ..diffusion.storage import data_hash
 from ..diffusion.train import check_options as check_training
 from ..files import whole_file
-from ..report import Attribution, Timing
+from ..report import Timing
 from .display import Display
-from .options import METHODS, DataOptions, SampleOptions, ScoreOptions, TrainOptions
+from .options import DataOptions, SampleOptions, TrainOptions
 from .workspace import Stage, Workspace, WorkspaceError
 
 SCHEDULE = diffusion.Schedule()  # of every model made here

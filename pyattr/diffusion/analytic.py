@@ -1,7 +1,7 @@
 """Denoisers written down from the training images alone: what a network would predict if it saw only patches, or everything.
 
-Each gives, for every pixel of a noisy image, the mean of the training pixels that could be under the noise, weighted by how well
-what surrounds them fits. They differ in how far they look, and in which places of the training images they look at:
+Each gives, for every pixel of a noisy image, the mean of the training pixels that could be under the noise, weighted by how
+well what surrounds them fits. They differ in how far they look, and at which places of the training images:
 
 | machine | sees | compares a pixel with |
 | --- | --- | --- |
@@ -177,8 +177,8 @@ class ScoreMachine(nn.Module):
 def default_patch_sizes(schedule: Schedule, side: int) -> dict[int, int]:
     """p where nobody calibrated: from 3 pixels to about half the side as the noise drowns the image.
 
-    ``p = 3 + (side / 2 - 3) (1 - abar_t)``, to the nearest odd number, not above ``side``. What a network looks at grows with the
-    noise in this way; the figures are a rule of thumb, and :func:`calibrate` finds a network's own.
+    ``p = 3 + (side / 2 - 3) (1 - abar_t)``, to the nearest odd number, not above ``side``. What a network looks at grows with
+    the noise in this way; the figures are a rule of thumb, and :func:`calibrate` finds a network's own.
 
     Args:
         schedule: of the diffusion.
