@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import report
-from .options import DataOptions, Machine, SampleOptions, ScoreOptions, TrainOptions
+from .options import DataOptions, Machine, PatchOptions, SampleOptions, ScoreOptions, TrainOptions
 from .results import TOP
 from .run import session
 from .scoring import scoring_of
@@ -19,7 +19,7 @@ class Recipe:
 
     train: TrainOptions
     sample: SampleOptions
-    scores: tuple[ScoreOptions, ...]
+    scores: tuple[ScoreOptions | PatchOptions, ...]
     limit: int | None = None
 
 
@@ -30,8 +30,8 @@ FULL = Recipe(
     SampleOptions(num_images=8, method="ddpm", steps=1000),
     (
         ScoreOptions("dtrak", num_timesteps=4, strategy="midpoint", query_noises=32, proj_dim=1024),
-        # What merely looks alike, for contrast: a second pass of features does not fit in the time.
-        ScoreOptions("pixels"),
+        # It asks no model, so that it needs no second pass of features, which would not fit in the time.
+        PatchOptions(num_timesteps=3),
     ),
 )
 # Every stage, at a size that takes seconds; its digits look like nothing.
@@ -40,7 +40,7 @@ QUICK = Recipe(
     SampleOptions(num_images=2, steps=4),
     (
         ScoreOptions("dtrak", num_timesteps=2, proj_dim=64),
-        ScoreOptions("trak", num_timesteps=1, proj_dim=64),
+        PatchOptions(num_timesteps=1, k=10),
     ),
     limit=60,
 )

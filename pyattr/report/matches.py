@@ -11,7 +11,8 @@ from PIL import Image
 
 from ..attribution.patch_matches import Explanation
 
-GAP = 0.5  # between the two images, in widths of one
+GAP = 0.45  # between the two images, in widths of one
+LEAST = 0.03  # share of the score that a region needs to be drawn; of lesser ones the heaviest alone
 _SLOT = 0.17  # between the figures in the gap, likewise
 
 
@@ -57,7 +58,6 @@ class Drawing:
         offset: x of the training image.
         heats: veils that hide what plays no part, as data URIs, of the query and of the training image.
         links: the heaviest first.
-        held: what the regions hold together of the image's score, in percent.
     """
 
     width: int
@@ -65,7 +65,6 @@ class Drawing:
     offset: float
     heats: tuple[str, str]
     links: list[Link]
-    held: float
 
 
 def drawing(explanation: Explanation) -> Drawing:
@@ -74,10 +73,11 @@ def drawing(explanation: Explanation) -> Drawing:
     offset = width * (1 + GAP)
     score = max(explanation.score, 1e-30)
     # The figures in the gap stand one under the other in the order of what they belong to, so that lines do not tangle.
-    order = sorted(explanation.matches, key=lambda m: m.query[0] + m.image[0] + m.size[0])
+    drawn = [m for i, m in enumerate(explanation.matches) if i == 0 or m.weight >= LEAST * score]
+    order = sorted(drawn, key=lambda m: m.query[0] + m.image[0] + m.size[0])
     middle = width * (1 + GAP / 2)
     links = []
-    for number, match in enumerate(explanation.matches, 1):
+    for number, match in enumerate(drawn, 1):
         slot = height / 2 + (order.index(match) - (len(order) - 1) / 2) * _SLOT * height
         (r, c), (r2, c2), (tall, wide) = match.query, match.image, match.size
         x, y, x2, y2 = c + wide, r + tall / 2, offset + c2, r2 + tall / 2
@@ -97,7 +97,7 @@ def drawing(explanation: Explanation) -> Drawing:
             )
         )
     veils = (_veil(np.asarray(explanation.query_map)), _veil(np.asarray(explanation.image_map)))
-    return Drawing(width, height, offset, veils, links, sum(link.share for link in links))
+    return Drawing(width, height, offset, veils, links)
 
 
 def _veil(values: np.ndarray) -> str:  # [H, W] -> data URI
