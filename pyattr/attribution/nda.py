@@ -26,6 +26,7 @@ from .patch_tuning import Tuning, tune
 FINE = (7, 11, 15, 17, 19)
 COARSE = (14, 14, 14, 16, 18)
 _SIDE = 32
+_BATCH = 4  # queries between two reports of progress; they share one check of the training images
 
 
 class NDA:
@@ -62,7 +63,6 @@ class NDA:
         noise_seed: of the noise, in [0, 2^32).
         border: "class": a patch cut off by the image border is compared with patches cut off in the same way alone; "zero":
             with all, pixels outside counting as 0. See :func:`pyattr.ops.patch_topk`.
-        batch_size: queries that go through the training images together.
         directory: where the table of each term is kept as it is made and found again; None keeps nothing.
         backend: of :func:`pyattr.ops.patch_topk`.
         progress: stages "patches" (passes of a query over the training images) and "tuning" (the same, in :meth:`tune`).
@@ -93,7 +93,6 @@ class NDA:
         num_noises: int = 1,
         noise_seed: int = 0,
         border: str = "class",
-        batch_size: int = 16,
         directory: str | os.PathLike | None = None,
         backend: str | None = None,
         progress: Progress = silent,
@@ -123,7 +122,6 @@ class NDA:
         for name, value, limit in (
             ("k", k, math.inf),
             ("num_noises", num_noises, MAX_DRAWS),
-            ("batch_size", batch_size, math.inf),
         ):
             if not 1 <= value <= limit:
                 raise ValueError(
@@ -134,7 +132,7 @@ class NDA:
         if border not in ("class", "zero"):
             raise ValueError(f"NDA: border must be class or zero, got {border!r}")
         self.k, self.num_noises, self.noise_seed, self.border = int(k), int(num_noises), int(noise_seed), border
-        self.batch_size, self.backend, self.progress = batch_size, backend, progress
+        self.backend, self.progress = backend, progress
         self.directory = None if directory is None else Path(directory)
         self.terms: list[Term] = []
         self._bank: Tensor | _Stream | None = None
@@ -219,7 +217,7 @@ class NDA:
                 otherwise.
 
         Extra memory: 8 Q N bytes; 4 Q H W for each term and draw, which stay for :meth:`explain`; and that of
-        :func:`pyattr.ops.patch_topk` for ``batch_size`` queries.
+        :func:`pyattr.ops.patch_topk` for a few queries.
         """
         images = self.images_of(queries)
         out = torch.zeros(len(images), self.shape[0], dtype=torch.float32, device="cpu")
@@ -350,7 +348,7 @@ class NDA:
         count(0)
         sigma, scale = self._sigma_and_scale(term)
         weights, normalisers = [], []
-        for batch in self._noised(images, term, draw).split(self.batch_size):
+        for batch in self._noised(images, term, draw).split(_BATCH):
             found = patch_topk(
                 batch,
                 self._bank,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pyattr.attribution import NDA
+from pyattr.attribution import NDA, nda
 from pyattr.attribution.patch_matches import find_matches
 from pyattr.diffusion import DamagedFileError, Samples, Schedule
 from pyattr.diffusion.noise import PATCHES, noise
@@ -110,10 +110,11 @@ def test_a_training_image_is_its_own_proponent(images):
     assert scores.argmax(1).tolist() == list(range(6))
 
 
-def test_a_score_depends_on_its_query_alone(images, queries):
+def test_a_score_depends_on_its_query_alone(images, queries, monkeypatch):
     """Neither on the other queries nor on the batches: all meet the same noise."""
     whole = NDA(**SMALL).fit(images).scores(queries)
-    alone = NDA(**SMALL, batch_size=2).fit(images).scores(queries.flip(0))
+    monkeypatch.setattr(nda, "_BATCH", 2)
+    alone = NDA(**SMALL).fit(images).scores(queries.flip(0))
     torch.testing.assert_close(alone.flip(0), whole, rtol=0, atol=0)
     assert not torch.equal(NDA(**SMALL, noise_seed=1).fit(images).scores(queries), whole)
 
@@ -259,7 +260,7 @@ def test_tables_are_found_again(images, queries, tmp_path, monkeypatch):
     expected = NDA(**SMALL, directory=tmp_path, progress=lambda *of: told.append(of)).fit(images).scores(queries)
     assert told[0] == (0, 12, "patches") and told[-1] == (12, 12, "patches")
     assert [done for done, *_ in told] == sorted(done for done, *_ in told)
-    again = NDA(**SMALL, directory=tmp_path, batch_size=1).fit(list(images.split(4)))
+    again = NDA(**SMALL, directory=tmp_path).fit(list(images.split(4)))
     kept = NDA.compute
     monkeypatch.setattr(NDA, "compute", None)
     torch.testing.assert_close(again.scores(queries), expected, rtol=0, atol=0)
@@ -298,7 +299,6 @@ def test_tables_of_something_else_are_refused(images, queries, tmp_path):
         ({"alpha": math.nan}, "NDA: alpha must lie in [0, 1], got nan"),
         ({"k": 0}, "NDA: k must be at least 1, got 0"),
         ({"num_noises": 5000}, "NDA: num_noises must be at least 1 and at most 4096, got 5000"),
-        ({"batch_size": 0}, "NDA: batch_size must be at least 1, got 0"),
         ({"noise_seed": -1}, "NDA: noise_seed must lie in [0, 4294967295], got -1"),
         ({"border": "inside"}, "NDA: border must be class or zero, got 'inside'"),
     ],
