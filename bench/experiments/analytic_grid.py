@@ -1,6 +1,6 @@
 """The picture of docs/analytic.md: what each analytic denoiser draws from the same noises.
 
-``python -m bench.experiments.analytic_grid OUT.png``: eight digits from each machine, in 20 DDIM steps, from 1,000 MNIST digits.
+``python -m bench.experiments.analytic_grid OUT.png``: eight digits from each, in 20 DDIM steps, from 1,000 MNIST digits.
 """
 
 import sys

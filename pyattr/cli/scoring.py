@@ -217,6 +217,7 @@ class PatchScoring(Scoring):
     )
     meaning = "the share that its patches have in what the best patch-wise denoiser would make of that image"
     signed = False  # shares are never negative
+    title = "hold the parts of"
 
     def __init__(self, workspace, model_key, data, options, schedule=SCHEDULE):
         super().__init__(workspace, model_key, data, options, schedule)

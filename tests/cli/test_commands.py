@@ -192,7 +192,7 @@ def test_nda_is_that_of_the_library(out, images, succeeds, arrays):
         share = 100 * explained.matches[0].weight / explained.score
         assert f"region 1: {share:.0f}% of the score of #{shown[0]}" in article
     for told in ("2 of 1,000: 250, 500", "the 7 best places", "Asks no model", "never looks at the model",
-                 "Which training images made these"):  # fmt: skip
+                 "Which training images hold the parts of these"):  # fmt: skip
         assert told in page, told
     assert "Lambda" not in page and "no training image has a negative" not in page
 
