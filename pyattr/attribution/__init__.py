@@ -1,6 +1,9 @@
 """Attribution methods: ``fit(train)`` returns self, ``scores(queries)`` returns [Q, N], positive = proponent."""
 
 from .dtrak import DTRAK
+from .nda import NDA
+from .patch_matches import Explanation, Match
+from .patch_tuning import Tuning
 from .trak import QUERY_IDS, TRAK
 
-__all__ = ["DTRAK", "QUERY_IDS", "TRAK"]
+__all__ = ["DTRAK", "NDA", "QUERY_IDS", "TRAK", "Explanation", "Match", "Tuning"]

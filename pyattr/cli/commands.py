@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
-from .options import METHODS, DataOptions, Machine, SampleOptions, ScoreOptions, TrainOptions, parse_bytes
+from .options import METHODS, DataOptions, Machine, PatchOptions, SampleOptions, ScoreOptions, TrainOptions, parse_bytes
 from .shell import OneLineErrors
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     help="Training-data attribution for diffusion models: which training images made this image, and by how much.",
 )
 
-TRAIN, SAMPLE, SCORE = TrainOptions(), SampleOptions(), ScoreOptions()
+TRAIN, SAMPLE, SCORE, PATCH = TrainOptions(), SampleOptions(), ScoreOptions(), PatchOptions()
 RUN = Path("pyattr-run")
 DATA_HELP = "A folder of images, an .npz file, or mnist_5k, hf:NAME[:SPLIT], torchvision:NAME."
 Data = Annotated[str, typer.Option("--data", metavar="SOURCE", help=DATA_HELP)]
@@ -175,7 +175,8 @@ def attribute(
         typer.Option(metavar="SOURCE", help="Images to attribute, like --data; default: the generated ones."),
     ] = None,
     method: Annotated[
-        list[str], typer.Option("--method", "-m", help="dtrak, trak or pixels; several: the first is the main one.")
+        list[str],
+        typer.Option("--method", "-m", help="dtrak, trak, nda or pixels; several: the first is the main one."),
     ] = [SCORE.method],  # noqa: B006
     num_timesteps: Annotated[
         int, typer.Option(min=1, help="Timesteps that gradients average over.")
@@ -195,6 +196,13 @@ def attribute(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images whose gradients are taken together.")
     ] = SCORE.batch_size,
+    patch_timesteps: Annotated[
+        int, typer.Option(min=1, help="NDA: timesteps that scores average over.")
+    ] = PATCH.num_timesteps,
+    patch_k: Annotated[
+        int, typer.Option(min=1, help="NDA: places of a training image that count for each of a query.")
+    ] = PATCH.k,
+    patch_noises: Annotated[int, typer.Option(min=1, help="NDA: noise draws at each timestep.")] = PATCH.num_noises,
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="For the gradients of a batch: GiB, or with a unit, as in 512MiB.")
     ] = f"{SCORE.memory >> 30}GiB",
@@ -216,7 +224,9 @@ def attribute(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--memory") from None
     options = [
-        ScoreOptions(
+        PatchOptions(num_timesteps=patch_timesteps, k=patch_k, num_noises=patch_noises, seed=seed)
+        if name == "nda"
+        else ScoreOptions(
             method=name,
             num_timesteps=num_timesteps,
             strategy=strategy,

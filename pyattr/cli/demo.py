@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import report
-from .options import DataOptions, Machine, SampleOptions, ScoreOptions, TrainOptions
+from .options import DataOptions, Machine, PatchOptions, SampleOptions, ScoreOptions, TrainOptions
 from .results import TOP
 from .run import session
-from .stages import Sampling, Scoring, Training
+from .scoring import scoring_of
+from .stages import Sampling, Training
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Recipe:
 
     train: TrainOptions
     sample: SampleOptions
-    scores: tuple[ScoreOptions, ...]
+    scores: tuple[ScoreOptions | PatchOptions, ...]
     limit: int | None = None
 
 
@@ -29,8 +30,8 @@ FULL = Recipe(
     SampleOptions(num_images=8, method="ddpm", steps=1000),
     (
         ScoreOptions("dtrak", num_timesteps=4, strategy="midpoint", query_noises=32, proj_dim=1024),
-        # What merely looks alike, for contrast: a second pass of features does not fit in the time.
-        ScoreOptions("pixels"),
+        # It asks no model, so that it needs no second pass of features, which would not fit in the time.
+        PatchOptions(num_timesteps=3),
     ),
 )
 # Every stage, at a size that takes seconds; its digits look like nothing.
@@ -39,7 +40,7 @@ QUICK = Recipe(
     SampleOptions(num_images=2, steps=4),
     (
         ScoreOptions("dtrak", num_timesteps=2, proj_dim=64),
-        ScoreOptions("trak", num_timesteps=1, proj_dim=64),
+        PatchOptions(num_timesteps=1, k=10),
     ),
     limit=60,
 )
@@ -59,7 +60,7 @@ def demo(out: Path, data: DataOptions, recipe: Recipe, machine: Machine) -> None
         images = work.load(data)
         training = Training(work.workspace, images, recipe.train)
         sampling = Sampling(work.workspace, training.stage.key, images.shape, recipe.sample)
-        scorings = [Scoring(work.workspace, training.stage.key, images, options) for options in recipe.scores]
+        scorings = [scoring_of(work.workspace, training.stage.key, images, options) for options in recipe.scores]
         count = recipe.sample.num_images
         scoring_steps = [step for scoring in scorings for step in scoring.plan(sampling.stage.key, count)]
         work.plan([training, sampling, *scoring_steps])

@@ -25,6 +25,8 @@ UNITS = {
     "features": "images",
     "query features": "images",
     "scores": "queries",
+    "patches": "passes",
+    "matches": "pairs of images",
 }
 LOG_EVERY = 20.0  # seconds between lines of a log
 

@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass
 
 # name on the command line -> name for people
-METHODS = {"dtrak": "D-TRAK", "trak": "TRAK", "pixels": "Pixel cosine"}
+METHODS = {"dtrak": "D-TRAK", "trak": "TRAK", "nda": "NDA", "pixels": "Pixel cosine"}
+NEEDS_MODEL = {"dtrak", "trak"}
 
 _UNITS = {"": 1 << 30, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -75,6 +76,17 @@ class ScoreOptions:
     seed: int = 0
     batch_size: int = 16
     memory: int = 2 << 30  # bytes for the gradients of a batch; moves scores by rounding only
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """The settings of NDA (see :class:`pyattr.attribution.NDA`); its timesteps lie evenly in the first half."""
+
+    method: str = "nda"
+    num_timesteps: int = 5
+    k: int = 100
+    num_noises: int = 1
+    seed: int = 0
 
 
 @dataclass(frozen=True)

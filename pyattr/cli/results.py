@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..attribution.kernel import FRACTION
 from ..datasets import ImageDataset
 from ..report import Attribution, Report, shown_count, strongest, write
 from .options import METHODS
-from .stages import Queries, Scoring, Step, shape_text, write_npz
+from .scoring import Scoring
+from .stages import Queries, Step, shape_text, write_npz
 
 TOP = 10
 # weighting of the training loss -> name for people
@@ -75,7 +75,7 @@ def write_report(
             attributions=attributions,
             settings=settings_of(data, steps, scorings),
             timings=[step.timing() for step in steps],
-            caveats=[*caveats, *caveats_of(scorings)],
+            caveats=list(dict.fromkeys([*caveats, *(told for scoring in scorings for told in scoring.caveats())])),
             losses=losses,
             top=top,
             generated=queries.generated,
@@ -127,20 +127,7 @@ def settings_of(
             ],
         )
     )
-    for scoring in scorings:
-        if scoring.features is None:
-            continue
-        o, found = scoring.options, scoring.found()
-        times = scoring.timesteps
-        shown = ", ".join(map(str, times[:4])) + (f", … {times[-1]}" if len(times) > 4 else "")
-        pairs = [
-            ("timesteps", f"{o.num_timesteps} of {schedule.num_timesteps:,}, {o.strategy}: {shown}"),
-            ("noise", f"{draws(1)} of a training image, {draws(o.query_noises)} of a query"),
-            ("projection", f"{o.kind}, to {o.proj_dim:,} numbers, seed {o.seed}"),
-            ("lambda", f"{found['lambda']:.4g}, {'chosen automatically' if o.lambda_ is None else 'given'}"),
-            ("effective dimension", f"{found['effective dimension']:.0f} of {min(o.proj_dim, len(data)):,}"),
-        ]
-        groups.append((scoring.name, pairs))
+    groups += [(scoring.name, pairs) for scoring in scorings if (pairs := scoring.settings())]
     machine = [
         ("pyattr", __version__),
         ("torch", torch.__version__),
@@ -148,42 +135,6 @@ def settings_of(
         ("processor", f"{platform.machine()}, {torch.get_num_threads()} threads"),
     ]
     return [*groups, ("Machine of the last run", machine)]
-
-
-def draws(count: int) -> str:
-    """How often the noise of an image is drawn at a timestep, in words."""
-    return "one noise draw at each" if count == 1 else f"{count:,} noise draws at each"
-
-
-def caveats_of(scorings: Sequence[Scoring]) -> list[str]:
-    """What the settings mean for how far the scores can be trusted."""
-    main = scorings[0]
-    told = []
-    if main.features is not None:
-        o = main.options
-        told.append(
-            f"{main.name} averages gradients over {o.num_timesteps} of {main.schedule.num_timesteps:,} timesteps, with "
-            f"{draws(1)} of a training image and {draws(o.query_noises)} of a query; published results use 10 to 1,000 "
-            "timesteps. More of them make the scores steadier."
-        )
-        if o.lambda_ is None:
-            told.append(
-                "Lambda, the damping, was chosen from the spectrum of the training features alone, so as to leave an "
-                f"effective dimension of {FRACTION:.0%} of the number of eigenvalues. No retrained model was there to tune "
-                "it on, so it is a reasonable value, not the best."
-            )
-        else:
-            told.append(f"Lambda, the damping, was given as {o.lambda_:g}.")
-        told.append(
-            f"The gradients of all parameters are compressed to {o.proj_dim:,} random combinations, "
-            "which adds noise to every score."
-        )
-        told.append(
-            "Scores are estimates for one trained model; no model was retrained without these images to confirm them."
-        )
-    else:
-        told.append(f"{main.name} compares pixels alone: what looks alike need not have had an influence on the model.")
-    return told
 
 
 def settings_dict(data: ImageDataset, steps: Sequence[Step], scorings: Sequence[Scoring]) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,13 +17,13 @@ from .. import report
 from ..datasets import DataError, ImageDataset
 from ..report.page import seconds_text
 from .display import Display
-from .options import DataOptions, Machine, SampleOptions, ScoreOptions, TrainOptions
+from .options import NEEDS_MODEL, DataOptions, Machine, PatchOptions, SampleOptions, ScoreOptions, TrainOptions
 from .results import settings_dict, write_report, write_scores
+from .scoring import Scoring, scoring_of
 from .stages import (
     Checkpoint,
     Queries,
     Sampling,
-    Scoring,
     Step,
     Training,
     load_data,
@@ -96,7 +97,7 @@ class Session:
         self.workspace.remember("generate", {"stage": sampling.stage.key})
         return queries_of_samples(samples, sampling.stage.key)
 
-    def score(self, scoring: Scoring, model: torch.nn.Module, queries: Queries) -> report.Attribution:
+    def score(self, scoring: Scoring, model: torch.nn.Module | None, queries: Queries) -> report.Attribution:
         """One method's scores."""
         return scoring.run(model, queries, self.display, lambda step: self.begin(step, f"{scoring.name} "))
 
@@ -198,63 +199,120 @@ def attribute(
     data: DataOptions | None,
     checkpoint: Path | None,
     queries: DataOptions | None,
-    options: Sequence[ScoreOptions],
+    options: Sequence[ScoreOptions | PatchOptions],
     machine: Machine,
     *,
     top: int,
     page: bool,
 ) -> None:
-    """Score training images for generated or given images in an output folder."""
+    """Score training images for generated or given images in an output folder.
+
+    Methods that ask no model do without one where there is none and training images and queries are given.
+    """
     if page:
         report.require()
     with session(out, machine) as work:
-        model_at, trained = _model(work.workspace, checkpoint)
-        generated = work.workspace.existing(work.workspace.recall("generate").get("stage", "."))
-        if queries is None and (generated is None or generated.settings["model"] != model_at.key):
-            raise WorkspaceError(
-                f"no images of this model in {out} to attribute: give --queries, or run `pyattr generate --out {out}` first"
-            )
-        images, caveats = _training_images(work, data, model_at)
-        model = model_at.run(work.device)
-        shape = _shape_of(model)
-        if images.shape != shape:
-            fits = images.shape[0] == shape[0] and shape[1] == shape[2]
-            raise DataError(
-                f"data: the images are {shape_text(images.shape)} and those of the model {shape_text(shape)}: "
-                + (f"give --size {shape[1]}, or " if fits else "give ")
-                + "the images that it was trained on"
-            )
-        scorings = [Scoring(work.workspace, model_at.key, images, each, model_at.schedule) for each in options]
-        earlier = [Step("Training", "", trained, 0)] if trained is not None else []
-        if queries is None:
-            # Reads what lies there; the images of an earlier `generate` are not made again.
-            settings = {name: generated.settings[name] for name in SampleOptions.__dataclass_fields__}
-            sampling = Sampling(work.workspace, model_at.key, shape, SampleOptions(**settings), model_at.schedule)
-            asked = queries_of_samples(sampling.run(model, work.display), sampling.stage.key)
-            earlier.append(sampling)
+        modelless = not NEEDS_MODEL & {each.method for each in options} and data is not None and queries is not None
+        if modelless and checkpoint is None and _trained(work.workspace) is None:
+            job = _job_without_model(work, data, queries, options)
         else:
-            size = shape[1] if shape[1] == shape[2] else None
-            asked = queries_of_data(work.load(dataclasses.replace(queries, size=size)), images)
-        work.plan([step for scoring in scorings for step in scoring.plan(asked.key, len(asked.images))])
-        attributions = [work.score(scoring, model, asked) for scoring in scorings]
+            job = _job(work, data, checkpoint, queries, options)
+        work.plan([step for scoring in job.scorings for step in scoring.plan(job.queries.key, len(job.queries.images))])
+        attributions = [work.score(scoring, job.model, job.queries) for scoring in job.scorings]
         work.finish(
-            f"Which training images {'made' if scorings[0].features else 'look like'} these images?",
-            images,
-            asked,
-            scorings,
+            f"Which training images {job.scorings[0].title} these images?",
+            job.images,
+            job.queries,
+            job.scorings,
             attributions,
-            earlier=earlier,
+            earlier=job.earlier,
             top=top,
             page=page,
-            caveats=caveats,
+            caveats=job.caveats,
         )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What there is to attribute.
+
+    Args:
+        images: the training images.
+        queries: the images to attribute.
+        scorings: the methods.
+        model: None where no method asks it.
+        earlier: steps that finished before this command.
+        caveats: what the report must say of the images.
+    """
+
+    images: ImageDataset
+    queries: Queries
+    scorings: Sequence[Scoring]
+    model: torch.nn.Module | None = None
+    earlier: Sequence[Step] = ()
+    caveats: Sequence[str] = ()
+
+
+def _job_without_model(
+    work: Session, data: DataOptions, queries: DataOptions, options: Sequence[ScoreOptions | PatchOptions]
+) -> _Job:
+    images = work.load(data)
+    asked = queries_of_data(work.load(dataclasses.replace(queries, size=_square(images.shape))), images)
+    return _Job(images, asked, [scoring_of(work.workspace, None, images, each) for each in options])
+
+
+def _job(
+    work: Session,
+    data: DataOptions | None,
+    checkpoint: Path | None,
+    queries: DataOptions | None,
+    options: Sequence[ScoreOptions | PatchOptions],
+) -> _Job:
+    model_at, trained = _model(work.workspace, checkpoint)
+    generated = work.workspace.existing(work.workspace.recall("generate").get("stage", "."))
+    if queries is None and (generated is None or generated.settings["model"] != model_at.key):
+        out = work.workspace.folder
+        raise WorkspaceError(
+            f"no images of this model in {out} to attribute: give --queries, or run `pyattr generate --out {out}` first"
+        )
+    images, caveats = _training_images(work, data, model_at)
+    model = model_at.run(work.device)
+    shape = _shape_of(model)
+    if images.shape != shape:
+        fits = images.shape[0] == shape[0] and shape[1] == shape[2]
+        raise DataError(
+            f"data: the images are {shape_text(images.shape)} and those of the model {shape_text(shape)}: "
+            + (f"give --size {shape[1]}, or " if fits else "give ")
+            + "the images that it was trained on"
+        )
+    scorings = [scoring_of(work.workspace, model_at.key, images, each, model_at.schedule) for each in options]
+    earlier = [Step("Training", "", trained, 0)] if trained is not None else []
+    if queries is None:
+        # Reads what lies there; the images of an earlier `generate` are not made again.
+        settings = {name: generated.settings[name] for name in SampleOptions.__dataclass_fields__}
+        sampling = Sampling(work.workspace, model_at.key, shape, SampleOptions(**settings), model_at.schedule)
+        asked = queries_of_samples(sampling.run(model, work.display), sampling.stage.key)
+        earlier.append(sampling)
+    else:
+        asked = queries_of_data(work.load(dataclasses.replace(queries, size=_square(shape))), images)
+    return _Job(images, asked, scorings, model, earlier, caveats)
+
+
+def _square(shape: tuple[int, int, int]) -> int | None:
+    """The side of square images, to which queries are brought."""
+    return shape[1] if shape[1] == shape[2] else None
+
+
+def _trained(workspace: Workspace) -> Stage | None:
+    """The stage that trained the folder's model."""
+    return workspace.existing(workspace.recall("train").get("stage", "."))
 
 
 def _model(workspace: Workspace, checkpoint: Path | None) -> tuple[Checkpoint, Stage | None]:
     """The checkpoint asked for or the one trained in the folder, and in the latter case the stage that trained it."""
     if checkpoint is not None:
         return Checkpoint(checkpoint), None
-    trained = workspace.existing(workspace.recall("train").get("stage", "."))
+    trained = _trained(workspace)
     if trained is None:
         raise WorkspaceError(
             f"no trained model in {workspace.folder}: run `pyattr train SOURCE --out {workspace.folder}` first, "

@@ -1,14 +1,12 @@
-"""The stages of the work, each bound to its place in an output folder: training, generating, scoring."""
+"""The stages of the work, each bound to its place in an output folder: training and generating, and what they share."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import hashlib
-import math
 import os
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,37 +17,18 @@ from PIL import Image
 from torch import nn
 
 from .. import attribution, diffusion
-from ..attribution.kernel import effective_dimension
 from ..datasets import DataError, ImageDataset, load
 from ..diffusion.checkpoint import trained_with
-from ..diffusion.features import FeatureMap
 from ..diffusion.sampling import check_options as check_sampling
 from ..diffusion.storage import data_hash
 from ..diffusion.train import check_options as check_training
 from ..files import whole_file
-from ..report import Attribution, Timing
+from ..report import Timing
 from .display import Display
-from .options import METHODS, DataOptions, SampleOptions, ScoreOptions, TrainOptions
+from .options import DataOptions, SampleOptions, TrainOptions
 from .workspace import Stage, Workspace, WorkspaceError
 
 SCHEDULE = diffusion.Schedule()  # of every model made here
-
-SUMMARIES = {
-    "dtrak": "Compares gradients of the squared norm of the model’s noise prediction, averaged over timesteps, projected "
-    "at random, and weighed by the damped inverse of their Gram matrix over all training images.",
-    "trak": "The same with gradients of the training loss in place of the squared norm.",
-    "pixels": "A baseline that knows nothing of the model: the cosine of the angle between the pixel values, "
-    "after the mean training image is taken off. It shows what looks alike, not what had an influence.",
-}
-
-_INFLUENCE = (
-    "an estimate of how much its presence in the training set raised the likelihood that the model gives to that image"
-)
-MEANINGS = {
-    "dtrak": _INFLUENCE,
-    "trak": _INFLUENCE,
-    "pixels": "how alike the two look, from 1 to −1. It says nothing of what the training image did to the model",
-}
 
 
 def load_data(options: DataOptions) -> ImageDataset:
@@ -280,115 +259,6 @@ def queries_of_data(data: ImageDataset, train: ImageDataset) -> Queries:
             "they must have the same size and channels"
         )
     return Queries(data.images, None, data.ids, data.fingerprint(), False)
-
-
-class Scoring:
-    """Scores every training image for every query by one method: features that any query can use, then scores.
-
-    Attributes:
-        timesteps: those that the gradients are averaged over.
-
-    Raises:
-        ValueError: an option is not possible.
-    """
-
-    def __init__(
-        self,
-        workspace: Workspace,
-        model_key: str,
-        data: ImageDataset,
-        options: ScoreOptions,
-        schedule: diffusion.Schedule = SCHEDULE,
-    ):
-        self.workspace, self.data, self.options, self.schedule = workspace, data, options, schedule
-        self.name = METHODS[options.method]
-        chosen = {name: getattr(options, name) for name in ("num_timesteps", "strategy", "kind", "proj_dim", "seed")}
-        self.timesteps = FeatureMap(schedule, num_noises=options.query_noises, **chosen).timesteps().tolist()
-        if options.lambda_ is not None and not 0 < options.lambda_ < math.inf:
-            raise ValueError(f"attribute: lambda must be positive and finite, got {options.lambda_}")
-        shared = {"model": model_key, "data": data.fingerprint(), "schedule": dataclasses.asdict(schedule)}
-        # Lambda and the queries' noise change no training feature, and memory no result but by rounding.
-        settings = dataclasses.asdict(options)
-        for name in ("lambda_", "query_noises", "memory"):
-            del settings[name]
-        self.base = {**shared, **settings} if options.method != "pixels" else {"data": data.fingerprint()}
-        self.features: Step | None = None
-        if options.method != "pixels":
-            self.features = Step(
-                f"{self.name} features",
-                f"{len(data):,} images, {options.num_timesteps} timesteps, {options.proj_dim:,} numbers each",
-                workspace.stage(f"{options.method}-features", self.base),
-                4 * options.proj_dim * len(data),
-            )
-
-    def plan(self, queries_key: str, count: int) -> list[Step]:
-        """The steps for `count` queries."""
-        settings = {**self.base, "queries": queries_key}
-        if self.features is not None:
-            settings |= {"lambda": self.options.lambda_, "query noises": self.options.query_noises}
-        self.step = Step(
-            f"{self.name} scores",
-            f"{count} queries × {len(self.data):,} images",
-            self.workspace.stage(f"{self.options.method}-scores", settings),
-            4 * count * (len(self.data) + self.options.proj_dim),
-        )
-        return [self.step] if self.features is None else [self.features, self.step]
-
-    def run(self, model: nn.Module, queries: Queries, display: Display, begin: Callable[[Step], None]) -> Attribution:
-        """The scores, computed or found; `begin` is told which step the progress belongs to."""
-        path = self.step.stage.folder / "scores.npz"
-        if not self.step.stage.finished:
-            fitted = None
-            if self.features is not None and not self.features.stage.finished:
-                begin(self.features)
-                with self.features.stage.work():
-                    fitted = self._fit(model, display)
-            begin(self.step)
-            with self.step.stage.work() as notes:
-                if self.features is None:
-                    scores = pixel_cosine(queries.images, self.data.images)
-                else:
-                    # Features that were found still have to be decomposed.
-                    fitted = fitted or self._fit(model, display)
-                    scores = fitted.scores(torch.from_numpy(queries.images), ids=queries.ids).numpy()
-                    notes["lambda"] = fitted.lambda_
-                    notes["effective dimension"] = effective_dimension(fitted.eigenvalues, fitted.lambda_)
-                write_npz(path, {"scores": scores})
-        scores = read_npz(path)["scores"]
-        method = self.options.method
-        return Attribution(self.name, scores, method != "pixels", SUMMARIES[method], MEANINGS[method])
-
-    def _fit(self, model: nn.Module, display: Display) -> attribution.TRAK:
-        kind = {"dtrak": attribution.DTRAK, "trak": attribution.TRAK}[self.options.method]
-        options = {name: value for name, value in dataclasses.asdict(self.options).items() if name != "method"}
-        method = kind(model, self.schedule, directory=self.features.stage.folder, progress=display.progress, **options)
-        return method.fit(torch.from_numpy(self.data.images))
-
-    def found(self) -> dict[str, float]:
-        """What the finished scores were computed with: lambda and the effective dimension; nothing for a baseline."""
-        record = self.step.stage.record
-        return {name: record[name] for name in ("lambda", "effective dimension") if name in record}
-
-
-def pixel_cosine(queries: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Cosine of the angle between pixel values, after the mean image is taken off.
-
-    Args:
-        queries: [Q, C, H, W].
-        images: [N, C, H, W].
-
-    Returns:
-        [Q, N] float32; 0 where an image equals the mean.
-
-    Extra memory: 8 N C H W bytes.
-    """
-    flat = images.reshape(len(images), -1).astype(np.float64)  # [N, C H W]
-    mean = flat.mean(0)
-    flat -= mean
-    wanted = queries.reshape(len(queries), -1) - mean  # [Q, C H W]
-    norms = np.linalg.norm(wanted, axis=1)[:, None] * np.linalg.norm(flat, axis=1)  # [Q, N]
-    dots = wanted @ flat.T
-    return np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0).astype(np.float32)
 
 
 def write_npz(path: Path, arrays: dict[str, Any]) -> None:

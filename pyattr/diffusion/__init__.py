@@ -1,6 +1,6 @@
 """Diffusion models: schedules, training, sampling with every random number kept, and gradient features."""
 
-from . import features, losses
+from . import analytic, features, losses
 from .checkpoint import checkpoints, load_model, save_model
 from .losses import Loss
 from .noise import noise
@@ -19,6 +19,7 @@ __all__ = [
     "Samples",
     "Schedule",
     "Training",
+    "analytic",
     "checkpoints",
     "features",
     "load_model",

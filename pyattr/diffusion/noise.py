@@ -18,6 +18,7 @@ from ..reference.philox import philox4x32_10
 # key (seed, stream) with counter words 2 and 3 zero).
 FEATURES = 0x66656174
 SAMPLES = 0x73616D70
+PATCHES = 0x70617463
 
 MAX_TIMESTEPS = 1 << 20
 MAX_DRAWS = 1 << 12
@@ -33,7 +34,7 @@ def noise(shape, *, seed: int, ids, timesteps, draws=0, purpose: int = FEATURES)
         ids: sample ids in [0, 2^63), int64 tensor or int.
         timesteps: in [0, 2^20), int64 tensor or int.
         draws: in [0, 2^12), int64 tensor or int; different draws of one (id, timestep) are independent.
-        purpose: :data:`FEATURES` or :data:`SAMPLES`; they are independent.
+        purpose: :data:`FEATURES`, :data:`SAMPLES` or :data:`PATCHES`; they are independent.
 
     Returns:
         [*B, *shape] float32 on the CPU, B the broadcast shape of ``ids``, ``timesteps`` and ``draws``.

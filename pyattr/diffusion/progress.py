@@ -19,7 +19,8 @@ class Progress(Protocol):
             done: 0 to ``total``. Resumed work starts at what it found, so a rate is (done - first done) / time.
             total: units in this stage; the same in every call of one stage.
             stage: "train" (optimiser steps), "sample" (steps of images), "features" or "query features" (images),
-                "eigendecomposition" (1), "scores" (queries).
+                "eigendecomposition" (1), "patches" and "tuning" (passes of a query over the training images), "matches"
+                (pairs of a query and a training image).
         """
 
 

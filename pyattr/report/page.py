@@ -17,6 +17,7 @@ from PIL import Image
 from ..datasets import ImageDataset
 from ..files import whole_file
 from .histogram import HEIGHT, WIDTH, Histogram, histogram
+from .matches import Drawing, Matched, drawing
 from .ranking import shown_count, strongest
 
 LARGEST_THUMBNAIL = 128  # pixels; larger training images are reduced to it
@@ -37,6 +38,8 @@ class Attribution:
         signed: whether negative scores mean opponents.
         summary: one sentence on what the method measures.
         meaning: what one score is, to follow "Every training image has a score for every image: ".
+        matches: for each query, some training images and where they match it, the strongest first; empty when the method
+            does not tell.
     """
 
     method: str
@@ -44,6 +47,7 @@ class Attribution:
     signed: bool
     summary: str
     meaning: str
+    matches: Sequence[Sequence[Matched]] = ()
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,11 @@ def _check(report: Report) -> None:
             raise ReportError(
                 f"report: scores of {attribution.method} must be finite, got {bad} NaN or infinite of {scores.size}"
             )
+        if len(attribution.matches) not in (0, len(report.queries)):
+            raise ReportError(
+                f"report: matches of {attribution.method} must be none or those of {len(report.queries)} queries, "
+                f"got {len(attribution.matches)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -189,6 +198,14 @@ class _Shown:
 
 
 @dataclass(frozen=True)
+class _Pair:
+    """A query beside one training image, and where they match."""
+
+    shown: _Shown
+    drawing: Drawing
+
+
+@dataclass(frozen=True)
 class _Block:
     """One method's rows for one query."""
 
@@ -199,6 +216,7 @@ class _Block:
     histogram: Histogram
     labels: str  # what the proponents' labels are, in words; empty without labels
     shared: int
+    pairs: list[_Pair]
 
 
 @dataclass(frozen=True)
@@ -227,6 +245,10 @@ def _queries(report: Report) -> list[_Query]:
                     histogram=histogram(row, proponents, opponents),
                     labels=_labels_in_words(report.train, proponents),
                     shared=len(main[0] & set(proponents.tolist())),
+                    pairs=[
+                        _Pair(_shown(report.train, row, matched.index, False), drawing(matched.explanation))
+                        for matched in (attribution.matches[q] if attribution.matches else ())
+                    ],
                 )
             )
         shown.append(_Query(name, q + 1, _picture(report.queries[q], None), blocks))

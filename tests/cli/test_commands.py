@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from pyattr import attribution, diffusion
-from pyattr.cli.stages import pixel_cosine
+from pyattr.cli.scoring import pixel_cosine
 
 TRAIN = ["--steps", "3", "--batch-size", "8", "--ema", "0.9", "--threads", "1", "--device", "cpu"]
 SCORE = ["--num-timesteps", "2", "--proj-dim", "16", "--batch-size", "8", "--threads", "1", "--device", "cpu"]
@@ -184,6 +184,62 @@ def test_a_changed_image_is_other_data(out, images, tmp_path, succeeds, folders)
     assert len(folders(out) - before) == 1
 
 
+# NDA
+
+
+def test_nda_is_that_of_the_library(out, images, succeeds, arrays):
+    told = succeeds("attribute", "--out", out, "-m", "nda", "--patch-timesteps", 2, "--patch-k", 7, "--patch-noises", 2,
+                    "--seed", 3, "--top", 4)  # fmt: skip
+    assert "NDA scores" in told and "NDA matches" in told
+    scores = arrays(out / "scores.npz")
+    train = np.stack([np.asarray(Image.open(images / name)) for name in scores["ids"]])[:, None]
+    method = attribution.NDA(timesteps=[250, 500], k=7, num_noises=2, noise_seed=3).fit(train)
+    np.testing.assert_allclose(scores["scores"], method.scores(scores["queries"]), rtol=1e-6)
+    assert scores["opponents"].shape == (3, 0)
+    settings = json.loads(str(scores["settings"]))["methods"]
+    assert settings == [{"name": "NDA", "method": "nda", "num_timesteps": 2, "k": 7, "num_noises": 2, "seed": 3}]
+    # The page shows the regions that explain its three strongest images.
+    page = (out / "report.html").read_text()
+    for q, article in enumerate(re.findall(r"<article.*?</article>", page, re.S)):
+        shown = [int(n) for n in re.findall(r'<figure class="pair" data-index="(\d+)"', article)]
+        assert shown == np.argsort(-scores["scores"][q], kind="stable")[:3].tolist()
+        explained = method.explain(scores["queries"][q], shown[0])
+        share = 100 * explained.matches[0].weight / explained.score
+        assert f"region 1: {share:.0f}% of the score of #{shown[0]}" in article
+    for told in ("2 of 1,000: 250, 500", "the 7 best places", "Asks no model", "never looks at the model",
+                 "Which training images hold the parts of these"):  # fmt: skip
+        assert told in page, told
+    assert "Lambda" not in page and "no training image has a negative" not in page
+
+
+def test_nda_a_second_time_computes_nothing(out, monkeypatch, succeeds, folders):
+    command = ["attribute", "--out", out, "-m", "nda", "--patch-timesteps", 1, "--patch-k", 3]
+    succeeds(*command)
+    before = folders(out)
+    replaced(monkeypatch, (attribution.NDA, "compute"), (attribution.NDA, "explain"))
+    assert succeeds(*command).count("found") == 2
+    # Explanations alone are made again from the tables of the scores.
+    monkeypatch.undo()
+    replaced(monkeypatch, (attribution.NDA, "compute"))
+    shutil.rmtree(next(out.glob("nda-matches-*")))
+    succeeds(*command)
+    assert folders(out) == before
+
+
+def test_methods_without_a_model_need_none(images, tmp_path, succeeds, fails, arrays):
+    out = tmp_path / "out"
+    arguments = ["attribute", "--out", out, "--data", images, "--queries", images / "light", "--patch-timesteps", 1]
+    succeeds(*arguments, "-m", "nda", "-m", "pixels")
+    scores = arrays(out / "scores.npz")
+    assert scores["methods"].tolist() == ["NDA", "Pixel cosine"]
+    # The queries are the bright training images: their pixels find themselves, their patches bright images.
+    assert scores["scores_2"].argmax(1).tolist() == list(range(12, 24))
+    assert scores["scores"][:, 12:].min() > scores["scores"][:, :12].max()
+    told = f"no trained model in {out}: run `pyattr train SOURCE --out {out}` first, or give --checkpoint"
+    fails(told, *arguments, "-m", "nda", "-m", "dtrak")
+    fails(told, *arguments[:5], "-m", "nda")  # nor is there any image to attribute
+
+
 # Queries and models from elsewhere
 
 
@@ -239,10 +295,10 @@ def test_the_demo_runs_all_stages(tmp_path, succeeds, arrays):
     told = succeeds("demo", "--quick", "--out", out, "--threads", 1)
     assert "60 images of 1×28×28, 10 classes from mnist_5k" in told and "6/6" in told
     scores = arrays(out / "scores.npz")
-    assert scores["scores"].shape == (2, 60) and scores["methods"].tolist() == ["D-TRAK", "TRAK"]
+    assert scores["scores"].shape == (2, 60) and scores["methods"].tolist() == ["D-TRAK", "NDA"]
     assert np.bincount(scores["labels"]).tolist() == [6] * 10
     found = shown((out / "report.html").read_text())
-    for number, method in (("", "D-TRAK"), ("_2", "TRAK")):
+    for number, method in (("", "D-TRAK"), ("_2", "NDA")):
         for q in range(2):
             row = scores[f"scores{number}"][q]
             expected = [n for n in np.argsort(-row, kind="stable")[:10].tolist() if row[n] > 0]

@@ -178,7 +178,7 @@ def test_damaged_scores_are_named(out, fails):
     [
         (
             ["attribute", "--method", "magic"],
-            "Invalid value for --method: must be one of dtrak, trak, pixels, got magic",
+            "Invalid value for --method: must be one of dtrak, trak, nda, pixels, got magic",
         ),
         (
             ["attribute", "--limit", "3"],

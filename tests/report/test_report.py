@@ -9,13 +9,16 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pyattr.attribution import Explanation, Match
 from pyattr.datasets import ImageDataset
-from pyattr.report import Attribution, Report, ReportError, Timing, render, strongest, write
+from pyattr.report import Attribution, Matched, Report, ReportError, Timing, render, strongest, write
 from pyattr.report.histogram import BINS, HEIGHT, WIDTH, histogram
+from pyattr.report.matches import GAP, drawing
 from pyattr.report.page import score_text, seconds_text
 
 VOID = {"meta", "link", "img", "line", "rect", "polyline"}
@@ -205,7 +208,7 @@ def test_unlabelled_unsigned_queries_that_were_given():
     )
     page = Page(render(report)).root
     text = words(page)
-    assert "every query image: a magnitude." in text and "DAS does not tell proponents from opponents" in text
+    assert "every query image: a magnitude." in text and "DAS knows no opponents" in text
     assert "Proponents" not in text and "Opponents" not in text and "Labels of" not in text
     assert "3 query images" in text and "generated" not in text and "Training loss" not in text
 
@@ -222,10 +225,10 @@ def test_large_images_are_reduced_and_said_so():
 
 
 def test_the_page_is_self_contained():
-    page = render(example())
+    page = render(matched_example())
     tree = Page(page).root
     assert not list(find(tree, "script"))
-    for _, attributes, _ in (*find(tree, "img"), *find(tree, "link")):
+    for _, attributes, _ in (*find(tree, "img"), *find(tree, "image"), *find(tree, "link")):
         assert attributes.get("src", attributes.get("href")).startswith("data:")
     assert all(a[1]["href"].startswith("#") for a in find(tree, "a"))
     assert not re.search(r"https?:|url\(|@import|\son\w+=", page)
@@ -233,6 +236,103 @@ def test_the_page_is_self_contained():
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     for medium in ("prefers-color-scheme: dark", "screen and (max-width: 760px)", "@media print"):
         assert medium in page
+
+
+# Where images match
+
+
+def explanation(*matches, score=8.0, side=4):
+    """Of an image whose score comes from one pixel of the query and one of the training image."""
+    maps = [torch.zeros(side, side) for _ in range(2)]
+    maps[0][1, 1] = maps[1][2, 3] = score
+    return Explanation(score, *maps, tuple(matches))
+
+
+def matched_example(**changes):
+    """The second method tells where; its two strongest images of each query, with two regions and one."""
+    plain = example()
+    scores = plain.attributions[1].scores
+    order = np.argsort(-scores)[:, :2].tolist()
+    explained = [
+        explanation(Match((1, 0), (0, 2), (3, 2), 4.0), Match((0, 3), (2, 3), (1, 1), 0.5)),
+        explanation(Match((2, 2), (1, 1), (2, 2), 0.1)),
+    ]
+    matches = [[Matched(n, e) for n, e in zip(of, explained, strict=True)] for of in order]
+    method = Attribution("Patches", scores, False, "patches", "a share", matches)
+    return dataclasses.replace(plain, attributions=[plain.attributions[0], method], **changes)
+
+
+def numbers(node, *names):
+    return tuple(float(node[1][name]) for name in names)
+
+
+def test_regions_stand_on_both_images_in_one_colour_with_a_line_between():
+    report = matched_example()
+    for q, article in enumerate(find(Page(render(report)).root, "article")):
+        first, second = find(article, "section", class_="method")
+        assert not list(find(first, "figure", class_="pair"))
+        pairs = list(find(second, "figure", class_="pair"))
+        assert [int(pair[1]["data-index"]) for pair in pairs] == [m.index for m in report.attributions[1].matches[q]]
+        for pair, matched in zip(pairs, report.attributions[1].matches[q], strict=True):
+            ours, theirs, *veils = find(pair, "image")
+            for image, expected, x in (
+                (ours, report.queries[q], 0),
+                (theirs, report.train.images[matched.index], 4 * (1 + GAP)),
+            ):
+                shown = pixels(("img", {"src": image[1]["href"]}, []))
+                assert np.array_equal(shown, expected.transpose(1, 2, 0).squeeze())
+                assert float(image[1].get("x", 0)) == x and numbers(image, "width", "height") == (4, 4)
+            assert len(veils) == 2 and all("veil" in veil[1]["class"] for veil in veils)
+            caption = words(next(find(pair, "figcaption")))
+            assert score_text(float(report.attributions[1].scores[q, matched.index])) in caption
+            assert f"#{matched.index}" in caption and report.train.label_name(matched.index) in caption
+        links = {number: next(find(pairs[0], "g", class_=f"link-{number}")) for number in (1, 2)}
+        offset = 4 * (1 + GAP)
+        for number, ours, theirs, share in (
+            (1, (0, 1, 2, 3), (offset + 2, 0, 2, 3), "50%"),
+            (2, (3, 0, 1, 1), (offset + 3, 2, 1, 1), "6%"),
+        ):
+            regions = [numbers(r, "x", "y", "width", "height") for r in find(links[number], "rect", class_="region")]
+            assert regions == [ours, theirs]
+            halos = [numbers(r, "x", "y", "width", "height") for r in find(links[number], "rect", class_="halo")]
+            assert halos == regions
+            assert words(next(find(links[number], "text"))) == share
+            assert f"{share} of the score" in words(next(find(links[number], "title")))
+            # The line runs from the right edge of the one to the left edge of the other.
+            path = next(find(links[number], "path"))[1]["d"]
+            x, y, width, height = ours
+            assert path.startswith(f"M{x + width:g} {y + height / 2:g}C")
+            assert path.endswith(f"{theirs[0]:g} {theirs[1] + theirs[3] / 2:g}")
+
+
+def test_small_regions_are_left_out_but_the_heaviest_stays():
+    heavy, light = Match((0, 0), (0, 0), (1, 1), 4.0), Match((2, 2), (0, 0), (1, 1), 0.2)
+    assert [link.share for link in drawing(explanation(heavy, light)).links] == [50]
+    assert [link.share for link in drawing(explanation(light)).links] == [2.5]
+    assert drawing(explanation()).links == []
+
+
+def test_shares_stand_in_the_order_of_what_they_belong_to():
+    low, high = Match((3, 0), (3, 0), (1, 1), 5.0), Match((0, 0), (0, 0), (1, 1), 3.0)
+    first, second = drawing(explanation(low, high)).links
+    assert first.label[1] > second.label[1] and first.label[0] == second.label[0] == 4 * (1 + GAP / 2)
+
+
+def test_the_veil_is_thin_where_the_score_comes_from():
+    ours, theirs = drawing(explanation(side=9)).heats
+    for veil, (row, column) in ((ours, (1, 1)), (theirs, (2, 3))):
+        alpha = pixels(("img", {"src": veil}, []))[..., 1]
+        assert alpha[row, column] == 0 and alpha[7, 7] == 190
+        assert alpha[row, column + 1] < 190 and not pixels(("img", {"src": veil}, []))[..., 0].any()
+    # No score at all: no veil either.
+    (nothing, _) = drawing(Explanation(0.0, torch.zeros(3, 3), torch.zeros(3, 3), ())).heats
+    assert not pixels(("img", {"src": nothing}, []))[..., 1].any()
+
+
+def test_how_to_read_regions_is_told_where_there_are_some():
+    told = "by Patches, one by one"
+    assert told in words(Page(render(matched_example())).root)
+    assert "one by one" not in words(Page(render(example())).root)
 
 
 # Refusals
@@ -250,6 +350,8 @@ def test_the_page_is_self_contained():
          "report: scores of X must have shape [3, 40], got [3, 39]"),
         ({"attributions": [Attribution("X", np.full((3, 40), np.nan, np.float32), True, "", "")]},
          "report: scores of X must be finite, got 120 NaN or infinite of 120"),
+        ({"attributions": [Attribution("X", np.zeros((3, 40), np.float32), True, "", "", [[]])]},
+         "report: matches of X must be none or those of 3 queries, got 1"),
     ],
 )  # fmt: skip
 def test_refusals(tmp_path, changes, message):
