@@ -45,8 +45,10 @@ inline uint32_t shuffle_xor(uint32_t value, int mask) {
 inline bool readable(const void* from, size_t bytes) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(from);
   if (address % bytes != 0) emulator::fail("misaligned read of global memory");
-  if (address >= emulator::state.readable_begin && address + bytes <= emulator::state.readable_end) return true;
-  emulator::fail("read outside the gradients");
+  for (const auto& range : emulator::state.readable) {
+    if (address >= range.first && address + bytes <= range.second) return true;
+  }
+  emulator::fail("read outside the inputs");
   return false;
 }
 
