@@ -7,10 +7,15 @@ from .kron_grad_project import kron_grad_project
 from .linear_grad_project import linear_grad_project
 from .mask_project import mask_indices, mask_project
 from .multisketch_project import multisketch_project
+from .patch_mean import PatchMean, patch_mean
+from .patch_topk import PatchTopK, Winners, patch_topk
 from .rademacher_project import rademacher_project, sign_matrix
 from .sparse_project import sketch_entries, sparse_project
 
 __all__ = [
+    "PatchMean",
+    "PatchTopK",
+    "Winners",
     "conv2d_grad_project",
     "gaussian_project",
     "hadamard_project",
@@ -20,6 +25,8 @@ __all__ = [
     "mask_project",
     "multisketch_project",
     "normal_matrix",
+    "patch_mean",
+    "patch_topk",
     "rademacher_project",
     "sign_matrix",
     "sketch_entries",

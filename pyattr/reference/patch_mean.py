@@ -1,0 +1,44 @@
+"""The mean of the bank's pixels under the softmax over its patches, by definition.
+
+mean[u] = sum over n, v of w(u, n, v) y_n[centre of v], with w as in :mod:`pyattr.reference.patch_topk` and y itself,
+unscaled. The bank is walked twice: for Z, then for the mean. Everything in float64.
+"""
+
+import torch
+
+from .patches import distances, slices
+
+IMAGES = 64  # at a time
+
+
+def centres(images, patch_size, border):  # [n, C, H, W] -> [n, C, L]
+    """The pixel at offset (p - 1) // 2 of every window."""
+    first = (patch_size - 1) // 2 if border == "inside" else 0
+    height, width = (
+        size - patch_size + 1 + (patch_size - 1) // 2 * 2 * (border != "inside") for size in images.shape[2:]
+    )
+    return images[:, :, first : first + height, first : first + width].flatten(2)
+
+
+def patch_mean(queries, bank, patch_size, sigma, scale, border):
+    """See :func:`pyattr.ops.patch_mean`. Returns mean [Q, C, U] and log_normaliser [Q, U], float64."""
+    results = [
+        _one_query(query[None], bank, patch_size, s, scale, border) for query, s in zip(queries, sigma, strict=True)
+    ]
+    return [torch.stack(parts) for parts in zip(*results, strict=True)]
+
+
+def _one_query(query, bank, patch_size, sigma, scale, border):
+    def blocks():
+        return distances(query, slices(bank, IMAGES), patch_size, scale, border, lowres=False)
+
+    parts = {}  # by first position
+    for u, _, d, _ in blocks():
+        total = torch.logsumexp(-d.flatten(1) / (2 * sigma**2), 1)
+        parts[u] = torch.logaddexp(parts[u], total) if u in parts else total
+    log_normaliser = torch.cat([parts[u] for u in sorted(parts)])  # [U]
+    mean = torch.zeros(query.shape[1], len(log_normaliser), dtype=torch.float64, device=query.device)
+    for u, _, d, piece in blocks():
+        shares = torch.exp(-d / (2 * sigma**2) - log_normaliser[u : u + len(d), None, None])  # [u, n, L]
+        mean[:, u : u + len(d)] += torch.einsum("unl,ncl->cu", shares, centres(piece, patch_size, border))
+    return mean, log_normaliser
