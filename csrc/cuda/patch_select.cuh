@@ -15,8 +15,10 @@ constexpr int kPatchHeld = 32;        // values of a row that a lane keeps in re
 constexpr float kPatchDead = 150.0f;  // 2^-150 rounds to 0
 
 struct PatchRow {
-  float least, sum, top;
-  int32_t place;  // the first value that is the minimum; 0 if there is none
+  float least;    // infinite where no distance is a finite number: the sum is then 0, or NaN
+  float base;     // that the terms are relative to: the minimum, or 0 where it is infinite
+  float sum;
+  int32_t place;  // the first value that is the minimum, or 0
 };
 
 __device__ __forceinline__ float patch_infinity() { return float_of(0x7F800000u); }
@@ -75,31 +77,27 @@ __device__ __forceinline__ float patch_term(float apart, float rate) { return ex
 template <class Values>
 __device__ __forceinline__ PatchRow patch_sum(const Values& values, float rate) {
   PatchRow row{patch_infinity(), 0.0f, 0.0f, 0};
-  values.each([&](float d, int) { row.least = fminf(row.least, d); });
+  values.each([&](float d, int) { row.least = fminf(row.least, d); });  // fminf passes over NaNs
   row.least = warp_least(row.least);
-  if (row.least == patch_infinity()) {
-    // Every distance is infinite and adds nothing to the sum, or is a NaN and makes it one.
-    values.each([&](float d, int) { row.sum = d == d ? row.sum : d; });
-    row.sum = warp_sum(row.sum);
-    return row;
-  }
+  row.base = row.least == patch_infinity() ? 0.0f : row.least;
   uint32_t place = 0xFFFFFFFFu;
   values.each([&](float d, int i) {
-    row.sum = add(row.sum, patch_term(add(d, -row.least), rate));
+    row.sum = add(row.sum, patch_term(add(d, -row.base), rate));
     if (d == row.least && static_cast<uint32_t>(i) < place) place = static_cast<uint32_t>(i);
   });
   row.sum = warp_sum(row.sum);
-  row.place = static_cast<int32_t>(warp_least(place));
+  place = warp_least(place);
+  row.place = place == 0xFFFFFFFFu ? 0 : static_cast<int32_t>(place);
   return row;
 }
 
 // The sum of the k largest terms, after patch_sum; count is how many values there are.
 template <class Values>
 __device__ __forceinline__ float patch_top(const Values& values, const PatchRow& row, int64_t k, int64_t count, float rate) {
-  if (k >= count || row.least == patch_infinity()) return row.sum;
+  if (k >= count) return row.sum;
   const auto at_most = [&](uint32_t bits) {
     uint32_t found = 0;
-    values.each([&](float d, int) { found += bits_of(add(d, -row.least)) <= bits; });
+    values.each([&](float d, int) { found += bits_of(add(d, -row.base)) <= bits; });
     return static_cast<int64_t>(warp_count(found));
   };
   uint32_t high = bits_of(kPatchDead / rate < 3e38f ? kPatchDead / rate : 3e38f);
@@ -116,7 +114,7 @@ __device__ __forceinline__ float patch_top(const Values& values, const PatchRow&
   }
   float top = 0.0f;
   values.each([&](float d, int) {
-    const float apart = add(d, -row.least);
+    const float apart = add(d, -row.base);
     top = add(top, bits_of(apart) <= low ? patch_term(apart, rate) : 0.0f);
   });
   top = warp_sum(top);

@@ -104,21 +104,18 @@ struct MeanRow {
       float sums[kTogether] = {};
       const float* pixels = task.planes + (image * g.channels + channel) * plane +
                             static_cast<int64_t>(images.row + centre) * task.columns + images.column + centre;
-      if (row.least != patch_infinity()) {
-        values.each([&](float d, int v) {
-          const float term = patch_term(add(d, -row.least), task.rate);
-          if (v >= patch_count(images) || term == 0.0f) return;
-          const int64_t at = static_cast<int64_t>(v / images.columns) * task.columns + v % images.columns;
+      values.each([&](float d, int v) {
+        const float term = patch_term(add(d, -row.base), task.rate);
+        if (term == 0.0f || v >= patch_count(images)) return;  // a window that counts for nothing may have an infinite pixel
+        const int64_t at = static_cast<int64_t>(v / images.columns) * task.columns + v % images.columns;
 #pragma unroll
-          for (int c = 0; c < kTogether; ++c) {
-            if (channel + c < g.channels) sums[c] = multiply_add(term, pixels[c * plane + at], sums[c]);
-          }
-        });
-      }
+        for (int c = 0; c < kTogether; ++c) {
+          if (channel + c < g.channels) sums[c] = multiply_add(term, pixels[c * plane + at], sums[c]);
+        }
+      });
 #pragma unroll
       for (int c = 0; c < kTogether; ++c) {
-        // Where the distances are no numbers the pixels' sum is what the sum of the terms is, 0 or a NaN.
-        const float sum = row.least == patch_infinity() ? row.sum : warp_sum(sums[c]);
+        const float sum = warp_sum(sums[c]);
         if (first && channel + c < g.channels) {
           task.pixels[((channel + c) * task.positions + position) * task.stats_stride + image] = sum;
         }
