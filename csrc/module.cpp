@@ -18,6 +18,8 @@ PYBIND11_MODULE(_C, m) {
   bind_gaussian_project(m);
   bind_sparse_project(m);
   bind_layer_sketch(m);
+  bind_patch_mean(m);
+  bind_patch_topk(m);
 #if defined(PYATTR_WITH_CUDA)
   m.attr("built_with_cuda") = true;
   bind_rademacher_project_cuda(m);

@@ -104,6 +104,8 @@ def check_problem(op: str, queries, bank, patch_size, sigma, scale, border, lowr
         raise TypeError(f"{op}: queries must be a dense (strided) tensor")
     if queries.dim() != 4:
         raise ValueError(f"{op}: queries must have shape [Q, C, H, W], got {list(queries.shape)}")
+    if queries.shape[1] == 0:
+        raise ValueError(f"{op}: queries must have at least one channel, got {list(queries.shape)}")
     if queries.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"{op}: queries must be float16, bfloat16, float32 or float64, got {queries.dtype}")
     patch_size = check_integer(op, "patch_size", patch_size, 1, LARGEST_PATCH)
@@ -209,7 +211,6 @@ def address_and_sizes(query, images, problem: Problem, sigma: float, part: Part)
     """The arguments of a compiled kernel up to its statistics: query [C, H, W] float32, images [n, C, H, W]."""
     geometry = problem.geometry
     return (
-        query.data_ptr(), images.data_ptr(), PIXELS[images.dtype], *images.stride(), len(images), *query.shape,
-        *images.shape[2:], geometry.patch_size, BORDERS[geometry.border], geometry.lowres, problem.scale,
-        1 / (2 * sigma**2), *part,
+        query.data_ptr(), images.data_ptr(), PIXELS[images.dtype], images.stride(), images.shape, query.shape[1:],
+        geometry.patch_size, BORDERS[geometry.border], geometry.lowres, problem.scale, 1 / (2 * sigma**2), part,
     )  # fmt: skip

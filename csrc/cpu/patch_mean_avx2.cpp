@@ -1,0 +1,5 @@
+#include "cpu/patch_mean_body.h"
+
+namespace pyattr::cpu {
+void mean_blocks_avx2(const PatchWork& work) { mean_blocks(work); }
+}  // namespace pyattr::cpu
