@@ -36,7 +36,7 @@ def top_sum(d, scratch, base, total, k, rate, count, HELD: tl.constexpr, BV: tl.
     nearer = row_within(d, scratch, base, low.to(tl.float32, bitcast=True), rate, count, HELD, False, BV)
     rest = (k - inside).to(tl.float32)
     top = tl.where(rest > 0, nearer + rest * tl.exp2(-(high.to(tl.float32, bitcast=True) * rate)), nearer)
-    return tl.where(all_of_them, total, tl.where(ties, zero + k, top))
+    return tl.where(all_of_them | (total != total), total, tl.where(ties, zero + k, top))
 
 
 @triton.jit(do_not_specialize=["num_items", "num_tiles", "stats_stride", "first_image", "k"])

@@ -110,11 +110,11 @@ def window_offsets(index, first_row, first_column, group_columns, columns):
 
 @triton.jit
 def within(apart, limit, rate, COUNT: tl.constexpr):
-    """How many of [BU, BV] are at most limit [BU], or the sum of their terms 2^(-rate * apart)."""
+    """How many of [BU, BV] are at most limit [BU], or the sum of their terms 2^(-rate * apart), which a NaN makes a NaN."""
     near = apart <= limit[:, None]
     if COUNT:
         return tl.sum(near.to(tl.int32), 1)
-    return tl.sum(tl.where(near, tl.exp2(-(apart * rate)), 0.0), 1)
+    return tl.sum(tl.where(near | (apart != apart), tl.exp2(-(apart * rate)), 0.0), 1)
 
 
 @triton.jit

@@ -94,7 +94,7 @@ __device__ __forceinline__ PatchRow patch_sum(const Values& values, float rate) 
 // The sum of the k largest terms, after patch_sum; count is how many values there are.
 template <class Values>
 __device__ __forceinline__ float patch_top(const Values& values, const PatchRow& row, int64_t k, int64_t count, float rate) {
-  if (k >= count) return row.sum;
+  if (k >= count || row.sum != row.sum) return row.sum;
   const auto at_most = [&](uint32_t bits) {
     uint32_t found = 0;
     values.each([&](float d, int) { found += bits_of(add(d, -row.base)) <= bits; });

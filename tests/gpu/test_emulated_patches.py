@@ -79,8 +79,11 @@ class Emulated:
 
     @staticmethod
     def _base(query, images, problem, sigma, part, stride):
-        query_address, address, pixel, *rest = address_and_sizes(query, images, problem, sigma, part)
-        return PatchArgs(query_address, address, pixel, (ctypes.c_int64 * 4)(*rest[:4]), *rest[4:], stride)
+        given = address_and_sizes(query, images, problem, sigma, part)
+        query_address, address, pixel, strides, shape, query_size, *rest, part = given
+        strides, (num_images, channels, *size) = (ctypes.c_int64 * 4)(*strides), shape
+        sizes = (num_images, channels, *query_size, *size)
+        return PatchArgs(query_address, address, pixel, strides, *sizes, *rest, *part, stride)
 
     def patch_topk(
         self, queries, bank, *, patch_size, k, sigma, scale=1.0, border="class", lowres=False, reverse=False, winners=True

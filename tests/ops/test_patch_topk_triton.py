@@ -59,11 +59,11 @@ def test_compiles_for_a_gpu(op, held, ones):
 
 @pytest.fixture(autouse=True)
 def small_numbers(monkeypatch):
-    """Tiny problems with several programs and launches; rows of more than 128 windows go to scratch memory."""
+    """Tiny problems with several programs and launches; rows of more than 512 windows go to scratch memory."""
     if INTERPRETED:
         from pyattr.triton_kernels import patches
 
-        small = {"PLANE_FLOATS": 100, "HELD": 128, "SCRATCH_BLOCK": 64, "SCRATCH_WINDOWS": 64, "SCRATCH_FLOATS": 15000}
+        small = {"PLANE_FLOATS": 100, "HELD": 512, "SCRATCH_BLOCK": 512, "SCRATCH_WINDOWS": 256, "SCRATCH_FLOATS": 300000}
         for name, value in small.items():
             monkeypatch.setattr(patches, name, value)
 
@@ -102,7 +102,7 @@ CASES = [
     (1, 2, 3, 7, False, "zero"),
     (1, 4, 5, 4, True, "class"),
     (1, 4, 5, 4, True, "zero"),
-    (1, 12, 13, 2, False, "zero"),
+    (1, 23, 24, 1, False, "zero"),
 ]
 
 
@@ -139,7 +139,7 @@ def test_top_k_of_few_and_of_many_terms(k, sigma):
 
 
 @interpreted
-@pytest.mark.parametrize(("size", "k"), [(5, 1), (5, 4), (14, 7)])
+@pytest.mark.parametrize(("size", "k"), [(5, 1), (5, 4), (6, 40)])
 def test_ties_count_as_often_as_they_fit(size, k):
     """Windows of the interior match those of both images, those on an edge the edge's own, a corner's the two corners."""
     bank = torch.full((2, 1, size, size), 100, dtype=torch.uint8)
@@ -152,7 +152,7 @@ def test_ties_count_as_often_as_they_fit(size, k):
 @interpreted
 @pytest.mark.parametrize(
     ("border", "channels", "height", "width", "patch_size"),
-    [("class", 3, 4, 5, 3), ("zero", 1, 3, 4, 2), ("inside", 2, 5, 6, 3), ("zero", 2, 12, 12, 1)],
+    [("class", 3, 4, 5, 3), ("zero", 1, 3, 4, 2), ("inside", 2, 5, 6, 3), ("zero", 1, 23, 24, 1)],
 )
 def test_mean(border, channels, height, width, patch_size):
     bank = bank_of(torch.uint8, 2, channels, height, width)
@@ -176,17 +176,17 @@ def test_mean_of_windows_wholly_inside_images_of_another_size():
 
 @interpreted
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy says so of inf - inf
-def test_infinities_and_nans():
-    bank = bank_of(torch.float32, 3, 1, 5, 5)
+@pytest.mark.parametrize("border", ["class", "zero"])
+def test_infinities_and_nans(border):
+    bank = bank_of(torch.float32, 3, 1, 4, 4)
     queries = queries_of(bank, 1, 0.1)
     bank[1, 0, 2, 2] = float("inf")
-    options = {"patch_size": 3, "k": 2, "sigma": 0.3}
+    options = {"patch_size": 3, "k": 2, "sigma": 0.3, "border": border}
     found = patch_topk(queries, bank, backend="triton", **options)
     expected = patch_topk(queries.double(), bank, backend="reference", **options)
     torch.testing.assert_close(found.weights.double(), expected.weights, rtol=2e-5, atol=1e-4)
     bank[1] = float("inf")
-    assert patch_topk(queries, bank, backend="triton", **options).weights[0, 1] == 0
-    assert patch_mean(queries, bank, patch_size=3, sigma=0.3, backend="triton").mean.isfinite().all()
+    assert patch_mean(queries, bank, patch_size=3, sigma=0.3, border=border, backend="triton").mean.isfinite().all()
     bank[2, 0, 0, 0] = float("nan")
     found = patch_topk(queries, bank, backend="triton", **options)
     expected = patch_topk(queries.double(), bank, backend="reference", **options)
