@@ -2,8 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
-#include "cuda/patch_tile.cuh"
+#include "cuda/patch_fixed.cuh"
 
 namespace pyattr::cuda {
 
@@ -27,11 +28,17 @@ inline PatchAxis patch_axis(const PatchArgs& args, int64_t query_size, int64_t i
 
 struct PatchPlan {
   PatchGeometry geometry;
-  int64_t num_tiles, samples;             // floats of the samples
+  int64_t num_tiles, samples;                    // floats of the samples
   int rows, columns, query_rows, query_columns;  // of a plane
-  int64_t together;                       // images at a time
-  int64_t tile_floats, blocks;            // of a tile of distances; thread blocks that have one
-  bool shared;                            // in shared memory
+  int64_t together;                              // images at a time
+  int64_t tile_floats, blocks;                   // of a tile of distances; thread blocks that have one
+  bool shared;                                   // in shared memory
+  // The same on tensor cores.
+  bool fixed;
+  int groups, steps;
+  int64_t pairs, fixed_blocks;
+  int64_t table_bytes;  // of shared memory
+  bool fixed_shared;
 };
 
 inline PatchPlan plan_patches(const PatchArgs& args) {
@@ -52,25 +59,65 @@ inline PatchPlan plan_patches(const PatchArgs& args) {
   plan.samples = plan.num_tiles * patch_samples(g) * kPatchRows;
   const int64_t image = static_cast<int64_t>(g.channels) * plan.rows * plan.columns;
   plan.together = std::clamp(kPatchPlaneFloats / std::max<int64_t>(image, 1), int64_t{1}, std::max<int64_t>(args.num_images, 1));
-  plan.tile_floats = int64_t{kPatchRows} * std::max(g.rows.image_whole, 1) * std::max(g.columns.image_whole, 1);
+  const auto slots = [](int64_t floats) { return std::clamp(kPatchTileFloats / floats, int64_t{1}, kPatchTileBlocks); };
+  const int64_t windows = static_cast<int64_t>(g.rows.image_whole) * g.columns.image_whole;
+  plan.tile_floats = kPatchRows * std::max<int64_t>({windows, g.rows.image_whole, g.columns.image_whole, 1});
   plan.shared = plan.tile_floats * static_cast<int64_t>(sizeof(float)) <= kPatchShared;
-  plan.blocks = plan.shared ? kPatchGrid : std::clamp(kPatchTileFloats / plan.tile_floats, int64_t{1}, kPatchTileBlocks);
+  plan.blocks = plan.shared ? kPatchGrid : slots(plan.tile_floats);
+
+  plan.groups = (g.channels + 3) / 4;
+  plan.steps = (plan.groups * g.taps * g.taps + 7) / 8;
+  plan.pairs = patch_whole_tiles(g) / 2;
+  PatchFixed sizes{};
+  sizes.groups = plan.groups, sizes.steps = plan.steps;
+  sizes.height = static_cast<int>(args.height), sizes.width = static_cast<int>(args.width);
+  plan.table_bytes = patch_fixed_tables(sizes, g) * static_cast<int64_t>(sizeof(float));
+  plan.fixed = args.pixel == Pixel::uint8 && !args.lowres && args.border != Border::zero && plan.pairs > 0 &&
+               patch_samples(g) <= kPatchMostSamples && plan.table_bytes <= kPatchShared;
+  const int64_t pair_floats = kPatchPair * windows;
+  plan.fixed_shared = plan.table_bytes + pair_floats * static_cast<int64_t>(sizeof(float)) <= kPatchShared;
+  plan.fixed_blocks = plan.fixed_shared ? kPatchGrid : slots(std::max<int64_t>(pair_floats, 1));
   return plan;
 }
 
-inline int64_t patch_plane_floats(const PatchPlan& plan, int64_t images) {
-  return images * plan.geometry.channels * plan.rows * plan.columns;
-}
-inline int64_t patch_query_floats(const PatchPlan& plan) {
-  return static_cast<int64_t>(plan.geometry.channels) * plan.query_rows * plan.query_columns;
-}
+// The workspace, part by part; of a null address only the size.
+struct PatchScratch {
+  float *query, *samples, *planes, *tiles, *fixed_tiles;
+  PatchPrecision* precision;
+  uint4* limbs;
+  int64_t* squares;
+  uint32_t* words;
+  size_t bytes = 0;
+
+  PatchScratch(const PatchPlan& plan, void* workspace, int64_t height, int64_t width) {
+    const PatchGeometry& g = plan.geometry;
+    const auto take = [&](auto*& part, int64_t count) {
+      part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(reinterpret_cast<uintptr_t>(workspace) + bytes);
+      bytes += (static_cast<size_t>(count) * sizeof(*part) + 15) / 16 * 16;
+    };
+    take(query, static_cast<int64_t>(g.channels) * plan.query_rows * plan.query_columns);
+    take(samples, plan.samples);
+    take(planes, plan.together * g.channels * plan.rows * plan.columns);
+    take(tiles, plan.shared ? 0 : plan.blocks * plan.tile_floats);
+    take(precision, plan.fixed);
+    take(limbs, plan.fixed ? plan.pairs * plan.steps * kPatchLimbs * 32 : 0);
+    take(squares, plan.fixed ? plan.pairs * kPatchPair : 0);
+    take(words, plan.fixed ? plan.together * plan.groups * height * width : 0);
+    take(fixed_tiles,
+         plan.fixed && !plan.fixed_shared ? plan.fixed_blocks * kPatchPair * g.rows.image_whole * g.columns.image_whole : 0);
+  }
+};
 
 inline size_t patch_workspace(const PatchArgs& args) {
   if (args.num_images == 0 || args.positions() == 0) return 0;
-  const PatchPlan plan = plan_patches(args);
-  const int64_t floats = patch_query_floats(plan) + plan.samples + patch_plane_floats(plan, plan.together) +
-                         (plan.shared ? 0 : plan.blocks * plan.tile_floats);
-  return static_cast<size_t>(floats) * sizeof(float);
+  return PatchScratch(plan_patches(args), nullptr, args.height, args.width).bytes;
+}
+
+template <class Task>
+void patch_reserve(const char* op, void (*kernel)(Task)) {
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(kPatchShared)),
+        op, "reserving shared memory");
 }
 
 // Fills `task` with what every kernel takes and runs them; what comes out is the caller's to set, for the first image.
@@ -79,45 +126,74 @@ void run_patches(const char* op, const PatchArgs& args, PatchTask task, void* wo
   if (args.num_images == 0 || args.positions() == 0) return;
   const PatchPlan plan = plan_patches(args);
   const PatchGeometry& g = plan.geometry;
-  float* const query = static_cast<float*>(workspace);
-  float* const samples = query + patch_query_floats(plan);
-  float* const planes = samples + plan.samples;
+  const PatchScratch scratch(plan, workspace, args.height, args.width);
+  const int query_height = static_cast<int>(args.query_height), query_width = static_cast<int>(args.query_width);
 
   const PatchImages queries{reinterpret_cast<const unsigned char*>(args.query),
                             Pixel::float32,
                             {0, args.query_height * args.query_width, args.query_width, 1},
-                            static_cast<int>(args.query_height),
-                            static_cast<int>(args.query_width)};
-  patch_launch(op, patch_planes_kernel, {queries, g, plan.query_rows, plan.query_columns, 1, query},
-               patch_blocks(patch_query_floats(plan)), 0, stream);
-  patch_launch(op, patch_samples_kernel, {g, plan.query_rows, plan.query_columns, query, plan.num_tiles, samples},
+                            query_height,
+                            query_width};
+  patch_launch(op, patch_planes_kernel, {queries, g, plan.query_rows, plan.query_columns, 1, scratch.query},
+               patch_blocks(static_cast<int64_t>(g.channels) * plan.query_rows * plan.query_columns), 0, stream);
+  patch_launch(op, patch_samples_kernel, {g, plan.query_rows, plan.query_columns, scratch.query, plan.num_tiles, scratch.samples},
                patch_blocks(plan.samples), 0, stream);
+
+  PatchFixed fixed{};
+  if (plan.fixed) {
+    const double unit = 2.0 * args.scale / 255.0;
+    fixed.query = args.query;
+    fixed.query_height = query_height, fixed.query_width = query_width;
+    fixed.factor = 127.5 / args.scale;
+    fixed.unit = static_cast<float>(unit * unit);
+    fixed.precision = scratch.precision;
+    fixed.groups = plan.groups, fixed.steps = plan.steps;
+    fixed.pairs = plan.pairs;
+    fixed.limbs = scratch.limbs;
+    fixed.squares = scratch.squares;
+    fixed.height = static_cast<int>(args.height), fixed.width = static_cast<int>(args.width);
+    fixed.words = scratch.words;
+    patch_launch(op, patch_precision_kernel, {fixed, g.channels}, 1, kPatchThreads * sizeof(double), stream);
+    patch_launch(op, patch_limbs_kernel, {fixed, g}, patch_blocks(plan.pairs * plan.steps * 128), 0, stream);
+    patch_launch(op, patch_squares_kernel, {fixed, g}, patch_blocks(plan.pairs * kPatchPair), 0, stream);
+    task.fixed = &scratch.precision->fixed;
+  }
 
   task.geometry = g;
   task.num_tiles = plan.num_tiles;
   task.rows = plan.rows, task.columns = plan.columns;
-  task.planes = planes;
-  task.samples = samples;
+  task.planes = scratch.planes;
+  task.samples = scratch.samples;
   task.scale = static_cast<float>(args.scale);
   task.rate = static_cast<float>(args.inverse * 1.4426950408889634);
-  task.tile_floats = plan.tile_floats;
-  task.tiles = plan.shared ? nullptr : planes + patch_plane_floats(plan, plan.together);
   task.positions = args.positions();
   task.stats_stride = args.stats_stride;
-  const size_t shared = plan.shared ? static_cast<size_t>(plan.tile_floats) * sizeof(float) : 0;
-  const auto kernel = patch_difference_kernel<Row>;
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(kPatchShared)),
-        op, "reserving shared memory");
+  const auto differences = patch_difference_kernel<Row>;
+  const auto products = patch_fixed_kernel<Row>;
+  patch_reserve(op, differences);
+  patch_reserve(op, products);
   for (int64_t image = 0; image < args.num_images; image += plan.together) {
     task.num_images = std::min(plan.together, args.num_images - image);
     const int64_t bytes = args.pixel == Pixel::uint8 ? 1 : args.pixel == Pixel::float32 ? 4 : 2;
     PatchImages images{static_cast<const unsigned char*>(args.bank) + image * args.bank_strides[0] * bytes, args.pixel, {},
                        static_cast<int>(args.height), static_cast<int>(args.width)};
     std::copy(args.bank_strides, args.bank_strides + 4, images.strides);
-    patch_launch(op, patch_planes_kernel, {images, g, plan.rows, plan.columns, task.num_images, planes},
-                 patch_blocks(patch_plane_floats(plan, task.num_images)), 0, stream);
-    patch_launch(op, kernel, task, std::min(plan.blocks, task.num_images * plan.num_tiles), shared, stream);
+    patch_launch(op, patch_planes_kernel, {images, g, plan.rows, plan.columns, task.num_images, scratch.planes},
+                 patch_blocks(task.num_images * g.channels * plan.rows * plan.columns), 0, stream);
+    if (plan.fixed) {
+      patch_launch(op, patch_words_kernel, {images, g.channels, plan.groups, task.num_images, scratch.words},
+                   patch_blocks(task.num_images * plan.groups * args.height * args.width), 0, stream);
+      fixed.parts = std::clamp(kPatchFixedBlocks / task.num_images, int64_t{1}, plan.pairs);
+      task.tile_floats = kPatchPair * static_cast<int64_t>(g.rows.image_whole) * g.columns.image_whole;
+      task.tiles = plan.fixed_shared ? nullptr : scratch.fixed_tiles;
+      const int64_t shared = plan.table_bytes + (plan.fixed_shared ? task.tile_floats * static_cast<int64_t>(sizeof(float)) : 0);
+      patch_launch(op, products, {task, fixed}, std::min(plan.fixed_blocks, task.num_images * fixed.parts),
+                   static_cast<size_t>(shared), stream);
+    }
+    task.tile_floats = plan.tile_floats;
+    task.tiles = plan.shared ? nullptr : scratch.tiles;
+    patch_launch(op, differences, task, std::min(plan.blocks, task.num_images * plan.num_tiles),
+                 plan.shared ? static_cast<size_t>(plan.tile_floats) * sizeof(float) : 0, stream);
     task.minima += task.num_images, task.sums += task.num_images;
     if (task.tops != nullptr) task.tops += task.num_images;
     if (task.nearest != nullptr) task.nearest += task.num_images;

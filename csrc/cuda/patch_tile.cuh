@@ -31,6 +31,7 @@ struct PatchTask {
   float* tops;
   int32_t* nearest;      // or null
   float* pixels;         // [channels, positions, stats_stride]
+  const int32_t* fixed;  // 1 if the windows that no border cuts are left to another kernel; or null
 };
 
 // tile[row * count + v] = |x[row] - scale * y[v]|^2.
@@ -146,10 +147,12 @@ __global__ void __launch_bounds__(kPatchThreads) patch_difference_kernel(const P
   static_assert(kPatchWarps == kPatchRows, "a warp to a row");
   const PatchGeometry& g = task.geometry;
   const int64_t depth = patch_samples(g);
+  const int64_t elsewhere = task.fixed != nullptr && *task.fixed ? patch_whole_tiles(g) : 0;
   float* const distances =
       task.tiles == nullptr ? reinterpret_cast<float*>(dynamic_shared()) : task.tiles + blockIdx.x * task.tile_floats;
   for (int64_t item = blockIdx.x; item < task.num_images * task.num_tiles; item += gridDim.x) {
     const int64_t image = item / task.num_tiles, index = item % task.num_tiles;
+    if (index < elsewhere) continue;
     const PatchTile tile = patch_tile(g, index);
     patch_differences(task, tile.images, task.samples + index * depth * kPatchRows,
                       task.planes + image * g.channels * task.rows * task.columns, distances);

@@ -11,5 +11,6 @@ constexpr int64_t kPatchPlaneFloats = 600;
 constexpr int64_t kPatchTileFloats = 20000;
 constexpr int64_t kPatchTileBlocks = 3;
 constexpr int64_t kPatchGrid = 50;
+constexpr int64_t kPatchFixedBlocks = 4;
 
 }  // namespace pyattr::cuda
