@@ -14,7 +14,7 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def weighed_pixels(d, pixels_ptr, index, count, first_row, first_column, group_columns, columns, base, rate):
-    """Of a block [BU, BV] the sums [BU] of terms times the windows' pixels; a term of 0 counts for nothing, whatever the pixel."""
+    """Of a block [BU, BV] the sums [BU] of terms times the windows' pixels; a term of 0 counts for nothing."""
     at = window_offsets(tl.minimum(index, count - 1), first_row, first_column, group_columns, columns)
     pixels = tl.load(pixels_ptr + at)
     terms = tl.exp2(-((d - base[:, None]) * rate))

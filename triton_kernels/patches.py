@@ -1,4 +1,4 @@
-"""What the operations on patches share: images with their border, which windows meet, distances and the sums over a row of them.
+"""What the operations on patches share: images with their border, which windows meet, distances, sums over a row of them.
 
 A program has a few query windows and one image. It forms their distances to all windows of the image that they may match as
 differences in float32, which cancel nothing, and keeps them in registers; where they do not fit, in scratch memory of its own.
@@ -179,7 +179,20 @@ def row_distances(
     if HELD:
         y_at = window_offsets(tl.minimum(index, count - 1), first_row, first_column, group_columns, columns)
         d = tile_distances(
-            query_ptr, image_ptr, x_at, y_at, channels, query_plane, query_columns, plane, columns, taps, step, scale, BU, BV
+            query_ptr,
+            image_ptr,
+            x_at,
+            y_at,
+            channels,
+            query_plane,
+            query_columns,
+            plane,
+            columns,
+            taps,
+            step,
+            scale,
+            BU,
+            BV,
         )
         d = tl.where((index < count)[None, :], d, float("inf"))
     else:

@@ -1,8 +1,8 @@
 """The CUDA patch kernels' own source on an emulated thread block: no GPU needed.
 
-See ``test_emulated_projection.py`` for the emulator. Limits are small here, so that a few images take several launches, tiles of
-distances lie in and outside shared memory, and thread blocks take several tiles. The rest of the op, its parts of the positions
-and the join of the images, is the op's own.
+See ``test_emulated_projection.py`` for the emulator. Limits are small here, so that a few images take several launches, tiles
+of distances lie in and outside shared memory, and thread blocks take several tiles. The rest of the op, its parts of the
+positions and the join of the images, is the op's own.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pyattr.ops import patch_mean, patch_topk
-from pyattr.ops._patches import address_and_sizes, check_problem
+from pyattr.ops._patches import Part, address_and_sizes, check_problem
 
 topk_op, mean_op = (importlib.import_module(f"pyattr.ops.{name}") for name in ("patch_topk", "patch_mean"))
 HERE = Path(__file__).resolve().parent
@@ -85,13 +85,27 @@ class Emulated:
         sizes = (num_images, channels, *query_size, *size)
         return PatchArgs(query_address, address, pixel, strides, *sizes, *rest, *part, stride)
 
+    def topk_statistics(self, problem, k, query, images, sigma, part, out, reverse=False):
+        base = self._base(query, images, problem, sigma, part, out[0].stride(0))
+        args = TopkArgs(base, k, *(0 if a is None else a.data_ptr() for a in out))
+        self._run("patch_topk", args, images, reverse)
+
     def patch_topk(
-        self, queries, bank, *, patch_size, k, sigma, scale=1.0, border="class", lowres=False, reverse=False, winners=True
+        self,
+        queries,
+        bank,
+        *,
+        patch_size,
+        k,
+        sigma,
+        scale=1.0,
+        border="class",
+        lowres=False,
+        reverse=False,
+        winners=True,
     ):
-        def statistics(problem, k, query, images, sigma, part, out):
-            base = self._base(query, images, problem, sigma, part, out[0].stride(0))
-            args = TopkArgs(base, k, *(0 if a is None else a.data_ptr() for a in out))
-            self._run("patch_topk", args, images, reverse)
+        def statistics(*arguments):
+            self.topk_statistics(*arguments, reverse=reverse)
 
         borders = ("class", "zero")
         problem, _ = check_problem("patch_topk", queries, bank, patch_size, sigma, scale, border, lowres, borders)
@@ -133,7 +147,9 @@ def compare(emulated, queries, bank, *, tolerance=2e-5, **options):
     torch.testing.assert_close(shares.view(grid), expected.winners.weights, rtol=tolerance, atol=tolerance)
     assert torch.equal(images.view(grid), expected.winners.images)
     width = grid[2]
-    assert torch.equal(torch.stack([positions // width, positions % width], -1).view(*grid, 2), expected.winners.positions)
+    assert torch.equal(
+        torch.stack([positions // width, positions % width], -1).view(*grid, 2), expected.winners.positions
+    )
     return found
 
 
@@ -144,9 +160,9 @@ SIZES = [(1, 1, 1, 1), (3, 6, 7, 3), (2, 9, 5, 4), (1, 8, 3, 5), (2, 3, 4, 7), (
 @pytest.mark.parametrize("border", ["class", "zero"])
 @pytest.mark.parametrize(("channels", "height", "width", "patch_size"), SIZES)
 def test_values(emulated, border, channels, height, width, patch_size):
-    bank = bank_of(torch.uint8, 7, channels, height, width)
-    queries = queries_of(bank, 2, 0.5, 0.8)
-    compare(emulated, queries, bank, patch_size=patch_size, k=3, sigma=[0.3, 0.6], scale=0.8, border=border)
+    bank = bank_of(torch.uint8, 4, channels, height, width)
+    queries = queries_of(bank, 1, 0.5, 0.8)
+    compare(emulated, queries, bank, patch_size=patch_size, k=3, sigma=0.5, scale=0.8, border=border)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -183,11 +199,58 @@ def test_ties_count_as_often_as_they_fit(emulated):
         torch.testing.assert_close(found[0], torch.full((1, 2), expected).double(), rtol=1e-6, atol=0)
 
 
-def test_rows_longer_than_registers_hold(emulated):
-    """33 x 33 windows: a row of distances is read again for every look."""
+@pytest.mark.parametrize("border", ["class", "zero"])
+def test_rows_longer_than_registers_hold(emulated, border):
+    """33 x 33 windows: a row of distances is read again for every look. Only a few query windows are asked for."""
     bank = bank_of(torch.uint8, 2, 1, 33, 33)
-    queries = queries_of(bank, 1, 0.05)[:, :, :, :]
-    compare(emulated, queries, bank, patch_size=1, k=9, sigma=0.05, border="zero")
+    query = queries_of(bank, 1, 0.05)
+    problem, _ = check_problem("patch_topk", query, bank, 1, 0.05, 1.0, border, False, ("class", "zero"))
+    out = [torch.empty(6, 2) for _ in range(3)] + [torch.empty(6, 2, dtype=torch.int32)]
+    emulated.topk_statistics(problem, 9, query[0], bank, 0.05, Part(4, 6, 30, 33), out)
+    images = bank.double().flatten(1) / 127.5 - 1
+    d = (query.double()[0, 0, 4:6, 30:33].reshape(6, 1, 1) - images).square()  # [6, 2, 1089]
+    terms = torch.exp(-(d - d.min(2, keepdim=True).values) / (2 * 0.05**2)).sort(2, descending=True).values
+    torch.testing.assert_close(out[0], d.min(2).values.float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(out[1], terms.sum(2).float(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(out[2], terms[:, :, :9].sum(2).float(), rtol=1e-4, atol=0)
+    assert torch.equal(out[3].long(), d.argmin(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize(("variance", "bound"), [(2.2e-4, 2e-3), (2.2e-3, 3e-4), (0.105, 2e-5), (0.92, 2e-5)])
+def test_exponents_are_as_exact_as_differences_in_float32(emulated, dtype, variance, bound):
+    """d / (2 sigma^2) of the patches within 25 of the nearest, on tensor cores (8-bit images) and on CUDA cores."""
+    shift = torch.linspace(-0.6, 0.6, 6)[:, None, None, None]
+    ramp = torch.linspace(-0.3, 0.3, 9)[:, None] * torch.linspace(-1.0, 1.0, 9)[None, :]
+    pixels = (((shift + ramp + 0.05 * torch.randn(6, 3, 9, 9)).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    bank = pixels if dtype == torch.uint8 else pixels.float() / 127.5 - 1
+    scale, sigma = (1 - variance) ** 0.5, variance**0.5
+    query = queries_of(bank, 1, sigma, scale)
+    problem, _ = check_problem("patch_topk", query, bank, 7, sigma, scale, "class", False, ("class", "zero"))
+    out = [torch.empty(9, 6) for _ in range(3)]
+    emulated.topk_statistics(problem, 1, query[0], bank, sigma, Part(3, 6, 3, 6), [*out, None])
+    images = bank.double() / 127.5 - 1 if dtype == torch.uint8 else bank.double()
+    windows, others = (torch.nn.functional.unfold(x, 7).mT for x in (query.double(), scale * images))  # [n, 9, 147]
+    exponents = (windows[0][:, None, None] - others[None]).square().sum(3) / (2 * variance)  # [9, 6, 9]
+    near = exponents.min(2).values
+    close = near < near.min(1, keepdim=True).values + 25
+    assert ((out[0].double() / (2 * variance) - near).abs()[close] <= bound).all()
+    sums = torch.exp(near[:, :, None] - exponents).sum(2)
+    assert ((out[1].double() / sums).log().abs()[close] <= bound).all()
+
+
+def test_pixels_beyond_24_bits_are_left_to_differences(emulated):
+    """Beside one pixel of 1e9 three bytes cannot hold the others; so too with a scale of 0."""
+    bank = bank_of(torch.uint8, 3, 2, 6, 6)
+    queries = queries_of(bank, 1, 0.3)
+    compare(emulated, queries, bank, patch_size=3, k=2, sigma=0.4, scale=0.0)
+    queries[0, 0, 0, 0] = 1e9
+    found = emulated.patch_topk(queries, bank, patch_size=3, k=2, sigma=0.4)
+    expected = patch_topk(queries.double(), bank, patch_size=3, k=2, sigma=0.4, backend="reference")
+    away = torch.ones(6, 6, dtype=torch.bool)
+    away[:2, :2] = False
+    got = found[1].view(6, 6)[away]
+    torch.testing.assert_close(got, expected.log_normaliser[0][away], rtol=3e-7, atol=2e-5)
 
 
 @pytest.mark.parametrize("border", ["class", "zero"])
@@ -213,15 +276,17 @@ def test_bits_do_not_depend_on_which_thread_comes_first_nor_on_the_parts(emulate
 
 
 @pytest.mark.parametrize("border", ["class", "zero", "inside"])
-@pytest.mark.parametrize(("channels", "patch_size"), [(1, 1), (3, 3), (6, 4)])
+@pytest.mark.parametrize(("channels", "patch_size"), [(1, 1), (3, 3), (6, 2)])
 def test_mean(emulated, border, channels, patch_size):
-    bank = bank_of(torch.uint8, 5, channels, 6, 7)
+    bank = bank_of(torch.uint8, 3, channels, 5, 6)
     queries = queries_of(bank, 2, 0.5, 0.8)
     options = {"patch_size": patch_size, "sigma": [0.2, 0.5], "scale": 0.8, "border": border}
     mean, log_normaliser = emulated.patch_mean(queries, bank, **options)
     expected = patch_mean(queries.double(), bank, backend="reference", **options)
     torch.testing.assert_close(mean.view_as(expected.mean), expected.mean, rtol=0, atol=2e-5)
-    torch.testing.assert_close(log_normaliser.view_as(expected.log_normaliser), expected.log_normaliser, rtol=3e-7, atol=2e-5)
+    torch.testing.assert_close(
+        log_normaliser.view_as(expected.log_normaliser), expected.log_normaliser, rtol=3e-7, atol=2e-5
+    )
     assert torch.equal(emulated.patch_mean(queries, bank, reverse=True, **options)[0], mean)
 
 

@@ -63,7 +63,13 @@ def small_numbers(monkeypatch):
     if INTERPRETED:
         from pyattr.triton_kernels import patches
 
-        small = {"PLANE_FLOATS": 100, "HELD": 512, "SCRATCH_BLOCK": 512, "SCRATCH_WINDOWS": 256, "SCRATCH_FLOATS": 300000}
+        small = {
+            "PLANE_FLOATS": 100,
+            "HELD": 512,
+            "SCRATCH_BLOCK": 512,
+            "SCRATCH_WINDOWS": 256,
+            "SCRATCH_FLOATS": 300000,
+        }
         for name, value in small.items():
             monkeypatch.setattr(patches, name, value)
 
@@ -128,9 +134,7 @@ def test_types_layouts_and_chunks(dtype):
 
 
 @interpreted
-@pytest.mark.parametrize(
-    ("k", "sigma"), [(1, 0.3), (5, 0.02), (5, 0.3), (8, 30.0), (24, 0.3), (25, 0.3), (1000, 30.0)]
-)
+@pytest.mark.parametrize(("k", "sigma"), [(1, 0.3), (5, 0.02), (5, 0.3), (8, 30.0), (24, 0.3), (25, 0.3), (1000, 30.0)])
 def test_top_k_of_few_and_of_many_terms(k, sigma):
     bank = bank_of(torch.uint8, 2, 1, 5, 5)
     found = compare(queries_of(bank, 1, min(sigma, 1.0)), bank, patch_size=3, k=k, sigma=sigma, border="zero")
