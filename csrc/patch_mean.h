@@ -1,7 +1,8 @@
 // For each position u of a query and each image n, over the patches v that may match: m = min d, sum of w = exp(-(d - m) / (2 sigma^2))
 // and sum of w times the centre pixel y_n[v] of the patch, unscaled; see common/patch_args.h for d.
 //
-// The centre of a window is at offset (p - 1) / 2: the image's pixel v itself where windows are padded. An infinite m is written as the
+// The centre of a window is at offset (p - 1) / 2: the image's pixel v itself where windows are padded. One that is not finite is taken
+// as 0: the weight of its patch is 0 or NaN. An infinite m is written as the
 // largest float, with sums 0; a NaN in any d that counts makes both sums NaN.
 #pragma once
 

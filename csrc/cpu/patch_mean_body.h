@@ -5,7 +5,7 @@
 namespace pyattr::cpu {
 namespace {
 
-// centres [C][H][W][lanes], as they are.
+// centres [C][H][W][lanes], as they are, but 0 where they are not finite: the patch has the weight 0 or NaN.
 void stage_centres(const PatchMeanArgs& args, int64_t first, float* centres) {
   for (int64_t l = 0; l < kLanes; ++l) {
     const int64_t n = std::min(first + l, args.num_images - 1);
@@ -13,7 +13,10 @@ void stage_centres(const PatchMeanArgs& args, int64_t first, float* centres) {
     for (int64_t c = 0; c < args.channels; ++c) {
       for (int64_t r = 0; r < args.height; ++r) {
         const int64_t at = n * args.bank_strides[0] + c * args.bank_strides[1] + r * args.bank_strides[2];
-        for (int64_t i = 0; i < args.width; ++i, to += kLanes) *to = pixel(args, at + i * args.bank_strides[3]);
+        for (int64_t i = 0; i < args.width; ++i, to += kLanes) {
+          const float value = pixel(args, at + i * args.bank_strides[3]);
+          *to = std::fabs(value) <= kLargest ? value : 0.0f;
+        }
       }
     }
   }

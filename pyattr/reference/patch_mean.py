@@ -12,12 +12,12 @@ IMAGES = 64  # at a time
 
 
 def centres(images, patch_size, border):  # [n, C, H, W] -> [n, C, L]
-    """The pixel at offset (p - 1) // 2 of every window."""
+    """The pixel at offset (p - 1) // 2 of every window, 0 where it is not finite: the patch has the weight 0 or NaN."""
     first = (patch_size - 1) // 2 if border == "inside" else 0
     height, width = (
         size - patch_size + 1 + (patch_size - 1) // 2 * 2 * (border != "inside") for size in images.shape[2:]
     )
-    return images[:, :, first : first + height, first : first + width].flatten(2)
+    return images[:, :, first : first + height, first : first + width].flatten(2).nan_to_num(0, 0, 0)
 
 
 def patch_mean(queries, bank, patch_size, sigma, scale, border):
