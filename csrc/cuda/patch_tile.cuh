@@ -73,7 +73,7 @@ __device__ __forceinline__ float patch_minimum(const PatchRow& row) {
 // What is kept of a row of distances: its sums, and those of its k nearest.
 struct TopRow {
   template <class Values>
-  __device__ __forceinline__ static void finish(const PatchTask& task, const PatchRectangle& images, const Values& values,
+  __device__ __forceinline__ static void finish(const PatchTask& task, const PatchRectangle& images, Values values,
                                                 int64_t image, int64_t position) {
     const PatchRow row = patch_sum(values, task.rate);
     const float top = patch_top(values, row, task.k, patch_count(images), task.rate);
@@ -91,7 +91,7 @@ struct TopRow {
 // Its sums, and those of the pixels in the middle of the windows.
 struct MeanRow {
   template <class Values>
-  __device__ __forceinline__ static void finish(const PatchTask& task, const PatchRectangle& images, const Values& values,
+  __device__ __forceinline__ static void finish(const PatchTask& task, const PatchRectangle& images, Values values,
                                                 int64_t image, int64_t position) {
     constexpr int kTogether = 4;  // channels
     const PatchRow row = patch_sum(values, task.rate);
@@ -105,8 +105,8 @@ struct MeanRow {
       float sums[kTogether] = {};
       const float* pixels = task.planes + (image * g.channels + channel) * plane +
                             static_cast<int64_t>(images.row + centre) * task.columns + images.column + centre;
-      values.each([&](float d, int v) {
-        const float term = patch_term(add(d, -row.base), task.rate);
+      values.each([&](float apart, int v) {
+        const float term = patch_term(apart, task.rate);
         if (term == 0.0f || v >= patch_count(images)) return;  // a window that counts for nothing may have an infinite pixel
         const int64_t at = static_cast<int64_t>(v / images.columns) * task.columns + v % images.columns;
 #pragma unroll
@@ -135,8 +135,15 @@ __device__ __forceinline__ void patch_rows(const PatchTask& task, const PatchTil
   const int64_t position =
       static_cast<int64_t>(window.row - rows.begin) * (columns.end - columns.begin) + window.column - columns.begin;
   const float* const own = distances + static_cast<int64_t>(row) * count;
-  if (count <= 32 * kPatchHeld) {
-    Row::finish(task, tile.images, HeldValues(own, count), image, position);
+  // As few registers as hold the row: those left over would be worked on all the same.
+  if (count <= 32) {
+    Row::finish(task, tile.images, HeldValues<1>(own, count), image, position);
+  } else if (count <= 256) {
+    Row::finish(task, tile.images, HeldValues<8>(own, count), image, position);
+  } else if (count <= 768) {
+    Row::finish(task, tile.images, HeldValues<24>(own, count), image, position);
+  } else if (count <= 1024) {
+    Row::finish(task, tile.images, HeldValues<32>(own, count), image, position);
   } else {
     Row::finish(task, tile.images, StreamedValues(own, count), image, position);
   }

@@ -200,15 +200,16 @@ def test_ties_count_as_often_as_they_fit(emulated):
 
 
 @pytest.mark.parametrize("border", ["class", "zero"])
-def test_rows_longer_than_registers_hold(emulated, border):
-    """33 x 33 windows: a row of distances is read again for every look. Only a few query windows are asked for."""
-    bank = bank_of(torch.uint8, 2, 1, 33, 33)
+@pytest.mark.parametrize("size", [5, 15, 20, 30, 33])
+def test_rows_of_every_length(emulated, border, size):
+    """A lane holds 1, 8, 24 or 32 values, or reads them again for every look. Only a few query windows are asked for."""
+    bank = bank_of(torch.uint8, 2, 1, size, size)
     query = queries_of(bank, 1, 0.05)
     problem, _ = check_problem("patch_topk", query, bank, 1, 0.05, 1.0, border, False, ("class", "zero"))
     out = [torch.empty(6, 2) for _ in range(3)] + [torch.empty(6, 2, dtype=torch.int32)]
-    emulated.topk_statistics(problem, 9, query[0], bank, 0.05, Part(4, 6, 30, 33), out)
+    emulated.topk_statistics(problem, 9, query[0], bank, 0.05, Part(2, 4, size - 3, size), out)
     images = bank.double().flatten(1) / 127.5 - 1
-    d = (query.double()[0, 0, 4:6, 30:33].reshape(6, 1, 1) - images).square()  # [6, 2, 1089]
+    d = (query.double()[0, 0, 2:4, -3:].reshape(6, 1, 1) - images).square()  # [6, 2, size^2]
     terms = torch.exp(-(d - d.min(2, keepdim=True).values) / (2 * 0.05**2)).sort(2, descending=True).values
     torch.testing.assert_close(out[0], d.min(2).values.float(), rtol=0, atol=1e-6)
     torch.testing.assert_close(out[1], terms.sum(2).float(), rtol=1e-4, atol=0)
