@@ -35,7 +35,7 @@ struct PatchPlan {
   bool shared;                                   // in shared memory
   // The same on tensor cores.
   bool fixed;
-  int groups, steps;
+  int groups, steps, layers, height, width;
   int64_t pairs, fixed_blocks;
   int64_t table_bytes;  // of shared memory
   bool fixed_shared;
@@ -69,10 +69,12 @@ inline PatchPlan plan_patches(const PatchArgs& args) {
   plan.steps = (plan.groups * g.taps * g.taps + 7) / 8;
   plan.pairs = patch_whole_tiles(g) / 2;
   PatchFixed sizes{};
-  sizes.groups = plan.groups, sizes.steps = plan.steps;
-  sizes.height = static_cast<int>(args.height), sizes.width = static_cast<int>(args.width);
+  plan.layers = args.lowres ? 2 : 1;
+  plan.height = static_cast<int>(args.height) - args.lowres, plan.width = static_cast<int>(args.width) - args.lowres;
+  sizes.groups = plan.groups, sizes.steps = plan.steps, sizes.layers = plan.layers;
+  sizes.height = plan.height, sizes.width = plan.width;
   plan.table_bytes = patch_fixed_tables(sizes, g) * static_cast<int64_t>(sizeof(float));
-  plan.fixed = args.pixel == Pixel::uint8 && !args.lowres && args.border != Border::zero && plan.pairs > 0 &&
+  plan.fixed = args.pixel == Pixel::uint8 && args.border != Border::zero && plan.pairs > 0 &&
                patch_samples(g) <= kPatchMostSamples && plan.table_bytes <= kPatchShared;
   const int64_t pair_floats = kPatchPair * windows;
   plan.fixed_shared = plan.table_bytes + pair_floats * static_cast<int64_t>(sizeof(float)) <= kPatchShared;
@@ -89,7 +91,7 @@ struct PatchScratch {
   uint32_t* words;
   size_t bytes = 0;
 
-  PatchScratch(const PatchPlan& plan, void* workspace, int64_t height, int64_t width) {
+  PatchScratch(const PatchPlan& plan, void* workspace) {
     const PatchGeometry& g = plan.geometry;
     const auto take = [&](auto*& part, int64_t count) {
       part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(reinterpret_cast<uintptr_t>(workspace) + bytes);
@@ -102,7 +104,7 @@ struct PatchScratch {
     take(precision, plan.fixed);
     take(limbs, plan.fixed ? plan.pairs * plan.steps * kPatchLimbs * 32 : 0);
     take(squares, plan.fixed ? plan.pairs * kPatchPair : 0);
-    take(words, plan.fixed ? plan.together * plan.groups * height * width : 0);
+    take(words, plan.fixed ? plan.together * plan.layers * plan.groups * plan.height * plan.width : 0);
     take(fixed_tiles,
          plan.fixed && !plan.fixed_shared ? plan.fixed_blocks * kPatchPair * g.rows.image_whole * g.columns.image_whole : 0);
   }
@@ -110,7 +112,7 @@ struct PatchScratch {
 
 inline size_t patch_workspace(const PatchArgs& args) {
   if (args.num_images == 0 || args.positions() == 0) return 0;
-  return PatchScratch(plan_patches(args), nullptr, args.height, args.width).bytes;
+  return PatchScratch(plan_patches(args), nullptr).bytes;
 }
 
 template <class Task>
@@ -126,14 +128,13 @@ void run_patches(const char* op, const PatchArgs& args, PatchTask task, void* wo
   if (args.num_images == 0 || args.positions() == 0) return;
   const PatchPlan plan = plan_patches(args);
   const PatchGeometry& g = plan.geometry;
-  const PatchScratch scratch(plan, workspace, args.height, args.width);
-  const int query_height = static_cast<int>(args.query_height), query_width = static_cast<int>(args.query_width);
+  const PatchScratch scratch(plan, workspace);
 
   const PatchImages queries{reinterpret_cast<const unsigned char*>(args.query),
                             Pixel::float32,
                             {0, args.query_height * args.query_width, args.query_width, 1},
-                            query_height,
-                            query_width};
+                            static_cast<int>(args.query_height),
+                            static_cast<int>(args.query_width)};
   patch_launch(op, patch_planes_kernel, {queries, g, plan.query_rows, plan.query_columns, 1, scratch.query},
                patch_blocks(static_cast<int64_t>(g.channels) * plan.query_rows * plan.query_columns), 0, stream);
   patch_launch(op, patch_samples_kernel, {g, plan.query_rows, plan.query_columns, scratch.query, plan.num_tiles, scratch.samples},
@@ -141,17 +142,18 @@ void run_patches(const char* op, const PatchArgs& args, PatchTask task, void* wo
 
   PatchFixed fixed{};
   if (plan.fixed) {
-    const double unit = 2.0 * args.scale / 255.0;
-    fixed.query = args.query;
-    fixed.query_height = query_height, fixed.query_width = query_width;
-    fixed.factor = 127.5 / args.scale;
+    const double unit = (args.lowres ? 1.0 : 2.0) * args.scale / 255.0;
+    fixed.query = scratch.query;
+    fixed.query_rows = plan.query_rows, fixed.query_columns = plan.query_columns;
+    fixed.factor = 1.0 / unit;
+    fixed.shift = args.lowres ? 0.0 : 0.5;
     fixed.unit = static_cast<float>(unit * unit);
     fixed.precision = scratch.precision;
     fixed.groups = plan.groups, fixed.steps = plan.steps;
     fixed.pairs = plan.pairs;
     fixed.limbs = scratch.limbs;
     fixed.squares = scratch.squares;
-    fixed.height = static_cast<int>(args.height), fixed.width = static_cast<int>(args.width);
+    fixed.layers = plan.layers, fixed.height = plan.height, fixed.width = plan.width;
     fixed.words = scratch.words;
     patch_launch(op, patch_precision_kernel, {fixed, g.channels}, 1, kPatchThreads * sizeof(double), stream);
     patch_launch(op, patch_limbs_kernel, {fixed, g}, patch_blocks(plan.pairs * plan.steps * 128), 0, stream);
@@ -181,8 +183,9 @@ void run_patches(const char* op, const PatchArgs& args, PatchTask task, void* wo
     patch_launch(op, patch_planes_kernel, {images, g, plan.rows, plan.columns, task.num_images, scratch.planes},
                  patch_blocks(task.num_images * g.channels * plan.rows * plan.columns), 0, stream);
     if (plan.fixed) {
-      patch_launch(op, patch_words_kernel, {images, g.channels, plan.groups, task.num_images, scratch.words},
-                   patch_blocks(task.num_images * plan.groups * args.height * args.width), 0, stream);
+      patch_launch(op, patch_words_kernel,
+                   {images, g.channels, plan.groups, plan.layers, plan.height, plan.width, task.num_images, scratch.words},
+                   patch_blocks(task.num_images * plan.groups * plan.height * plan.width), 0, stream);
       fixed.parts = std::clamp(kPatchFixedBlocks / task.num_images, int64_t{1}, plan.pairs);
       task.tile_floats = kPatchPair * static_cast<int64_t>(g.rows.image_whole) * g.columns.image_whole;
       task.tiles = plan.fixed_shared ? nullptr : scratch.fixed_tiles;

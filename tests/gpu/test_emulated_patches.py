@@ -16,6 +16,7 @@ import torch
 
 from pyattr.ops import patch_mean, patch_topk
 from pyattr.ops._patches import Part, address_and_sizes, check_problem
+from pyattr.reference.patches import patches
 
 topk_op, mean_op = (importlib.import_module(f"pyattr.ops.{name}") for name in ("patch_topk", "patch_mean"))
 HERE = Path(__file__).resolve().parent
@@ -218,8 +219,9 @@ def test_rows_of_every_length(emulated, border, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize(("patch_size", "lowres"), [(7, False), (6, True)])
 @pytest.mark.parametrize(("variance", "bound"), [(2.2e-4, 2e-3), (2.2e-3, 3e-4), (0.105, 2e-5), (0.92, 2e-5)])
-def test_exponents_are_as_exact_as_differences_in_float32(emulated, dtype, variance, bound):
+def test_exponents_are_as_exact_as_differences_in_float32(emulated, dtype, patch_size, lowres, variance, bound):
     """d / (2 sigma^2) of the patches within 25 of the nearest, on tensor cores (8-bit images) and on CUDA cores."""
     shift = torch.linspace(-0.6, 0.6, 6)[:, None, None, None]
     ramp = torch.linspace(-0.3, 0.3, 9)[:, None] * torch.linspace(-1.0, 1.0, 9)[None, :]
@@ -227,12 +229,15 @@ def test_exponents_are_as_exact_as_differences_in_float32(emulated, dtype, varia
     bank = pixels if dtype == torch.uint8 else pixels.float() / 127.5 - 1
     scale, sigma = (1 - variance) ** 0.5, variance**0.5
     query = queries_of(bank, 1, sigma, scale)
-    problem, _ = check_problem("patch_topk", query, bank, 7, sigma, scale, "class", False, ("class", "zero"))
-    out = [torch.empty(9, 6) for _ in range(3)]
-    emulated.topk_statistics(problem, 1, query[0], bank, sigma, Part(3, 6, 3, 6), [*out, None])
+    borders = ("class", "zero")
+    problem, _ = check_problem("patch_topk", query, bank, patch_size, sigma, scale, "class", lowres, borders)
+    first, count = (patch_size - 1) // 2, 9 - patch_size + 1  # windows that no border cuts
+    out = [torch.empty(count**2, 6) for _ in range(3)]
+    whole = Part(first, first + count, first, first + count)
+    emulated.topk_statistics(problem, 1, query[0], bank, sigma, whole, [*out, None])
     images = bank.double() / 127.5 - 1 if dtype == torch.uint8 else bank.double()
-    windows, others = (torch.nn.functional.unfold(x, 7).mT for x in (query.double(), scale * images))  # [n, 9, 147]
-    exponents = (windows[0][:, None, None] - others[None]).square().sum(3) / (2 * variance)  # [9, 6, 9]
+    windows, others = (patches(x, patch_size, "inside", lowres) for x in (query.double(), scale * images))
+    exponents = (windows[0][:, None, None] - others[None]).square().sum(3) / (2 * variance)  # [U, 6, U]
     near = exponents.min(2).values
     close = near < near.min(1, keepdim=True).values + 25
     assert ((out[0].double() / (2 * variance) - near).abs()[close] <= bound).all()
@@ -268,9 +273,8 @@ def test_bits_do_not_depend_on_which_thread_comes_first_nor_on_the_parts(emulate
     options = {"patch_size": 3, "k": 4, "sigma": 0.3}
     whole = emulated.patch_topk(queries, bank, **options)
     assert all(map(torch.equal, emulated.patch_topk(queries, bank, reverse=True, **options), whole))
-    patches = importlib.import_module("pyattr.ops._patches")
-    monkeypatch.setattr(patches, "STATISTICS_BYTES", 1)
-    monkeypatch.setattr(patches, "FEWEST_POSITIONS", 11)
+    monkeypatch.setattr("pyattr.ops._patches.STATISTICS_BYTES", 1)
+    monkeypatch.setattr("pyattr.ops._patches.FEWEST_POSITIONS", 11)
     parts = emulated.patch_topk(queries, bank, **options)
     assert all(map(torch.equal, parts[1:], whole[1:]))
     torch.testing.assert_close(parts[0], whole[0], rtol=1e-14, atol=0)
