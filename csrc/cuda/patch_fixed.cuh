@@ -101,7 +101,7 @@ static __global__ void patch_limbs_kernel(const PatchLimbsTask task) {
     const int64_t pair = i / 128 / fixed.steps;
     const int slot = 8 * step + lane % 4 + 4 * (element / 2);
     const int row = lane / 4 + 8 * (element % 2);
-    const PatchWindow window = patch_window(patch_tile(g, 2 * pair + row / kPatchRows), row % kPatchRows);
+    const PatchWindow window = patch_window(g, 2 * pair, row);
     uint32_t limb[kPatchLimbs] = {};
     const int tap = slot % (g.taps * g.taps), first = slot / (g.taps * g.taps) * 4;
     for (int c = 0; c < 4 && window.there && first + c < g.channels; ++c) {
@@ -125,7 +125,7 @@ static __global__ void patch_squares_kernel(const PatchLimbsTask task) {
   const int bits = fixed.precision->bits;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < fixed.pairs * kPatchPair; i += stride) {
-    const PatchWindow window = patch_window(patch_tile(g, i / kPatchRows), static_cast<int>(i % kPatchRows));
+    const PatchWindow window = patch_window(g, i / kPatchRows, static_cast<int>(i % kPatchRows));
     int64_t sum = 0;
     for (int64_t k = 0; k < patch_samples(g) && window.there; ++k) {
       const float sample = patch_query_sample(fixed, g, window, k / (g.taps * g.taps), k % (g.taps * g.taps));
@@ -285,8 +285,8 @@ __global__ void __launch_bounds__(kPatchThreads, 2) patch_fixed_kernel(const Pat
     for (int64_t pair = item % fixed.parts; pair < fixed.pairs; pair += fixed.parts) {
       patch_fixed_distances(both, pair, count, offsets, squares, words, distances);
       barrier();
-      patch_rows<Row>(task, patch_tile(g, 2 * pair), distances, image);
-      patch_rows<Row>(task, patch_tile(g, 2 * pair + 1), distances + static_cast<int64_t>(kPatchRows) * count, image);
+      patch_rows<Row>(task, 2 * pair, distances, image);
+      patch_rows<Row>(task, 2 * pair + 1, distances + static_cast<int64_t>(kPatchRows) * count, image);
       barrier();
     }
   }

@@ -20,7 +20,7 @@ inline PatchAxis patch_axis(const PatchArgs& args, int64_t query_size, int64_t i
   }
   const Interior inside = interior(query_size, args.patch_size);
   axis.image_first = static_cast<int>(inside.first);
-  axis.image_whole = static_cast<int>(inside.last - inside.first);
+  axis.image_whole = static_cast<int>(inside.last - inside.first);  // none, for a patch that is larger than the image
   axis.first = static_cast<int>(std::clamp(inside.first, begin, end));
   axis.whole = static_cast<int>(std::clamp(inside.last, begin, end)) - axis.first;
   return axis;
@@ -33,6 +33,7 @@ struct PatchPlan {
   int64_t together;                              // images at a time
   int64_t tile_floats, blocks;                   // of a tile of distances; thread blocks that have one
   bool shared;                                   // in shared memory
+  int longest_cut;                               // windows of an image that a cut window meets, at most
   // The same on tensor cores.
   bool fixed;
   int groups, steps, layers, height, width;
@@ -61,13 +62,14 @@ inline PatchPlan plan_patches(const PatchArgs& args) {
   plan.together = std::clamp(kPatchPlaneFloats / std::max<int64_t>(image, 1), int64_t{1}, std::max<int64_t>(args.num_images, 1));
   const auto slots = [](int64_t floats) { return std::clamp(kPatchTileFloats / floats, int64_t{1}, kPatchTileBlocks); };
   const int64_t windows = static_cast<int64_t>(g.rows.image_whole) * g.columns.image_whole;
-  plan.tile_floats = kPatchRows * std::max<int64_t>({windows, g.rows.image_whole, g.columns.image_whole, 1});
+  plan.tile_floats = kPatchRows * std::max<int64_t>(windows, 1);
+  plan.longest_cut = std::max({g.rows.image_whole, g.columns.image_whole, 1});
   plan.shared = plan.tile_floats * static_cast<int64_t>(sizeof(float)) <= kPatchShared;
   plan.blocks = plan.shared ? kPatchGrid : slots(plan.tile_floats);
 
   plan.groups = (g.channels + 3) / 4;
   plan.steps = (plan.groups * g.taps * g.taps + 7) / 8;
-  plan.pairs = patch_whole_tiles(g) / 2;
+  plan.pairs = plan.num_tiles / 2;
   PatchFixed sizes{};
   plan.layers = args.lowres ? 2 : 1;
   plan.height = static_cast<int>(args.height) - args.lowres, plan.width = static_cast<int>(args.width) - args.lowres;
@@ -128,6 +130,10 @@ void run_patches(const char* op, const PatchArgs& args, PatchTask task, void* wo
   if (args.num_images == 0 || args.positions() == 0) return;
   const PatchPlan plan = plan_patches(args);
   const PatchGeometry& g = plan.geometry;
+  const size_t cut_shared = sizeof(float) * kPatchWarps * static_cast<size_t>(plan.longest_cut);
+  if (cut_shared > static_cast<size_t>(kPatchShared)) {
+    throw std::runtime_error(std::string(op) + ": the CUDA backend takes images of at most 3072 x 3072 windows that no border cuts");
+  }
   const PatchScratch scratch(plan, workspace);
 
   const PatchImages queries{reinterpret_cast<const unsigned char*>(args.query),
@@ -166,6 +172,9 @@ void run_patches(const char* op, const PatchArgs& args, PatchTask task, void* wo
   task.rows = plan.rows, task.columns = plan.columns;
   task.planes = scratch.planes;
   task.samples = scratch.samples;
+  task.query = scratch.query;
+  task.query_rows = plan.query_rows, task.query_columns = plan.query_columns;
+  task.longest_cut = plan.longest_cut;
   task.scale = static_cast<float>(args.scale);
   task.rate = static_cast<float>(args.inverse * 1.4426950408889634);
   task.positions = args.positions();
@@ -174,6 +183,8 @@ void run_patches(const char* op, const PatchArgs& args, PatchTask task, void* wo
   const auto products = patch_fixed_kernel<Row>;
   patch_reserve(op, differences);
   patch_reserve(op, products);
+  const auto cuts = patch_cut_kernel<Row>;
+  patch_reserve(op, cuts);
   for (int64_t image = 0; image < args.num_images; image += plan.together) {
     task.num_images = std::min(plan.together, args.num_images - image);
     const int64_t bytes = args.pixel == Pixel::uint8 ? 1 : args.pixel == Pixel::float32 ? 4 : 2;
@@ -197,6 +208,8 @@ void run_patches(const char* op, const PatchArgs& args, PatchTask task, void* wo
     task.tiles = plan.shared ? nullptr : scratch.tiles;
     patch_launch(op, differences, task, std::min(plan.blocks, task.num_images * plan.num_tiles),
                  plan.shared ? static_cast<size_t>(plan.tile_floats) * sizeof(float) : 0, stream);
+    patch_launch(op, cuts, task, (task.num_images * patch_cut_windows(g) + kPatchWarps - 1) / kPatchWarps,
+                 cut_shared, stream);
     task.minima += task.num_images, task.sums += task.num_images;
     if (task.tops != nullptr) task.tops += task.num_images;
     if (task.nearest != nullptr) task.nearest += task.num_images;

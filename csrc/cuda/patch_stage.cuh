@@ -75,7 +75,7 @@ static __global__ void patch_samples_kernel(const PatchSamplesTask task) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < total; i += stride) {
     const int64_t k = i / kPatchRows % depth;
-    const PatchWindow window = patch_window(patch_tile(g, i / kPatchRows / depth), static_cast<int>(i % kPatchRows));
+    const PatchWindow window = patch_window(g, i / kPatchRows / depth, static_cast<int>(i % kPatchRows));
     float value = 0.0f;
     if (window.there) {
       const int64_t channel = k / (g.taps * g.taps);

@@ -1,8 +1,9 @@
-// The distances of a tile of query windows to all windows of an image that they may match, and what becomes of each row.
+// The distances of query windows to all windows of an image that they may match, and what becomes of each row.
 //
 // Distances of float32 samples: the difference is formed first, in one fused multiply-add, squared and summed, line by line
 // and then over the lines, so that nothing cancels and the sum of 7 x 7 x 3 terms is rounded about 20 times. 2 C p^2 operations
-// for every pair of windows; 8 query windows share a load from the image.
+// for every pair of windows. A thread block takes the whole windows a tile at a time, which share a load from the image; a warp
+// takes a cut window, which meets a line of an image's windows or a single one.
 #pragma once
 
 #include "cuda/patch_select.cuh"
@@ -19,7 +20,10 @@ struct PatchTask {
   int64_t num_images;
   int rows, columns;     // of an image's plane
   const float* planes;   // [num_images, channels, rows, columns]
-  const float* samples;  // [num_tiles, channels * taps * taps, kPatchRows]
+  const float* samples;  // [num_tiles, channels * taps * taps, kPatchRows], the query's whole windows
+  const float* query;    // [channels, query_rows, query_columns]
+  int query_rows, query_columns;
+  int longest_cut;       // windows of an image that a cut window meets, at most
   float scale;           // of the images
   float rate;            // log2(e) / (2 sigma^2)
   int64_t tile_floats;   // of a tile of distances
@@ -31,7 +35,7 @@ struct PatchTask {
   float* tops;
   int32_t* nearest;      // or null
   float* pixels;         // [channels, positions, stats_stride]
-  const int32_t* fixed;  // 1 if the windows that no border cuts are left to another kernel; or null
+  const int32_t* fixed;  // 1 if the whole windows are left to another kernel; or null
 };
 
 // tile[row * count + v] = |x[row] - scale * y[v]|^2.
@@ -125,47 +129,93 @@ struct MeanRow {
   }
 };
 
-// The rows of a tile, a warp each.
-template <class Row>
-__device__ __forceinline__ void patch_rows(const PatchTask& task, const PatchTile& tile, const float* distances, int64_t image) {
-  const int count = patch_count(tile.images), row = threadIdx.x / 32;
-  const PatchWindow window = patch_window(tile, row);
-  if (!window.there) return;
+// A row of distances to the windows of `images`, by one warp.
+template <class Row, class Values>
+__device__ __forceinline__ void patch_finish(const PatchTask& task, const PatchWindow& window, const PatchRectangle& images,
+                                             const float* distances, int64_t image) {
   const PatchAxis &rows = task.geometry.rows, &columns = task.geometry.columns;
   const int64_t position =
       static_cast<int64_t>(window.row - rows.begin) * (columns.end - columns.begin) + window.column - columns.begin;
+  Row::finish(task, images, Values(distances, patch_count(images)), image, position);
+}
+
+// The rows of a tile, a warp each.
+template <class Row>
+__device__ __forceinline__ void patch_rows(const PatchTask& task, int64_t tile, const float* distances, int64_t image) {
+  static_assert(kPatchWarps == kPatchRows, "a warp to a row");
+  const int row = threadIdx.x / 32;
+  const PatchRectangle images = patch_images(task.geometry);
+  const PatchWindow window = patch_window(task.geometry, tile, row);
+  if (!window.there) return;
+  const int count = patch_count(images);
   const float* const own = distances + static_cast<int64_t>(row) * count;
   // As few registers as hold the row: those left over would be worked on all the same.
-  if (count <= 32) {
-    Row::finish(task, tile.images, HeldValues<1>(own, count), image, position);
-  } else if (count <= 256) {
-    Row::finish(task, tile.images, HeldValues<8>(own, count), image, position);
+  if (count <= 256) {
+    patch_finish<Row, HeldValues<8>>(task, window, images, own, image);
   } else if (count <= 768) {
-    Row::finish(task, tile.images, HeldValues<24>(own, count), image, position);
+    patch_finish<Row, HeldValues<24>>(task, window, images, own, image);
   } else if (count <= 1024) {
-    Row::finish(task, tile.images, HeldValues<32>(own, count), image, position);
+    patch_finish<Row, HeldValues<32>>(task, window, images, own, image);
   } else {
-    Row::finish(task, tile.images, StreamedValues(own, count), image, position);
+    patch_finish<Row, StreamedValues>(task, window, images, own, image);
   }
 }
 
 template <class Row>
 __global__ void __launch_bounds__(kPatchThreads) patch_difference_kernel(const PatchTask task) {
-  static_assert(kPatchWarps == kPatchRows, "a warp to a row");
   const PatchGeometry& g = task.geometry;
+  if (task.fixed != nullptr && *task.fixed) return;
   const int64_t depth = patch_samples(g);
-  const int64_t elsewhere = task.fixed != nullptr && *task.fixed ? patch_whole_tiles(g) : 0;
   float* const distances =
       task.tiles == nullptr ? reinterpret_cast<float*>(dynamic_shared()) : task.tiles + blockIdx.x * task.tile_floats;
   for (int64_t item = blockIdx.x; item < task.num_images * task.num_tiles; item += gridDim.x) {
-    const int64_t image = item / task.num_tiles, index = item % task.num_tiles;
-    if (index < elsewhere) continue;
-    const PatchTile tile = patch_tile(g, index);
-    patch_differences(task, tile.images, task.samples + index * depth * kPatchRows,
+    const int64_t image = item / task.num_tiles, tile = item % task.num_tiles;
+    patch_differences(task, patch_images(g), task.samples + tile * depth * kPatchRows,
                       task.planes + image * g.channels * task.rows * task.columns, distances);
     barrier();
     patch_rows<Row>(task, tile, distances, image);
     barrier();
+  }
+}
+
+// The cut windows, a warp each. Few registers, so that many warps hide each other's waiting.
+template <class Row>
+__global__ void __launch_bounds__(kPatchThreads, 4) patch_cut_kernel(const PatchTask task) {
+  const PatchGeometry& g = task.geometry;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int windows = static_cast<int>(patch_cut_windows(g));
+  float* const distances = reinterpret_cast<float*>(dynamic_shared()) + static_cast<int64_t>(warp) * task.longest_cut;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kPatchWarps;
+  for (int64_t item = static_cast<int64_t>(blockIdx.x) * kPatchWarps + warp; item < task.num_images * windows; item += stride) {
+    const int64_t image = item / windows;
+    const PatchWindow window = patch_cut_window(g, static_cast<int>(item % windows));
+    const PatchRectangle images = patch_cut_images(g, window);
+    const int count = patch_count(images);
+    const float* const planes = task.planes + image * g.channels * task.rows * task.columns;
+    for (int v = lane; v < count; v += 32) {
+      const int row = images.row + v / images.columns, column = images.column + v % images.columns;
+      float sum = 0.0f;
+      for (int line = 0; line < g.channels * g.taps; ++line) {
+        const int channel = line / g.taps, i = line % g.taps * g.step;
+        const float* const x =
+            task.query + (static_cast<int64_t>(channel) * task.query_rows + window.row + i) * task.query_columns + window.column;
+        const float* const y = planes + (static_cast<int64_t>(channel) * task.rows + row + i) * task.columns + column;
+        float along = 0.0f;
+        for (int j = 0; j < g.taps; ++j) {
+          const float apart = multiply_add(-task.scale, y[j * g.step], x[j * g.step]);
+          along = multiply_add(apart, apart, along);
+        }
+        sum = add(sum, along);
+      }
+      distances[v] = sum;
+    }
+    warp_barrier();
+    if (count <= 32) {
+      patch_finish<Row, HeldValues<1>>(task, window, images, distances, image);
+    } else {
+      patch_finish<Row, StreamedValues>(task, window, images, distances, image);
+    }
+    warp_barrier();
   }
 }
 
