@@ -26,6 +26,8 @@ PYBIND11_MODULE(_C, m) {
   bind_hadamard_project_cuda(m);
   bind_gaussian_project_cuda(m);
   bind_sparse_project_cuda(m);
+  bind_patch_mean_cuda(m);
+  bind_patch_topk_cuda(m);
 #else
   m.attr("built_with_cuda") = false;
 #endif

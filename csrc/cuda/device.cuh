@@ -72,4 +72,18 @@ struct Float16Operand {
   }
 };
 
+// c += a * b of signed bytes on tensor cores, exact: a 16 x 32, b 32 x 8, c 16 x 8 in int32. A register of a or b holds four
+// consecutive k, the lowest in its lowest byte; c lies as above.
+//   a[0] = row g, k 4t to 4t+3;  a[1] = row g+8;  a[2], a[3] = the same rows, k 16 higher;  b0, b1 = column g, k 4t, k 4t+16
+__device__ __forceinline__ void mma_bytes(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// sum + the products of four pairs of signed bytes.
+__device__ __forceinline__ int32_t dot_bytes(uint32_t a, uint32_t b, int32_t sum) {
+  return __dp4a(static_cast<int32_t>(a), static_cast<int32_t>(b), sum);
+}
+
 }  // namespace pyattr::cuda

@@ -1,4 +1,4 @@
-"""Small awkward projections for compute-sanitizer to watch: ``compute-sanitizer --error-exitcode 1 python THIS_FILE``.
+"""Small awkward problems for compute-sanitizer to watch: ``compute-sanitizer --error-exitcode 1 python THIS_FILE``.
 
 With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is an allocation of its own, so that a step outside one is seen.
 """
@@ -34,4 +34,15 @@ if __name__ == "__main__":
         grads = torch.randn(5, num_columns, device="cuda").to(dtype)
         for view in (grads, grads.T.contiguous().T):
             ops.hadamard_project(view, proj_dim, backend="cuda")
+    # Interior, edges and corners, block sums, tensor cores and differences, a tile of distances outside shared memory.
+    sizes = ((3, 9, 11, 4, False), (2, 12, 8, 6, True), (5, 3, 4, 7, False), (1, 70, 60, 3, False))
+    for dtype, border, (channels, height, width, patch_size, lowres) in itertools.product(
+        (torch.uint8, torch.float16, torch.float32), ("class", "zero"), sizes
+    ):
+        bank = torch.randint(0, 256, (3, channels, height, width), dtype=torch.uint8, device="cuda")
+        bank = bank if dtype == torch.uint8 else (bank / 127.5 - 1).to(dtype)
+        queries = torch.randn(1, channels, height, width, device="cuda")
+        options = {"patch_size": patch_size, "sigma": 0.5, "scale": 0.8, "border": border, "backend": "cuda"}
+        ops.patch_topk(queries, bank, k=5, lowres=lowres, return_winners=True, **options)
+        ops.patch_mean(queries, bank, **options)
     torch.cuda.synchronize()

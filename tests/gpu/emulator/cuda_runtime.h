@@ -10,6 +10,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -67,7 +68,7 @@ struct State {
   // Set by the test.
   int shared_limit = 232448;
   bool reverse = false;  // order in which fibers are resumed
-  uintptr_t readable_begin = 0, readable_end = 0;
+  std::vector<std::pair<uintptr_t, uintptr_t>> readable;  // begin and end of what kernels may read through load_global
   std::string error;
   int64_t launches = 0;
 };

@@ -18,8 +18,7 @@ const char* run(const Request& request, Run project) {
   emulator::state.shared_limit = request.shared_limit;
   emulator::state.reverse = request.reverse != 0;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(request.args.grads);
-  emulator::state.readable_begin = begin - request.readable_bytes_before;
-  emulator::state.readable_end = begin + request.readable_bytes_after;
+  emulator::state.readable = {{begin - request.readable_bytes_before, begin + request.readable_bytes_after}};
   project(request.args, request.workspace, nullptr);
   return emulator::state.error.c_str();
 }

@@ -45,8 +45,10 @@ inline uint32_t shuffle_xor(uint32_t value, int mask) {
 inline bool readable(const void* from, size_t bytes) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(from);
   if (address % bytes != 0) emulator::fail("misaligned read of global memory");
-  if (address >= emulator::state.readable_begin && address + bytes <= emulator::state.readable_end) return true;
-  emulator::fail("read outside the gradients");
+  for (const auto& range : emulator::state.readable) {
+    if (address >= range.first && address + bytes <= range.second) return true;
+  }
+  emulator::fail("read outside the inputs");
   return false;
 }
 
@@ -121,6 +123,38 @@ void mma_emulated(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
         float result = static_cast<float>(sum);
         if (std::fabs(static_cast<double>(result)) > std::fabs(sum)) result = std::nextafter(result, 0.0f);
         std::memcpy(&warp.words[i][6 + r], &result, sizeof result);
+      }
+    }
+  });
+  std::memcpy(c, mine + 6, sizeof c);
+}
+
+inline int32_t byte_of(uint32_t word, unsigned index) { return static_cast<int8_t>(word >> 8 * index & 0xFF); }
+
+inline int32_t dot_bytes(uint32_t a, uint32_t b, int32_t sum) {
+  for (unsigned i = 0; i < 4; ++i) sum += byte_of(a, i) * byte_of(b, i);
+  return sum;
+}
+
+// The fragments as the PTX manual's figures for mma.m16n8k32 of 8-bit integers give them.
+inline void mma_bytes(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::Meeting& warp = emulator::warp();
+  uint32_t(&mine)[10] = warp.words[threadIdx.x % emulator::kWarp];
+  std::memcpy(mine, a, sizeof a);
+  mine[4] = b0, mine[5] = b1;
+  std::memcpy(mine + 6, c, sizeof c);
+  emulator::meet(warp, emulator::kWarp, [&] {
+    int32_t left[16][32], right[32][8];  // [row][k], [k][column]
+    for (unsigned i = 0; i < emulator::kWarp; ++i) {
+      const unsigned g = i / 4, t = i % 4;
+      for (unsigned byte = 0; byte < 4; ++byte) {
+        for (unsigned r = 0; r < 4; ++r) left[g + 8 * (r % 2)][4 * t + byte + 16 * (r / 2)] = byte_of(warp.words[i][r], byte);
+        for (unsigned r = 0; r < 2; ++r) right[4 * t + byte + 16 * r][g] = byte_of(warp.words[i][4 + r], byte);
+      }
+    }
+    for (unsigned i = 0; i < emulator::kWarp; ++i) {
+      for (unsigned r = 0; r < 4; ++r) {
+        for (unsigned k = 0; k < 32; ++k) warp.words[i][6 + r] += static_cast<uint32_t>(left[i / 4 + 8 * (r / 2)][k] * right[k][2 * (i % 4) + r % 2]);
       }
     }
   });
