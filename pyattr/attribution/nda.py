@@ -51,7 +51,7 @@ class NDA:
 
     Args:
         schedule: of the diffusion; the default is that of the published models.
-        timesteps: T, distinct, in [0, T_max); None: five, at 1/10, 2/10, ... 5/10 of the schedule.
+        timesteps: distinct, counted from 0; None: five, at 1/10, 2/10, ... 5/10 of the schedule.
         patch_sizes: p on the fine scale, one for all timesteps or one for each; None: 7, 11, 15, 17, 19 at 32 x 32 pixels
             and the default timesteps, interpolated over t elsewhere and in proportion to the shorter side, to the nearest odd
             number and at least 3.
@@ -136,7 +136,7 @@ class NDA:
         self.directory = None if directory is None else Path(directory)
         self.terms: list[Term] = []
         self._bank: Tensor | _Stream | None = None
-        self._normalisers: dict[str, Tensor] = {}  # of each query last scored
+        self._normalisers: dict[str, list[Tensor]] = {}  # of each query last scored
 
     def _each(self, values, name: str, kind: Callable) -> list:
         """One value for each timestep."""
@@ -162,7 +162,7 @@ class NDA:
             self.
 
         Raises:
-            TypeError, ValueError: ``train`` is not as above, or a patch size does not fit the images.
+            TypeError, ValueError: ``train`` is not as above.
             pyattr.datasets.DataError: a folder or file cannot be read.
         """
         if isinstance(train, (str, os.PathLike)):
@@ -256,7 +256,7 @@ class NDA:
             IndexError: there is no such image.
             ValueError: an argument is not as above.
 
-        Extra memory: about 40 (H W)^2 bytes.
+        Extra memory: about 40 (H W)^2 bytes; a query not scored last is scored first, and its normalisers stay too.
         """
         query = query[None] if getattr(query, "ndim", 0) == 3 else query
         images = self.images_of(query)

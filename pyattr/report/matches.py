@@ -13,6 +13,7 @@ from ..attribution.patch_matches import Explanation
 
 GAP = 0.45  # between the two images, in widths of one
 LEAST = 0.03  # share of the score that a region needs to be drawn; of lesser ones the heaviest alone
+DARKEST = 150  # of 255: what plays no part stays visible
 _SLOT = 0.17  # between the figures in the gap, likewise
 
 
@@ -105,7 +106,7 @@ def _veil(values: np.ndarray) -> str:  # [H, W] -> data URI
     smooth = _smoothed(values)
     top = float(np.quantile(smooth, 0.98))
     light = np.sqrt(np.clip(smooth / top, 0, 1)) if top > 0 else np.ones_like(smooth)
-    alpha = np.round(190 * (1 - light)).astype(np.uint8)
+    alpha = np.round(DARKEST * (1 - light)).astype(np.uint8)
     stream = io.BytesIO()
     Image.fromarray(np.stack([np.zeros_like(alpha), alpha], -1), "LA").save(stream, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

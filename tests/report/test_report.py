@@ -18,7 +18,7 @@ from pyattr.attribution import Explanation, Match
 from pyattr.datasets import ImageDataset
 from pyattr.report import Attribution, Matched, Report, ReportError, Timing, render, strongest, write
 from pyattr.report.histogram import BINS, HEIGHT, WIDTH, histogram
-from pyattr.report.matches import GAP, drawing
+from pyattr.report.matches import DARKEST, GAP, drawing
 from pyattr.report.page import score_text, seconds_text
 
 VOID = {"meta", "link", "img", "line", "rect", "polyline"}
@@ -322,8 +322,8 @@ def test_the_veil_is_thin_where_the_score_comes_from():
     ours, theirs = drawing(explanation(side=9)).heats
     for veil, (row, column) in ((ours, (1, 1)), (theirs, (2, 3))):
         alpha = pixels(("img", {"src": veil}, []))[..., 1]
-        assert alpha[row, column] == 0 and alpha[7, 7] == 190
-        assert alpha[row, column + 1] < 190 and not pixels(("img", {"src": veil}, []))[..., 0].any()
+        assert alpha[row, column] == 0 and alpha[7, 7] == DARKEST
+        assert alpha[row, column + 1] < DARKEST and not pixels(("img", {"src": veil}, []))[..., 0].any()
     # No score at all: no veil either.
     (nothing, _) = drawing(Explanation(0.0, torch.zeros(3, 3), torch.zeros(3, 3), ())).heats
     assert not pixels(("img", {"src": nothing}, []))[..., 1].any()
