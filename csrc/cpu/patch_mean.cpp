@@ -39,17 +39,12 @@ void join(const PatchMeanJoinArgs& args, int64_t u) {
 }  // namespace
 
 void patch_mean(const PatchMeanArgs& args, int num_threads) {
-  const int64_t lanes = patch_lanes(simd_level()), blocks = (args.num_images + lanes - 1) / lanes;
-  if (blocks == 0) return;
   auto kernel = mean_blocks;
 #if defined(PYATTR_X86)
   if (simd_level() == SimdLevel::avx2) kernel = mean_blocks_avx2;
   if (simd_level() == SimdLevel::avx512) kernel = mean_blocks_avx512;
 #endif
-  const PatchSchedule schedule(args, lanes);
-  int64_t next = 0;
-  const int threads = static_cast<int>(std::min<int64_t>(usable_threads(num_threads), blocks));
-  parallel_for(threads, threads, [&](int64_t) { kernel({&schedule.plan(), &next, blocks}); });
+  for_patch_blocks(args, num_threads, kernel);
 }
 
 void patch_mean_join(const PatchMeanJoinArgs& args, int num_threads) {

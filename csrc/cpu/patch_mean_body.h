@@ -1,4 +1,5 @@
 // The statistics of patch_mean for blocks of images, one image a lane; included by one file per SIMD level, internal linkage throughout.
+#include "cpu/patch_stage.h"
 #include "cpu/patch_weights.h"
 #include "patch_mean.h"
 
@@ -36,7 +37,7 @@ inline reg weighted_sum(const reg* weights, const reg* pixels, int64_t rows, int
   return total;
 }
 
-void reduce_tile(const PatchMeanArgs& args, const PatchTile& tile, int64_t first, const PatchScratch& scratch, const reg* centres,
+void reduce_tile(const PatchMeanArgs& args, const PatchTile& tile, int64_t first, const reg* distances, const reg* centres,
                  reg* weights) {
   const PatchAxis &row = tile.row, &column = tile.column;
   const int64_t matches = row.bank_count * column.bank_count, images = std::min(kLanes, args.num_images - first);
@@ -44,12 +45,17 @@ void reduce_tile(const PatchMeanArgs& args, const PatchTile& tile, int64_t first
   const float slope = static_cast<float>(-args.inverse * 1.4426950408889634);
   for (int64_t r = 0; r < row.count; ++r) {
     for (int64_t c = 0; c < column.count; ++c) {
-      const reg* const d = scratch.distances.get() + (r * column.count + c) * matches;
+      const reg* const d = distances + (r * column.count + c) * matches;
       const int64_t u = (row.first + r - args.row_begin) * width + column.first + c - args.column_begin;
       const int64_t at = u * args.stats_stride + first;
-      const reg m = least(d, matches);
-      store(m, images, args.minima + at);
-      store(weigh<false>(d, matches, m, slope, weights).sum, images, args.sums + at);
+      reg least[kClasses];
+      class_minima(d, matches, least);
+      const Exponential weight(least_of(least), slope);
+      const reg sum_of_weights = weigh(
+          d, matches, weight, [&](int64_t i, reg, reg w) { weights[i] = w; },
+          [&](int64_t i) { std::fill_n(weights + i, kGroup, reg{}); });
+      store(weight.m, images, args.minima + at);
+      store(sum_of_weights, images, args.sums + at);
       const int64_t bank_row = offset + (row.alike ? row.first + r : row.bank_first);
       const int64_t bank_column = offset + (column.alike ? column.first + c : column.bank_first);
       for (int64_t k = 0; k < args.channels; ++k) {
@@ -65,6 +71,8 @@ void mean_blocks(const PatchWork& work) {
   const PatchPlan& plan = *work.plan;
   const PatchMeanArgs& args = static_cast<const PatchMeanArgs&>(*plan.args);
   PatchScratch scratch(plan);
+  const PatchBuffers buffers = scratch.buffers();
+  const reg* const distances = reinterpret_cast<const reg*>(buffers.distances);
   auto weights = aligned_array<reg>(plan.matches + kGroup);
   auto centres = aligned_array<float>(args.channels * args.height * args.width * kLanes);
   for (;;) {
@@ -73,8 +81,8 @@ void mean_blocks(const PatchWork& work) {
     stage_images(plan, block * kLanes, scratch);
     stage_centres(args, block * kLanes, centres.get());
     for (int64_t t = 0; t < plan.num_tiles; ++t) {
-      tile_distances(plan, plan.tiles[t], scratch);
-      reduce_tile(args, plan.tiles[t], block * kLanes, scratch, reinterpret_cast<const reg*>(centres.get()), weights.get());
+      work.distances(plan, plan.tiles[t], buffers);
+      reduce_tile(args, plan.tiles[t], block * kLanes, distances, reinterpret_cast<const reg*>(centres.get()), weights.get());
     }
   }
 }

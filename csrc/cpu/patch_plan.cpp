@@ -1,6 +1,7 @@
 #include "cpu/patch_plan.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace pyattr::cpu {
 namespace {
@@ -27,9 +28,12 @@ std::vector<Group> groups(const PatchArgs& args, int64_t begin, int64_t end, int
 
 int64_t matched(const Group& group) { return group.alike ? 1 : group.bank_last - group.bank_first; }
 
-// Rows of differences for each row of distances, along one axis, for tiles of `count` positions.
-double margin(int64_t count, int64_t bank_count, int64_t span) {
-  return static_cast<double>(count * bank_count + (count + bank_count - 1) * span) / static_cast<double>(count * bank_count);
+// Lines of differences for each line of distances, along one axis, for tiles of `count` positions: a margin of `span` on every diagonal,
+// but none beyond the images, where differences are known.
+double margin(int64_t count, int64_t bank_count, int64_t span, int64_t query_size, int64_t size) {
+  const int64_t all = count * bank_count + (count + bank_count - 1) * span;
+  const int64_t inside = std::min(count + span, query_size) * std::min(bank_count + span, size);
+  return static_cast<double>(std::min(all, inside)) / static_cast<double>(count * bank_count);
 }
 
 int64_t divided(int64_t size, int64_t most) {  // the same number of pieces, as even as can be
@@ -43,7 +47,7 @@ struct Size {
 
 // The tile with the least work for each pair that keeps its distances within bounds. The box filter runs along rows first, so that
 // only rows have a margin for the second pass.
-Size tile_size(const Group& row, const Group& column, int64_t span, int64_t lanes) {
+Size tile_size(const PatchArgs& args, const Group& row, const Group& column, int64_t span, int64_t lanes) {
   const int64_t rows = row.last - row.first, columns = column.last - column.first;
   const int64_t pair_bytes = 4 * lanes * matched(row) * matched(column);
   const int64_t most = std::max<int64_t>(1, kTileBytes / pair_bytes);
@@ -51,15 +55,16 @@ Size tile_size(const Group& row, const Group& column, int64_t span, int64_t lane
   double least = 1e300;
   for (int64_t c = 1; c <= std::min(columns, most); ++c) {
     const Size size{divided(rows, std::min(rows, most / c)), divided(columns, c)};
-    const double down = margin(size.rows, matched(row), span), along = margin(size.columns, matched(column), span);
+    const double down = margin(size.rows, matched(row), span, args.query_height, args.height);
+    const double along = margin(size.columns, matched(column), span, args.query_width, args.width);
     const double cost = down * along + 1.5 * down;
     if (cost < least) least = cost, best = size;
   }
   return best;
 }
 
-void add_tiles(const Group& row, const Group& column, int64_t span, int64_t lanes, std::vector<PatchTile>* tiles) {
-  const Size size = tile_size(row, column, span, lanes);
+void add_tiles(const PatchArgs& args, const Group& row, const Group& column, int64_t span, int64_t lanes, std::vector<PatchTile>* tiles) {
+  const Size size = tile_size(args, row, column, span, lanes);
   for (int64_t r = row.first; r < row.last; r += size.rows) {
     for (int64_t c = column.first; c < column.last; c += size.columns) {
       tiles->push_back({{r, std::min(size.rows, row.last - r), row.bank_first, matched(row), row.alike},
@@ -97,24 +102,41 @@ PatchSchedule::PatchSchedule(const PatchArgs& args, int64_t lanes) {
   } else {
     query_.swap(padded);
   }
+  const int64_t plane = rows * columns;
+  norms_.resize(static_cast<size_t>(plane));
+  for (int64_t i = 0; i < plane; ++i) {
+    norms_[i] = query_[i] * query_[i];
+    for (int64_t c = 1; c < C; ++c) norms_[i] = std::fma(query_[c * plane + i], query_[c * plane + i], norms_[i]);
+  }
   const int64_t side = args.lowres ? args.patch_size / 2 : args.patch_size, dilation = args.lowres ? 2 : 1;
   const int64_t span = (side - 1) * dilation;
   for (const Group& row : groups(args, args.row_begin, args.row_end, H, args.height)) {
     for (const Group& column : groups(args, args.column_begin, args.column_end, W, args.width))
-      add_tiles(row, column, span, lanes, &tiles_);
+      add_tiles(args, row, column, span, lanes, &tiles_);
   }
-  plan_ = {&args, query_.data(), rows, columns, args.height + 2 * pad - less, args.width + 2 * pad - less, side, dilation,
-           tiles_.data(), static_cast<int64_t>(tiles_.size()), 0, 0, 0, 0, 0};
+  plan_ = {};
+  plan_.args = &args, plan_.query = query_.data(), plan_.query_norms = norms_.data();
+  plan_.query_rows = rows, plan_.query_columns = columns;
+  plan_.bank_rows = args.height + 2 * pad - less, plan_.bank_columns = args.width + 2 * pad - less;
+  plan_.padding = pad, plan_.bank_width = args.grid(args.width);
+  plan_.side = side, plan_.dilation = dilation;
+  plan_.tiles = tiles_.data(), plan_.num_tiles = static_cast<int64_t>(tiles_.size());
+  int64_t high = 0;
   for (const PatchTile& tile : tiles_) {
     const PatchAxis &row = tile.row, &column = tile.column;
     const int64_t pairs = column.count * column.bank_count;
     const int64_t wider = column.alike ? column.count + span : (column.count + span) * (column.bank_count + span);
     plan_.distances = std::max(plan_.distances, row.count * row.bank_count * pairs);
-    plan_.products = std::max(plan_.products, wider);
-    plan_.rows = std::max(plan_.rows, (row.count + span) * pairs);
-    plan_.strips = std::max(plan_.strips, row.count + span);
+    plan_.squares = plan_.boxes = std::max(plan_.squares, wider);
     plan_.matches = std::max(plan_.matches, row.bank_count * column.bank_count);
+    plan_.row_stride = std::max(plan_.row_stride, pairs);
+    high = std::max(high, row.count + span);
   }
+  // Rows an odd number of cache lines apart, so that a column of them does not compete for one place in the cache.
+  const int64_t line = std::max<int64_t>(1, 16 / lanes);
+  plan_.row_stride = ((plan_.row_stride + line - 1) / line | 1) * line;
+  plan_.rows = high * plan_.row_stride;
+  plan_.strip = std::max(high * kPatchStrip, plan_.squares);
 }
 
 }  // namespace pyattr::cpu

@@ -1,77 +1,100 @@
 // The statistics of patch_topk for blocks of images, one image a lane; included by one file per SIMD level, internal linkage throughout.
 //
-// The k largest weights of each lane: a threshold t with exactly k weights of at least t, or a weight t such that fewer than k are
-// larger and the rest are ties. It is found by halving an interval of floats in counting passes, starting from where the last
-// position's lay; once the interval is narrow, only vectors with a weight above its lower end are counted.
+// The k nearest of each lane: a distance t with exactly k of at most t, or one such that fewer than k are nearer and the rest are ties.
+// It is found between two distances by passes that count, each halving or interpolating. A few nearest are bounded beforehand: of 16
+// classes of distances the k-th least of the classes' minima is no less than the k-th least of all, and only vectors with a distance up
+// to it in some lane are kept, 2 k of them or fewer for each lane. For more, the search starts from where the last position's ended.
+// What is kept for the sake of another lane changes no lane's sum.
+#include "cpu/patch_stage.h"
 #include "cpu/patch_weights.h"
 #include "patch_topk.h"
 
 namespace pyattr::cpu {
 namespace {
 
-constexpr int32_t kSmallestNormal = 0x00800000, kTwo = 0x40000000;  // bits of floats: as integers in the same order
-constexpr int32_t kFirstStep = 1 << 21;                              // a quarter of an octave
+constexpr int64_t kFew = 12;  // of the 16 classes
 
-inline ireg count_from(const reg* w, int64_t count, ireg bits) {  // weights that are at least this
-  const reg t = (reg)bits;
-  ireg found[2] = {};
+// The vectors that may count, in their order.
+struct Candidates {
+  reg* distances;
+  reg* weights;
+  int64_t count;
+};
+
+inline ireg count_within(const Candidates& kept, reg t) {
+  ireg found[4] = {};
   int64_t i = 0;
-  for (; i + 2 <= count; i += 2) {
-    found[0] -= (ireg)(w[i] >= t);
-    found[1] -= (ireg)(w[i + 1] >= t);
+  for (; i + 4 <= kept.count; i += 4) {
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) found[g] -= (ireg)(kept.distances[i + g] <= t);
   }
-  if (i < count) found[0] -= (ireg)(w[i] >= t);
-  return found[0] + found[1];
+  for (; i < kept.count; ++i) found[0] -= (ireg)(kept.distances[i] <= t);
+  return (found[0] + found[1]) + (found[2] + found[3]);
 }
 
 inline ireg select(ireg mask, ireg a, ireg b) { return (a & mask) | (b & ~mask); }
 
-// The sum of the k largest of count vectors of weights, whose sum is `total`; `guess` is the last position's threshold and becomes
-// this one's. Overwrites w.
-inline reg top_sum(reg* w, int64_t count, int64_t k, reg total, ireg& guess) {
-  if (count <= k) return total;
-  const ireg wanted = splat(static_cast<int32_t>(k));
-  // All of a lane's weights where it has no more than k, or where one is NaN.
-  const ireg all = (count_from(w, count, splat(kSmallestNormal)) <= wanted) | ~(ireg)(total == total);
-  ireg low = splat(kSmallestNormal), high = splat(kTwo);  // more than k are at least low, fewer than k at least high
-  ireg above{};                                           // how many are at least high
-  ireg done = all, threshold = splat(kTwo), ties{};
-  ireg probe = guess, step = splat(kFirstStep), bracketed{};  // bits 1 and 2: an end has moved
-  bool packed = false;
-  while (any(~done)) {
-    const ireg c = count_from(w, count, probe);
-    const ireg hit = (c == wanted) & ~done, more = (c > wanted) & ~done, less = (c < wanted) & ~done;
-    threshold = select(hit, probe, threshold);
-    done |= hit;
-    low = select(more, probe, low);
-    high = select(less, probe, high), above = select(less, c, above);
-    bracketed |= (more & 1) | (less & 2);
-    const ireg tied = (high - low == 1) & ~done;
-    threshold = select(tied, high, threshold), ties = select(tied, wanted - above, ties);
-    done |= tied;
-    // Outward from the guess until both ends have moved, then halves.
-    const ireg middle = low + ((high - low) >> 1);
-    const ireg onward = select((ireg)(more != 0), probe + step, probe - step);
-    const ireg inside = (onward > low) & (onward < high) & (bracketed != 3);
-    probe = select(inside, onward, middle);
-    step += step & ~(ireg)(step > (1 << 26));
-    if (!packed && !any(~done & ~((bracketed & 1) == 1))) {
-      const reg floor = (reg)select(done, threshold, low);
-      int64_t kept = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        const reg x = w[i];
-        w[kept] = x;
-        kept += any((ireg)(x >= floor)) ? 1 : 0;
+inline reg to_float(ireg x) { return __builtin_convertvector(x, reg); }
+
+// The k-th least of each lane of 16, by a sorting network (Batcher, 1968).
+inline reg kth_of_classes(const reg* least, int64_t k) {
+  reg x[kClasses];
+  std::copy_n(least, kClasses, x);
+  for (int p = 1; p < kClasses; p *= 2) {
+    for (int q = p; q >= 1; q /= 2) {
+      for (int j = q % p; j + q < kClasses; j += 2 * q) {
+        for (int i = 0; i < q && i + j + q < kClasses; ++i) {
+          if ((i + j) / (2 * p) != (i + j + q) / (2 * p)) continue;
+          const reg a = x[i + j], b = x[i + j + q];
+          x[i + j] = minimum(a, b), x[i + j + q] = maximum(a, b);
+        }
       }
-      count = kept, packed = true;
     }
   }
-  const reg t = (reg)threshold;
+  return x[k - 1];
+}
+
+// The sum of the weights of the k nearest. `total` is the sum of all of them, `live` how many are not 0; `most` is at least the k-th least
+// distance, `probe` where the search starts, and becomes where it ended.
+inline reg top_sum(const Candidates& kept, int64_t k, reg total, ireg live, const Exponential& weight, reg most, reg& probe) {
+  // All of a lane's weights where it has no more than k, or where one is NaN.
+  const ireg wanted = splat(static_cast<int32_t>(k)), all = (live <= wanted) | ~(ireg)(total == total);
+  ireg done = all, ties{};
+  ireg low = (ireg)weight.m - 1, high = (ireg)most;  // bits of distances, which as integers have the same order
+  ireg below{}, within = live;                       // fewer than k up to low, more than k up to high
+  reg threshold = weight.m;
+  ireg moved{};  // bits 1 and 2: which end has
+  reg next = probe;
+  for (int pass = 0; any(~done); ++pass) {
+    const ireg c = count_within(kept, next);
+    const ireg hit = (c == wanted) & ~done, more = (c > wanted) & ~done, less = (c < wanted) & ~done;
+    threshold = blend(hit, next, threshold);
+    done |= hit;
+    high = select(more, (ireg)next, high), within = select(more, c, within);
+    low = select(less, (ireg)next, low), below = select(less, c, below);
+    moved |= (more & 1) | (less & 2);
+    const ireg tied = (high - low == 1) & ~done;
+    threshold = blend(tied, (reg)low, threshold), ties = select(tied, wanted - below, ties);
+    done |= tied;
+    const ireg middle = low + ((high - low) >> 1);
+    ireg guess = middle;
+    if (pass % 3 != 2) {
+      const reg share = to_float(wanted - below) / to_float(within - below);
+      guess = (ireg)((reg)low + share * ((reg)high - (reg)low));
+      // Outward from the start, until both ends have moved.
+      const reg x = next - weight.m;
+      const ireg outward = select((ireg)(more != 0), (ireg)(weight.m + 0.8f * x), (ireg)(weight.m + 1.25f * x));
+      guess = select((ireg)(moved != 3), outward, guess);
+    }
+    const ireg inside = (guess > low) & (guess < high);
+    next = (reg)select(inside, guess, middle);
+  }
   reg sum{};
-  for (int64_t i = 0; i < count; ++i) sum += (reg)((ireg)w[i] & (ireg)(w[i] >= t));
-  guess = select(all, guess, threshold);
-  for (int i = 0; i < kRegisterLanes; ++i) {
-    if (ties[i] > 0) sum[i] += static_cast<float>(ties[i]) * ((reg)low)[i];
+  for (int64_t i = 0; i < kept.count; ++i) sum += (reg)((ireg)kept.weights[i] & (ireg)(kept.distances[i] <= threshold));
+  probe = blend(all, probe, threshold);
+  if (any(ties != 0)) {
+    const reg tied = weight((reg)high);
+    sum += to_float(ties) * (reg)((ireg)tied & (ireg)(ties != 0));
   }
   return blend(all, total, sum);
 }
@@ -83,28 +106,67 @@ inline ireg first_equal(const reg* d, int64_t count, reg m) {
   return found & ~(found < 0);
 }
 
-void reduce_tile(const PatchTopkArgs& args, const PatchTile& tile, int64_t first, const PatchScratch& scratch, reg* weights) {
+// The statistics of one position: its sum of weights, and that of the k nearest. `reach` is how far beyond the least the last
+// position's k nearest went.
+inline void reduce(const reg* d, int64_t matches, int64_t k, const Exponential& weight, const reg* least, Candidates kept, reg& reach,
+                   reg* sum, reg* top) {
+  ireg live{};
+  const bool few = k <= kFew && k < matches;
+  if (few) {
+    const reg most = kth_of_classes(least, k);
+    *sum = weigh(
+        d, matches, weight,
+        [&](int64_t, reg near, reg w) {
+          kept.distances[kept.count] = near, kept.weights[kept.count] = w;
+          kept.count += any((ireg)(near <= most)) ? 1 : 0;
+          live -= (ireg)(near <= weight.limit);
+        },
+        [](int64_t) {});
+    reg start = most;
+    *top = top_sum(kept, k, *sum, live, weight, most, start);
+    return;
+  }
+  *sum = weigh(
+      d, matches, weight,
+      [&](int64_t, reg near, reg w) {
+        kept.distances[kept.count] = near, kept.weights[kept.count++] = w;
+        live -= (ireg)(near <= weight.limit);
+      },
+      [](int64_t) {});
+  if (k >= matches) {
+    *top = *sum;
+    return;
+  }
+  reg start = weight.m + reach;
+  *top = top_sum(kept, k, *sum, live, weight, weight.limit, start);
+  reach = start - weight.m;
+}
+
+void reduce_tile(const PatchTopkArgs& args, const PatchTile& tile, int64_t bank_width, int64_t first, const reg* distances,
+                 reg* candidates) {
   const PatchAxis &row = tile.row, &column = tile.column;
   const int64_t matches = row.bank_count * column.bank_count, images = std::min(kLanes, args.num_images - first);
-  const int64_t width = args.width + 2 * (args.border == Border::inside ? 0 : (args.patch_size - 1) / 2) - args.patch_size + 1;
   const float slope = static_cast<float>(-args.inverse * 1.4426950408889634);
-  ireg guess = splat(int32_t{0x3f000000});
+  const Candidates kept{candidates, candidates + matches + kGroup, 0};
+  reg reach = splat(-1.0f / slope);
   for (int64_t r = 0; r < row.count; ++r) {
     for (int64_t c = 0; c < column.count; ++c) {
-      const reg* const d = scratch.distances.get() + (r * column.count + c) * matches;
+      const reg* const d = distances + (r * column.count + c) * matches;
       const int64_t u = (row.first + r - args.row_begin) * (args.column_end - args.column_begin) + column.first + c - args.column_begin;
       const int64_t at = u * args.stats_stride + first;
-      const reg m = least(d, matches);
-      const Weights found = weigh<true>(d, matches, m, slope, weights);
+      reg least[kClasses], sum, top;
+      class_minima(d, matches, least);
+      const reg m = least_of(least);
+      reduce(d, matches, args.k, Exponential(m, slope), least, kept, reach, &sum, &top);
       store(m, images, args.minima + at);
-      store(found.sum, images, args.sums + at);
-      store(top_sum(weights, found.count, args.k, found.sum, guess), images, args.tops + at);
+      store(sum, images, args.sums + at);
+      store(top, images, args.tops + at);
       if (args.nearest != nullptr) {
         const ireg where = first_equal(d, matches, m);
         for (int64_t l = 0; l < images; ++l) {
           const int64_t bank_row = row.alike ? row.first + r : row.bank_first + where[l] / column.bank_count;
           const int64_t bank_column = column.alike ? column.first + c : column.bank_first + where[l] % column.bank_count;
-          args.nearest[at + l] = static_cast<int32_t>(bank_row * width + bank_column);
+          args.nearest[at + l] = static_cast<int32_t>(bank_row * bank_width + bank_column);
         }
       }
     }
@@ -115,14 +177,16 @@ void topk_blocks(const PatchWork& work) {
   const PatchPlan& plan = *work.plan;
   const PatchTopkArgs& args = static_cast<const PatchTopkArgs&>(*plan.args);
   PatchScratch scratch(plan);
-  auto weights = aligned_array<reg>(plan.matches + kGroup);
+  const PatchBuffers buffers = scratch.buffers();
+  const reg* const distances = reinterpret_cast<const reg*>(buffers.distances);
+  auto candidates = aligned_array<reg>(2 * (plan.matches + kGroup));
   for (;;) {
     const int64_t block = __atomic_fetch_add(work.next, 1, __ATOMIC_RELAXED);
     if (block >= work.num_blocks) return;
     stage_images(plan, block * kLanes, scratch);
     for (int64_t t = 0; t < plan.num_tiles; ++t) {
-      tile_distances(plan, plan.tiles[t], scratch);
-      reduce_tile(args, plan.tiles[t], block * kLanes, scratch, weights.get());
+      work.distances(plan, plan.tiles[t], buffers);
+      reduce_tile(args, plan.tiles[t], plan.bank_width, block * kLanes, distances, candidates.get());
     }
   }
 }

@@ -1,26 +1,40 @@
 // exp(-(d - m) / (2 sigma^2)) of one position's distances to a block of images, m each image's least; internal linkage throughout.
 //
 // 2^z with z = (m - d) log2(e) / (2 sigma^2): z = n + f with |f| <= 1/2, 2^f by a polynomial of degree 5 whose relative error is below
-// 1.1e-7, in all below 2.5e-7 + 1.2e-7 |ln 2^z|. Below 2^-126 it is 0: certain for whole vectors of such, which are not evaluated; what
-// that leaves out of a sum of V weights is less than 2^-126 V of the largest.
+// 1.1e-7; in all, with z's own rounding, below 2.5e-7 + 1.2e-7 |ln 2^z|. Below 2^-126 it is 0, certainly, so that whole vectors of such
+// are not evaluated; what that leaves out of a sum of V weights is less than 2^-126 V of the largest.
 #pragma once
 
-#include "cpu/patch_distances.h"
+#include <cstring>
+
+#include "cpu/patch_lanes.h"
 
 namespace pyattr::cpu {
 namespace {
 
 constexpr float kLargest = 0x1.fffffep127f;
-constexpr int64_t kGroup = 4;      // vectors of weights evaluated or left out together, and partial sums
-constexpr int64_t kRun = 64;       // vectors of a partial sum
+constexpr int64_t kGroup = 4;     // vectors of weights evaluated or left out together, and partial sums
+constexpr int64_t kRun = 64;      // vectors of a partial sum
+constexpr int64_t kClasses = 16;  // of distances, every 16th one a class
 
-inline reg minimum(reg a, reg b) {  // b where a is not less, so a NaN in a does not count
+inline reg minimum(reg a, reg b) {  // b where either is NaN
 #if defined(__AVX512F__)
   return (reg)_mm512_min_ps((__m512)a, (__m512)b);
 #elif defined(__AVX2__)
   return (reg)_mm256_min_ps((__m256)a, (__m256)b);
 #else
   for (int i = 0; i < kRegisterLanes; ++i) b[i] = a[i] < b[i] ? a[i] : b[i];
+  return b;
+#endif
+}
+
+inline reg maximum(reg a, reg b) {  // likewise
+#if defined(__AVX512F__)
+  return (reg)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (reg)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  for (int i = 0; i < kRegisterLanes; ++i) b[i] = a[i] > b[i] ? a[i] : b[i];
   return b;
 #endif
 }
@@ -44,66 +58,78 @@ inline void store(reg value, int64_t images, float* to) {
 
 inline reg blend(ireg mask, reg a, reg b) { return (reg)(((ireg)a & mask) | ((ireg)b & ~mask)); }
 
-// The least of `count` vectors, at most the largest float.
-inline reg least(const reg* d, int64_t count) {
-  reg found[kGroup];
+// The least of each class of `count` vectors, at most the largest float; anything where a distance is NaN.
+inline void class_minima(const reg* d, int64_t count, reg* least) {
+  reg found[kClasses];
   for (reg& x : found) x = splat(kLargest);
   int64_t i = 0;
-  for (; i + kGroup <= count; i += kGroup)
-    for (int g = 0; g < kGroup; ++g) found[g] = minimum(d[i + g], found[g]);
-  for (; i < count; ++i) found[0] = minimum(d[i], found[0]);
-  return minimum(minimum(found[0], found[1]), minimum(found[2], found[3]));
+  for (; i + kClasses <= count; i += kClasses) {
+#pragma GCC unroll 16
+    for (int c = 0; c < kClasses; ++c) found[c] = minimum(found[c], d[i + c]);
+  }
+  for (int c = 0; c < kClasses; ++c) least[c] = i + c < count ? minimum(found[c], d[i + c]) : found[c];
 }
 
-// 2^z for z <= 0, 0 below 2^-126, NaN for NaN.
-inline reg exp2(reg z) {
-  const reg shifted = z + 0x1.8p23f, f = z - (shifted - 0x1.8p23f);  // the sum's last bits are n
-  reg p = multiply_add(splat(0.001326472731307149f), f, splat(0.009671512991189957f));
-  p = multiply_add(p, f, splat(0.05550733581185341f));
-  p = multiply_add(p, f, splat(0.24022242426872253f));
-  p = multiply_add(p, f, splat(0.6931470036506653f));
-  p = multiply_add(p, f, splat(1.0f));
-  const reg power = (reg)(((ireg)shifted << 23) + splat(int32_t{0x3f800000}));
-  return (reg)((ireg)(p * power) & ~(ireg)(z < -126.0f));
+inline reg least_of(const reg* least) {
+  reg m = least[0];
+  for (int c = 1; c < kClasses; ++c) m = minimum(m, least[c]);
+  return m;
 }
 
-struct Weights {
-  reg sum;
-  int64_t count;  // of the vectors kept
+// Weights of distances d to the image whose least is m: 2^((d - m) slope), 0 from d > limit on; NaN for NaN.
+struct Exponential {
+  reg m, limit;
+  float slope;
+
+  Exponential(reg least, float log2_slope) : m(least), slope(log2_slope) {
+    // Rounded up: no more is left out than would be below 2^-126. An infinite distance is always left out.
+    limit = minimum(m + splat(-126.0f / slope) * 1.000001f, splat(kLargest));
+  }
+
+  inline reg operator()(reg d) const {
+    const reg x = d - m, shifted = multiply_add(x, splat(slope), splat(0x1.8p23f));  // whose last bits are n
+    const reg f = multiply_add(x, splat(slope), 0x1.8p23f - shifted);
+    reg p = multiply_add(splat(0.001326472731307149f), f, splat(0.009671512991189957f));
+    p = multiply_add(p, f, splat(0.05550733581185341f));
+    p = multiply_add(p, f, splat(0.24022242426872253f));
+    p = multiply_add(p, f, splat(0.6931470036506653f));
+    p = multiply_add(p, f, splat(1.0f));
+    const reg power = (reg)(((ireg)shifted << 23) + splat(int32_t{0x3f800000}));
+    return (reg)((ireg)(p * power) & ~(ireg)(d > limit));
+  }
 };
 
-// kept = the weights 2^(slope (d - m)), slope < 0: with `pack` only those of groups of vectors that are not all 0, in their order. The
-// last group is filled up with zeros.
-template <bool pack>
-inline Weights weigh(const reg* d, int64_t count, reg m, float slope, reg* kept) {
-  const reg limit = m + splat(-126.0f / slope) * 1.000001f;  // rounded up: no more is left out than would be 0
+// The sum of the weights of `count` vectors. take(i, d, w) is told of vectors i, leave(i) of the first of a group of them whose weights
+// are all 0; beyond the last come infinite distances that fill up the group.
+template <typename Take, typename Leave>
+inline reg weigh(const reg* d, int64_t count, const Exponential& weight, const Take& take, const Leave& leave) {
   reg total{};
-  reg* to = kept;
   for (int64_t run = 0; run < count; run += kRun) {
     reg sum[kGroup] = {};
     const int64_t end = std::min(count, run + kRun);
     for (int64_t i = run; i < end; i += kGroup) {
-      ireg live{};
       reg near[kGroup];
-      for (int64_t g = 0; g < kGroup; ++g) {
-        near[g] = i + g < end ? d[i + g] : splat(HUGE_VALF);
-        live |= ~(ireg)(near[g] > limit);
-      }
-      if (any(live)) {
-        for (int64_t g = 0; g < kGroup; ++g) {
-          to[g] = exp2((near[g] - m) * slope);
-          sum[g] += to[g];
-        }
-      } else if (pack) {
-        continue;
+      if (i + kGroup <= end) {
+        for (int g = 0; g < kGroup; ++g) near[g] = d[i + g];
       } else {
-        std::fill_n(to, kGroup, reg{});
+        for (int g = 0; g < kGroup; ++g) near[g] = i + g < end ? d[i + g] : splat(HUGE_VALF);
       }
-      to += kGroup;
+      ireg dead = splat(int32_t{-1});
+      for (int g = 0; g < kGroup; ++g) dead &= (ireg)(near[g] > weight.limit);
+      if (!any(~dead)) {
+        leave(i);
+        continue;
+      }
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroup; ++g) {
+        const reg w = weight(near[g]);
+        sum[g] += w;
+        take(i + g, near[g], w);
+      }
     }
     total += (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
-  return {total, to - kept};
+  return total;
 }
 
 }  // namespace

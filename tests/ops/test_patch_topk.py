@@ -275,6 +275,33 @@ def test_any_shape_against_the_reference(backend, shape, border, lowres, k, sigm
     )
 
 
+LARGE = [
+    # height, width, images, patch_size, border, lowres: tiles of the positions, and boxes of every side
+    *((9, 10, 5, p, "zero", False) for p in range(1, 23)),
+    *((11, 9, 5, p, "class", True) for p in (2, 6, 8, 10, 22, 32, 34, 40)),
+    *((19, 23, 3, p, "class", False) for p in (9, 16, 17)),
+    (40, 36, 2, 5, "zero", False),
+    (33, 40, 2, 6, "class", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("case", LARGE)
+def test_every_side_and_several_tiles(backend, case):
+    device = testing.device_of(backend)
+    height, width, images, patch_size, border, lowres = case
+    bank = pixels(images, 2, height, width).to(device)
+    sigma = 0.1 * patch_size
+    query = noisy(bank.cpu(), 0.9, 0.3).to(device)
+    options = dict(patch_size=patch_size, k=14, sigma=sigma, scale=0.9, border=border, lowres=lowres)
+    found = patch_topk(query, bank, backend=backend, **options)
+    exact = patch_topk(query.double(), bank, backend="reference", **options)
+    torch.testing.assert_close(
+        found.weights.double(), exact.weights, rtol=relative(exact.log_normaliser, sigma), atol=1e-7
+    )
+    torch.testing.assert_close(found.log_normaliser.double(), exact.log_normaliser, rtol=5e-7, atol=absolute(sigma))
+
+
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize(
     ("patch_size", "border", "lowres"), [(7, "class", False), (8, "zero", True), (15, "class", False)]
