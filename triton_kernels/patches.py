@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-PLANE_FLOATS = 1 << 24  # of the images at work together
+PLANE_FLOATS = 1 << 22  # of the images at work together
 HELD = 1 << 13  # distances that a program keeps in registers
 MOST_WINDOWS = 16  # query windows of a program
 SCRATCH_BLOCK = 1 << 10  # distances of a window that are formed together where a row does not fit
