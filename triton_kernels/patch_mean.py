@@ -1,6 +1,6 @@
 """Means of pixels in Triton: see ``csrc/patch_mean.h`` for what they are, ``patches.py`` for the distances.
 
-2 C p^2 operations for each pair of windows. Extra memory: 64 MiB of images, 64 MiB of distances where rows do not fit into
+2 C p^2 operations for each pair of windows. Extra memory: 64 MiB for the images, 64 MiB of distances where rows do not fit into
 registers.
 """
 

@@ -1,8 +1,8 @@
 """Patch statistics in Triton: see ``csrc/patch_topk.h`` for what they are, ``patches.py`` for the distances.
 
 The k-th largest term is found by bisection on the bits of d - minimum, all windows of a program at once, so that the sum is
-exact for every k. 2 C p^2 operations for each pair of windows. Extra memory: 64 MiB of images, and 64 MiB of distances where
-rows do not fit into registers.
+exact for every k. 2 C p^2 operations for each pair of windows. Extra memory: 64 MiB for the images, and 64 MiB of distances
+where rows do not fit into registers.
 """
 
 import triton

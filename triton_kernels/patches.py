@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-PLANE_FLOATS = 1 << 24  # of the images at work together
+PLANE_FLOATS = 1 << 22  # of the images at work together
 HELD = 1 << 13  # distances that a program keeps in registers
 MOST_WINDOWS = 16  # query windows of a program
 SCRATCH_BLOCK = 1 << 10  # distances of a window that are formed together where a row does not fit
@@ -114,20 +114,22 @@ def within(apart, limit, rate, COUNT: tl.constexpr):
     near = apart <= limit[:, None]
     if COUNT:
         return tl.sum(near.to(tl.int32), 1)
-    return tl.sum(tl.where(near | (apart != apart), tl.exp2(-(apart * rate)), 0.0), 1)
+    else:
+        return tl.sum(tl.where(near | (apart != apart), tl.exp2(-(apart * rate)), 0.0), 1)
 
 
 @triton.jit
 def row_within(d, scratch, base, limit, rate, count, HELD: tl.constexpr, COUNT: tl.constexpr, BV: tl.constexpr):
     """The same over whole rows of distances: d [BU, BV], or scratch pointers [BU, BV] to their first block."""
     if HELD:
-        return within(d - base[:, None], limit, rate, COUNT)
-    total = tl.zeros_like(base)
-    if COUNT:
-        total = total.to(tl.int32)
-    for start in range(0, count, BV):
-        apart = tl.load(scratch + start) - base[:, None]
-        total += within(apart, limit, rate, COUNT)
+        total = within(d - base[:, None], limit, rate, COUNT)
+    else:
+        if COUNT:
+            total = tl.zeros(base.shape, tl.int32)
+        else:
+            total = tl.zeros(base.shape, tl.float32)
+        for start in range(0, count, BV):
+            total += within(tl.load(scratch + start) - base[:, None], limit, rate, COUNT)
     return total
 
 

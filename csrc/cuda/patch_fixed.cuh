@@ -47,7 +47,7 @@ struct PatchFixed {
 };
 
 __device__ __forceinline__ int64_t patch_fixed_value(const PatchFixed& fixed, int bits, float x) {
-  return llrint((fixed.factor * static_cast<double>(x) - fixed.shift) * static_cast<double>(int64_t{1} << bits));
+  return llrint(fma(fixed.factor, static_cast<double>(x), -fixed.shift) * static_cast<double>(int64_t{1} << bits));
 }
 
 // The query's sample `tap` of a window.
@@ -72,7 +72,7 @@ static __global__ void patch_precision_kernel(const PatchPrecisionTask task) {
   const int64_t total = static_cast<int64_t>(task.channels) * fixed.query_rows * fixed.query_columns;
   double own = 0.0;
   for (int64_t i = threadIdx.x; i < total; i += kPatchThreads) {
-    own = patch_larger(own, fabs(fixed.factor * static_cast<double>(fixed.query[i]) - fixed.shift));
+    own = patch_larger(own, fabs(fma(fixed.factor, static_cast<double>(fixed.query[i]), -fixed.shift)));
   }
   most[threadIdx.x] = own;
   barrier();

@@ -112,9 +112,24 @@ struct PatchScratch {
   }
 };
 
+// The query's windows some rows at a time, so that their samples are bounded whatever the sizes of image and patch.
+template <class Each>
+void each_slab(const PatchArgs& args, Each use) {
+  const int64_t samples = (args.column_end - args.column_begin) * args.channels * args.patch_size * args.patch_size;
+  const int64_t together = std::max(kPatchPlaneFloats / std::max<int64_t>(samples, 1), int64_t{1});
+  PatchArgs slab = args;
+  for (int64_t row = args.row_begin; row < args.row_end; row = slab.row_end) {
+    slab.row_begin = row;
+    slab.row_end = std::min(row + together, args.row_end);
+    use(slab);
+  }
+}
+
 inline size_t patch_workspace(const PatchArgs& args) {
-  if (args.num_images == 0 || args.positions() == 0) return 0;
-  return PatchScratch(plan_patches(args), nullptr).bytes;
+  size_t bytes = 0;
+  if (args.num_images == 0 || args.positions() == 0) return bytes;
+  each_slab(args, [&](const PatchArgs& slab) { bytes = std::max(bytes, PatchScratch(plan_patches(slab), nullptr).bytes); });
+  return bytes;
 }
 
 template <class Task>
@@ -126,8 +141,7 @@ void patch_reserve(const char* op, void (*kernel)(Task)) {
 
 // Fills `task` with what every kernel takes and runs them; what comes out is the caller's to set, for the first image.
 template <class Row>
-void run_patches(const char* op, const PatchArgs& args, PatchTask task, void* workspace, cudaStream_t stream) {
-  if (args.num_images == 0 || args.positions() == 0) return;
+void run_slab(const char* op, const PatchArgs& args, PatchTask task, void* workspace, cudaStream_t stream) {
   const PatchPlan plan = plan_patches(args);
   const PatchGeometry& g = plan.geometry;
   const size_t cut_shared = sizeof(float) * kPatchWarps * static_cast<size_t>(plan.longest_cut);
@@ -177,8 +191,6 @@ void run_patches(const char* op, const PatchArgs& args, PatchTask task, void* wo
   task.longest_cut = plan.longest_cut;
   task.scale = static_cast<float>(args.scale);
   task.rate = static_cast<float>(args.inverse * 1.4426950408889634);
-  task.positions = args.positions();
-  task.stats_stride = args.stats_stride;
   const auto differences = patch_difference_kernel<Row>;
   const auto products = patch_fixed_kernel<Row>;
   patch_reserve(op, differences);
@@ -215,6 +227,21 @@ void run_patches(const char* op, const PatchArgs& args, PatchTask task, void* wo
     if (task.nearest != nullptr) task.nearest += task.num_images;
     if (task.pixels != nullptr) task.pixels += task.num_images;
   }
+}
+
+template <class Row>
+void run_patches(const char* op, const PatchArgs& args, PatchTask task, void* workspace, cudaStream_t stream) {
+  if (args.num_images == 0 || args.positions() == 0) return;
+  task.positions = args.positions();
+  task.stats_stride = args.stats_stride;
+  each_slab(args, [&](const PatchArgs& slab) {
+    run_slab<Row>(op, slab, task, workspace, stream);
+    const int64_t done = slab.positions() * args.stats_stride;
+    task.minima += done, task.sums += done;
+    if (task.tops != nullptr) task.tops += done;
+    if (task.nearest != nullptr) task.nearest += done;
+    if (task.pixels != nullptr) task.pixels += done;
+  });
 }
 
 }  // namespace pyattr::cuda

@@ -219,29 +219,37 @@ def test_rows_of_every_length(emulated, border, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
-@pytest.mark.parametrize(("patch_size", "lowres"), [(7, False), (6, True)])
+@pytest.mark.parametrize(
+    ("patch_size", "lowres", "size"), [(7, False, 9), (6, True, 9), (5, False, 24)], ids=["plain", "blocks", "larger"]
+)
 @pytest.mark.parametrize(("variance", "bound"), [(2.2e-4, 2e-3), (2.2e-3, 3e-4), (0.105, 2e-5), (0.92, 2e-5)])
-def test_exponents_are_as_exact_as_differences_in_float32(emulated, dtype, patch_size, lowres, variance, bound):
+def test_exponents_are_as_exact_as_differences_in_float32(emulated, dtype, patch_size, lowres, size, variance, bound):
     """d / (2 sigma^2) of the patches within 25 of the nearest, on tensor cores (8-bit images) and on CUDA cores."""
-    shift = torch.linspace(-0.6, 0.6, 6)[:, None, None, None]
-    ramp = torch.linspace(-0.3, 0.3, 9)[:, None] * torch.linspace(-1.0, 1.0, 9)[None, :]
-    pixels = (((shift + ramp + 0.05 * torch.randn(6, 3, 9, 9)).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    shift = torch.linspace(-0.6, 0.6, 3)[:, None, None, None]
+    ramp = torch.linspace(-0.3, 0.3, size)[:, None] * torch.linspace(-1.0, 1.0, size)[None, :]
+    grain = 0.05 * torch.randn(3, 3, size, size)
+    pixels = (((shift + ramp + grain).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     bank = pixels if dtype == torch.uint8 else pixels.float() / 127.5 - 1
     scale, sigma = (1 - variance) ** 0.5, variance**0.5
     query = queries_of(bank, 1, sigma, scale)
     borders = ("class", "zero")
     problem, _ = check_problem("patch_topk", query, bank, patch_size, sigma, scale, "class", lowres, borders)
-    first, count = (patch_size - 1) // 2, 9 - patch_size + 1  # windows that no border cuts
-    out = [torch.empty(count**2, 6) for _ in range(3)]
-    whole = Part(first, first + count, first, first + count)
-    emulated.topk_statistics(problem, 1, query[0], bank, sigma, whole, [*out, None])
+    first, count = (
+        (patch_size - 1) // 2,
+        size - patch_size + 1,
+    )  # windows that no border cuts, of which two rows are asked for
+    out = [torch.empty(2 * count, 3) for _ in range(3)]
+    rows = Part(first, first + 2, first, first + count)
+    emulated.topk_statistics(problem, 1, query[0], bank, sigma, rows, [*out, None])
     images = bank.double() / 127.5 - 1 if dtype == torch.uint8 else bank.double()
     windows, others = (patches(x, patch_size, "inside", lowres) for x in (query.double(), scale * images))
-    exponents = (windows[0][:, None, None] - others[None]).square().sum(3) / (2 * variance)  # [U, 6, U]
-    near = exponents.min(2).values
+    near, sums = torch.empty(2 * count, 3).double(), torch.empty(2 * count, 3).double()
+    for u, window in enumerate(windows[0, : 2 * count]):
+        exponents = (window - others).square().sum(2) / (2 * variance)  # [3, V]
+        near[u] = exponents.min(1).values
+        sums[u] = torch.exp(near[u, :, None] - exponents).sum(1)
     close = near < near.min(1, keepdim=True).values + 25
     assert ((out[0].double() / (2 * variance) - near).abs()[close] <= bound).all()
-    sums = torch.exp(near[:, :, None] - exponents).sum(2)
     assert ((out[1].double() / sums).log().abs()[close] <= bound).all()
 
 
