@@ -75,9 +75,12 @@ void mean_blocks(const PatchWork& work) {
   const reg* const distances = reinterpret_cast<const reg*>(buffers.distances);
   auto weights = aligned_array<reg>(plan.matches + kGroup);
   auto centres = aligned_array<float>(args.channels * args.height * args.width * kLanes);
-  for (;;) {
-    const int64_t block = __atomic_fetch_add(work.next, 1, __ATOMIC_RELAXED);
-    if (block >= work.num_blocks) return;
+  for (int64_t end = 0, block = 0;; ++block) {
+    if (block == end) {
+      block = __atomic_fetch_add(work.next, work.together, __ATOMIC_RELAXED);
+      end = std::min(block + work.together, work.num_blocks);
+      if (block >= end) return;
+    }
     stage_images(plan, block * kLanes, scratch);
     stage_centres(args, block * kLanes, centres.get());
     for (int64_t t = 0; t < plan.num_tiles; ++t) {

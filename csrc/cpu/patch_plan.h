@@ -53,12 +53,13 @@ struct PatchBuffers {
 
 using TileDistances = void (*)(const PatchPlan& plan, const PatchTile& tile, const PatchBuffers& buffers);
 
-// Blocks of images for one thread: the next is fetched from *next until num_blocks.
+// Blocks of images for one thread: the next ones are fetched from *next until num_blocks, some together, since neighbours write to
+// the same cache lines.
 struct PatchWork {
   const PatchPlan* plan;
   TileDistances distances;  // of the same SIMD level
   int64_t* next;
-  int64_t num_blocks;
+  int64_t num_blocks, together;
 };
 
 // The plan with what it points to.
@@ -87,7 +88,8 @@ void for_patch_blocks(const PatchArgs& args, int num_threads, Kernel kernel) {
   const PatchSchedule schedule(args, lanes);
   int64_t next = 0;
   const int threads = static_cast<int>(std::min<int64_t>(usable_threads(num_threads), blocks));
-  parallel_for(threads, threads, [&](int64_t) { kernel({&schedule.plan(), patch_distances(level), &next, blocks}); });
+  const int64_t together = std::clamp<int64_t>(blocks / (8 * threads), 1, 4);
+  parallel_for(threads, threads, [&](int64_t) { kernel({&schedule.plan(), patch_distances(level), &next, blocks, together}); });
 }
 
 }  // namespace pyattr::cpu

@@ -54,11 +54,12 @@ inline reg kth_of_classes(const reg* least, int64_t k) {
   return x[k - 1];
 }
 
-// The sum of the weights of the k nearest. `total` is the sum of all of them, `live` how many are not 0; `most` is at least the k-th least
-// distance, `probe` where the search starts, and becomes where it ended.
+// The sum of the weights of the k nearest. `total` is the sum of all of them, `live` how many are not 0, or more; `most` is at least the
+// k-th least distance or where weights end, `probe` where the search starts, and becomes where it ended.
 inline reg top_sum(const Candidates& kept, int64_t k, reg total, ireg live, const Exponential& weight, reg most, reg& probe) {
   // All of a lane's weights where it has no more than k, or where one is NaN.
-  const ireg wanted = splat(static_cast<int32_t>(k)), all = (live <= wanted) | ~(ireg)(total == total);
+  const ireg wanted = splat(static_cast<int32_t>(k));
+  ireg all = (live <= wanted) | ~(ireg)(total == total);
   ireg done = all, ties{};
   ireg low = (ireg)weight.m - 1, high = (ireg)most;  // bits of distances, which as integers have the same order
   ireg below{}, within = live;                       // fewer than k up to low, more than k up to high
@@ -69,7 +70,8 @@ inline reg top_sum(const Candidates& kept, int64_t k, reg total, ireg live, cons
     const ireg c = count_within(kept, next);
     const ireg hit = (c == wanted) & ~done, more = (c > wanted) & ~done, less = (c < wanted) & ~done;
     threshold = blend(hit, next, threshold);
-    done |= hit;
+    all |= less & (ireg)(next >= weight.limit);
+    done |= hit | all;
     high = select(more, (ireg)next, high), within = select(more, c, within);
     low = select(less, (ireg)next, low), below = select(less, c, below);
     moved |= (more & 1) | (less & 2);
@@ -110,22 +112,20 @@ inline ireg first_equal(const reg* d, int64_t count, reg m) {
 // position's k nearest went.
 inline void reduce(const reg* d, int64_t matches, int64_t k, const Exponential& weight, const reg* least, Candidates kept, reg& reach,
                    reg* sum, reg* top) {
-  ireg live{};
-  const bool few = k <= kFew && k < matches;
-  if (few) {
-    const reg most = kth_of_classes(least, k);
+  if (k <= kFew && k < matches) {
+    const reg most = minimum(kth_of_classes(least, k), weight.limit);
     *sum = weigh(
         d, matches, weight,
         [&](int64_t, reg near, reg w) {
           kept.distances[kept.count] = near, kept.weights[kept.count] = w;
           kept.count += any((ireg)(near <= most)) ? 1 : 0;
-          live -= (ireg)(near <= weight.limit);
         },
         [](int64_t) {});
     reg start = most;
-    *top = top_sum(kept, k, *sum, live, weight, most, start);
+    *top = top_sum(kept, k, *sum, splat(int32_t{1} << 30), weight, most, start);
     return;
   }
+  ireg live{};
   *sum = weigh(
       d, matches, weight,
       [&](int64_t, reg near, reg w) {
@@ -180,9 +180,12 @@ void topk_blocks(const PatchWork& work) {
   const PatchBuffers buffers = scratch.buffers();
   const reg* const distances = reinterpret_cast<const reg*>(buffers.distances);
   auto candidates = aligned_array<reg>(2 * (plan.matches + kGroup));
-  for (;;) {
-    const int64_t block = __atomic_fetch_add(work.next, 1, __ATOMIC_RELAXED);
-    if (block >= work.num_blocks) return;
+  for (int64_t end = 0, block = 0;; ++block) {
+    if (block == end) {
+      block = __atomic_fetch_add(work.next, work.together, __ATOMIC_RELAXED);
+      end = std::min(block + work.together, work.num_blocks);
+      if (block >= end) return;
+    }
     stage_images(plan, block * kLanes, scratch);
     for (int64_t t = 0; t < plan.num_tiles; ++t) {
       work.distances(plan, plan.tiles[t], buffers);

@@ -9,6 +9,9 @@
 // at most 2^-f / 2 (about 1e-7 of the pixels' range, what float32 itself would lose), beside that of the result. A query with
 // pixels beyond 24 bits of f = 0 keeps the difference kernel; that is decided on the device.
 //
+// Largest error of d / (2 sigma^2) over the windows within 25 of the nearest, from a model of this arithmetic on CIFAR-10 (p = 7):
+// 1.1e-4, 3.2e-5, 1.6e-5, 1.6e-5 for sigma^2 = 2.2e-4, 2.2e-3, 0.105, 0.92; differences in float32 1.3e-5, 1.7e-5, 2.4e-5, 3.5e-5.
+//
 // A k-slot of the tensor core is a pixel's channels, four at a time, so that four bytes of an image lie in one word, and windows
 // of neighbouring columns in neighbouring words. 16 query windows share what is read of the image.
 #pragma once
