@@ -274,9 +274,9 @@ inline BoxFilters box_filters(int64_t side, std::integer_sequence<int, S...>) {
   return found;
 }
 
-// The same for any side: box (l, i) is the sum over s < side of from[l + s * step.lines][i + s * step.entries], for `lines` lines of `count`.
-// A box of side 2 m (+ 1) is made of two of side m (and a single entry). target(l) is where the finished line goes; unfinished ones
-// go to `work`.
+// The same for any side: box (l, i) is the sum over s < side of from[l + s * step.lines][i + s * step.entries], for `lines` lines of
+// `count`. A box of side 2 m (+ 1) is made of two of side m (and a single entry). target(l) is where the finished line goes; unfinished
+// ones go to `work`.
 template <typename Target>
 inline void box_filter(int64_t side, Step step, const reg* from, int64_t from_stride, reg* work, int64_t work_stride, int64_t lines,
                        int64_t count, const Target& target) {

@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kLanes = kRegisterLanes;  // images of a block
 using reg = register_t<kRegisterLanes>;
 typedef int32_t ireg __attribute__((vector_size(4 * kRegisterLanes)));
+typedef uint32_t ureg __attribute__((vector_size(4 * kRegisterLanes)));  // where bits may run over
 
 inline reg multiply_add(reg a, reg b, reg c) {
 #if defined(__AVX512F__)

@@ -75,10 +75,11 @@ inline reg top_sum(const Candidates& kept, int64_t k, reg total, ireg live, cons
     high = select(more, (ireg)next, high), within = select(more, c, within);
     low = select(less, (ireg)next, low), below = select(less, c, below);
     moved |= (more & 1) | (less & 2);
-    const ireg tied = (high - low == 1) & ~done;
+    const ureg between = (ureg)high - (ureg)low;
+    const ireg tied = (ireg)(between == 1) & ~done;
     threshold = blend(tied, (reg)low, threshold), ties = select(tied, wanted - below, ties);
     done |= tied;
-    const ireg middle = low + ((high - low) >> 1);
+    const ireg middle = (ireg)((ureg)low + (between >> 1));
     ireg guess = middle;
     if (pass % 3 != 2) {
       const reg share = to_float(wanted - below) / to_float(within - below);

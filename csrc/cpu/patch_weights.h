@@ -94,7 +94,7 @@ struct Exponential {
     p = multiply_add(p, f, splat(0.24022242426872253f));
     p = multiply_add(p, f, splat(0.6931470036506653f));
     p = multiply_add(p, f, splat(1.0f));
-    const reg power = (reg)(((ireg)shifted << 23) + splat(int32_t{0x3f800000}));
+    const reg power = (reg)(((ureg)shifted << 23) + 0x3f800000u);
     return (reg)((ireg)(p * power) & ~(ireg)(d > limit));
   }
 };
