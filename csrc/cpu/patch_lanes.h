@@ -30,7 +30,15 @@ inline reg multiply_add(reg a, reg b, reg c) {
 #endif
 }
 
-inline reg splat(float x) { return reg{} + x; }
+inline reg splat(float x) {
+#if defined(__AVX512F__)
+  return (reg)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (reg)_mm256_set1_ps(x);
+#else
+  return reg{x, x, x, x};
+#endif
+}
 inline ireg splat(int32_t x) { return ireg{} + x; }
 
 }  // namespace

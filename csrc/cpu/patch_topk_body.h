@@ -5,6 +5,8 @@
 // classes of distances the k-th least of the classes' minima is no less than the k-th least of all, and only vectors with a distance up
 // to it in some lane are kept, 2 k of them or fewer for each lane. For more, the search starts from where the last position's ended.
 // What is kept for the sake of another lane changes no lane's sum.
+#include <utility>
+
 #include "cpu/patch_stage.h"
 #include "cpu/patch_weights.h"
 #include "patch_topk.h"
@@ -36,21 +38,43 @@ inline ireg select(ireg mask, ireg a, ireg b) { return (a & mask) | (b & ~mask);
 
 inline reg to_float(ireg x) { return __builtin_convertvector(x, reg); }
 
-// The k-th least of each lane of 16, by a sorting network (Batcher, 1968).
-inline reg kth_of_classes(const reg* least, int64_t k) {
-  reg x[kClasses];
-  std::copy_n(least, kClasses, x);
+// A sorting network of kClasses lines (Batcher's odd-even merge sort, 1968) as pairs of lines, unrolled by the templates below: its lines
+// then stay in registers.
+struct Network {
+  int first[63], second[63], count;
+};
+
+constexpr Network sorting_network() {
+  Network made{};
   for (int p = 1; p < kClasses; p *= 2) {
     for (int q = p; q >= 1; q /= 2) {
       for (int j = q % p; j + q < kClasses; j += 2 * q) {
-        for (int i = 0; i < q && i + j + q < kClasses; ++i) {
-          if ((i + j) / (2 * p) != (i + j + q) / (2 * p)) continue;
-          const reg a = x[i + j], b = x[i + j + q];
-          x[i + j] = minimum(a, b), x[i + j + q] = maximum(a, b);
+        for (int i = j; i < j + q && i + q < kClasses; ++i) {
+          if (i / (2 * p) != (i + q) / (2 * p)) continue;
+          made.first[made.count] = i, made.second[made.count] = i + q, ++made.count;
         }
       }
     }
   }
+  return made;
+}
+
+template <int... I>
+inline void sort_classes(reg* x, std::integer_sequence<int, I...>) {
+  constexpr Network network = sorting_network();
+  static_assert(network.count == sizeof...(I));
+  const auto order = [x](int first, int second) {
+    const reg a = x[first], b = x[second];
+    x[first] = minimum(a, b), x[second] = maximum(a, b);
+  };
+  (order(network.first[I], network.second[I]), ...);
+}
+
+// The k-th least of each lane of the classes' minima.
+inline reg kth_of_classes(const reg* least, int64_t k) {
+  reg x[kClasses];
+  std::copy_n(least, kClasses, x);
+  sort_classes(x, std::make_integer_sequence<int, 63>{});
   return x[k - 1];
 }
 
