@@ -16,7 +16,7 @@ class PatchMean(NamedTuple):
     """What :func:`patch_mean` returns."""
 
     mean: torch.Tensor  # [Q, C, H', W']
-    log_normaliser: torch.Tensor  # [Q, H', W']
+    log_normaliser: torch.Tensor  # [Q, H', W'] float64
 
 
 def patch_mean(queries, bank, *, patch_size, sigma, scale=1.0, border="class", backend=None) -> PatchMean:
@@ -30,26 +30,23 @@ def patch_mean(queries, bank, *, patch_size, sigma, scale=1.0, border="class", b
 
     Args:
         queries: [Q, C, H, W] float16, bfloat16, float32 or float64 (reference only); a torch tensor, NumPy array or
-        CuPy array,
-            any strides.
+            CuPy array, any strides.
         bank: [N, C, H, W] uint8 or floating point, or a re-iterable of such chunks, as in
-        :func:`pyattr.ops.patch_topk`. Of the
-            queries' size, but with ``border="inside"`` of any.
+            :func:`pyattr.ops.patch_topk`. Of the queries' size, but with ``border="inside"`` of any.
         patch_size: p, 1 to 511; with a border it may exceed the image.
         sigma: a positive number, or one for each query [Q]; 1e-15 to 1e15.
         scale: multiplies the bank's pixels in the distance; 0, or of a magnitude that float32 holds at full precision.
         border: "class" and "zero" as in :func:`pyattr.ops.patch_topk`; "inside": only windows wholly inside their
-        image, all of
-            which match, H' = H - p + 1 (a query padded circularly by (p - 1) / 2 beforehand gives the equivariant
-            denoiser).
+            image, all of which match, H' = H - p + 1 (a query padded circularly by (p - 1) / 2 beforehand gives the
+            equivariant denoiser).
         backend: "reference", "cpu", "cuda", "triton", or None for the first usable.
 
     Returns:
-        PatchMean: ``mean`` [Q, C, H', W'] and ``log_normaliser`` [Q, H', W'], float32 (float64 for float64 queries), of
-        the kind and on the device of ``queries``; not differentiable. On the CPU the bits do not depend on the thread
-        count, on how the bank is chunked, on the other queries or on the SIMD level. NaN in a query or in the bank
-        makes both NaN wherever its patches may match; an infinite pixel matches nothing. An empty bank has the mean
-        NaN.
+        PatchMean: ``mean`` [Q, C, H', W'] float32 (float64 for float64 queries) and ``log_normaliser`` [Q, H', W']
+        float64, of the kind and on the device of ``queries``; not differentiable. On the CPU the bits do not depend on
+        the thread count, on how the bank is chunked, on the other queries or on the SIMD level. NaN in a query or in
+        the bank makes both NaN wherever its patches may match; an infinite pixel matches nothing. An empty bank has the
+        mean NaN.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -75,7 +72,7 @@ def patch_mean(queries, bank, *, patch_size, sigma, scale=1.0, border="class", b
         mean, log_normaliser = chosen.run(problem)
     dtype = torch.float64 if problem.queries.dtype == torch.float64 else torch.float32
     grid = problem.geometry.query_grid
-    return PatchMean(*(restore(found.to(dtype).unflatten(-1, grid)) for found in (mean, log_normaliser)))
+    return PatchMean(*(restore(a.unflatten(-1, grid)) for a in (mean.to(dtype), log_normaliser.double())))
 
 
 # Backends. All take the problem and give mean [Q, C, U] and log_normaliser [Q, U].
@@ -91,8 +88,7 @@ def _run_compiled(statistics, join):
 
     Args:
         statistics: ``(problem, query [C, H, W] float32, images [n, C, H, W], sigma, part, out)`` writes into out =
-        (minima [U, n],
-            sums [U, n], pixels [C, U, n]); csrc/patch_mean.h says what.
+            (minima [U, n], sums [U, n], pixels [C, U, n]); csrc/patch_mean.h says what.
         join: ``(minima, sums, pixels, sigma, totals)`` adds to totals = (least [U], total [U], mean [C, U]), float64.
     """
 

@@ -26,7 +26,7 @@ class PatchTopK(NamedTuple):
     """What :func:`patch_topk` returns."""
 
     weights: torch.Tensor  # [Q, N]
-    log_normaliser: torch.Tensor  # [Q, H', W']
+    log_normaliser: torch.Tensor  # [Q, H', W'] float64
     winners: Winners | None = None
 
 
@@ -55,37 +55,32 @@ def patch_topk(
 
     Args:
         queries: [Q, C, H, W] float16, bfloat16, float32 or float64 (reference only); a torch tensor, NumPy array or
-        CuPy array,
-            any strides.
+            CuPy array, any strides.
         bank: [N, C, H, W] uint8 or floating point, of the queries' C, H and W; or a re-iterable of such chunks (a list,
-        or any
-            object that can be walked more than once), of any sizes. A uint8 value b stands for (2 b - 255) / 255, so in
-            [-1, 1]. Chunks on another device than the queries' are copied there one at a time.
+            or any object that can be walked more than once), of any sizes. A uint8 value b stands for (2 b - 255) / 255,
+            so in [-1, 1]. Chunks on another device than the queries' are copied there one at a time.
         patch_size: p, 1 to 511; it may exceed the image.
         k: 1 or more; more than an image has patches is all of them, and then the weights of a query sum to its number
-        of
-            positions.
+            of positions.
         sigma: a positive number, or one for each query [Q]; in units of pixel values, 1e-15 to 1e15.
         scale: multiplies the bank's pixels; sqrt(alpha-bar) for a query noised to a timestep of a diffusion. 0, or of a
-        magnitude
-            that float32 holds at full precision.
+            magnitude that float32 holds at full precision.
         border: "class": a patch matches only patches that the border cuts off alike, by as many pixels at the top,
-        bottom, left
-            and right; interior patches match all interior ones. "zero": every patch matches every patch, zeros beyond
-            the border.
+            bottom, left and right; interior patches match all interior ones. "zero": every patch matches every patch,
+            zeros beyond the border.
         lowres: compare patches after summing their 2 x 2 blocks, times 1/2 (twice the average, so that the map is
-        orthonormal);
-            even p only.
+            orthonormal); even p only.
         return_winners: also the nearest patch of each position.
         backend: "reference", "cpu", "cuda", "triton", or None for the first usable.
 
     Returns:
-        PatchTopK: ``weights`` [Q, N] float32, ``log_normaliser`` [Q, H', W'] float32, log Z(u), and ``winners`` or
-        None: images [Q, H', W'] int64, positions [Q, H', W', 2] int64 in the same grid, weights [Q, H', W'] float32.
-        Float64 for float64 queries. Of the kind and on the device of ``queries``; not differentiable. On the CPU the
-        bits do not depend on the thread count, on how the bank is chunked, on the other queries or on the SIMD level.
-        NaN in a query or in the bank makes the normaliser NaN wherever its patches may match, and then all weights of
-        the query; an infinite pixel matches nothing.
+        PatchTopK: ``weights`` [Q, N] float32, ``log_normaliser`` [Q, H', W'] float64, log Z(u) (some -1e4 where sigma
+        is small, from which a weight is made by subtraction), and ``winners`` or None: images [Q, H', W'] int64,
+        positions [Q, H', W', 2] int64 in the same grid, weights [Q, H', W'] float32. All float64 for float64 queries.
+        Of the kind and on the device of ``queries``; not differentiable. On the CPU the bits do not depend on the
+        thread count, on how the bank is chunked, on the other queries or on the SIMD level. NaN in a query or in the
+        bank makes the normaliser NaN wherever its patches may match, and then all weights of the query; an infinite
+        pixel matches nothing.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -117,7 +112,7 @@ def patch_topk(
     dtype = torch.float64 if problem.queries.dtype == torch.float64 else torch.float32
     weights, log_normaliser, *winners = found
     grid = problem.geometry.query_grid
-    result = PatchTopK(restore(weights.to(dtype)), restore(log_normaliser.to(dtype).unflatten(1, grid)))
+    result = PatchTopK(restore(weights.to(dtype)), restore(log_normaliser.double().unflatten(1, grid)))
     if not return_winners:
         return result
     images, positions, shares = (part.unflatten(1, grid) for part in winners)
@@ -151,11 +146,9 @@ def _run_compiled(statistics, join):
 
     Args:
         statistics: ``(problem, k, query [C, H, W] float32, images [n, C, H, W], sigma, part, out)`` writes into out =
-        (minima,
-            sums, tops, nearest or None), each [U, n] of a wider array; csrc/patch_topk.h says what.
+            (minima, sums, tops, nearest or None), each [U, n] of a wider array; csrc/patch_topk.h says what.
         join: ``(minima, sums, tops, sigma, weights) -> log_normaliser`` [U] float64 of the whole arrays [U, N], and
-        adds to
-            weights [N] float64.
+            adds to weights [N] float64.
     """
 
     def run(problem: Problem, k: int, return_winners: bool):
