@@ -549,8 +549,9 @@ def test_an_infinite_pixel_matches_nothing(backend):
     assert found.weights[0, 4] == 0
     torch.testing.assert_close(found.weights[0, [0, 1, 2, 3, 5, 6, 7, 8]], without.weights[0])
     torch.testing.assert_close(found.log_normaliser, without.log_normaliser)
-    nothing = patch_topk(query, bank[4:5], patch_size=3, k=2, sigma=1.0, backend=backend)
+    nothing = patch_topk(query, bank[4:5], patch_size=3, k=2, sigma=1.0, return_winners=True, backend=backend)
     assert nothing.weights.isnan().all() and (nothing.log_normaliser == -float("inf")).all()
+    assert nothing.winners.weights.isnan().all()  # 0 of 0
 
 
 # Numerics
