@@ -39,7 +39,7 @@ class ScoreMachine(nn.Module):
     ``sample(machine, schedule, shape=(1, 28, 28), num_images=8)``.
 
     Args:
-        images: the training images, [N, C, H, W] uint8, or floating point in [-1, 1].
+        images: the training images, [N, C, H, W] uint8, or floating point in [-1, 1] (float64 is rounded to float32).
         schedule: of the diffusion.
         machine: "els" (equivariant local), "bbels" (the same, broken at the border), "ls" (local) or "is" (ideal).
         patch_sizes: p, odd; a number, or ``{t: p}``, each from its timestep on to the next (the first also before it). None:
@@ -68,6 +68,8 @@ class ScoreMachine(nn.Module):
         images = as_images(images, "ScoreMachine", "images")
         if images.numel() == 0:
             raise ValueError(f"ScoreMachine: images must not be empty, got shape {list(images.shape)}")
+        if images.dtype == torch.float64:  # which no compiled backend takes
+            images = images.float()
         if machine not in MACHINES:
             raise ValueError(f"ScoreMachine: machine must be one of {', '.join(MACHINES)}, got {machine!r}")
         if patch_sizes is None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from pyattr import testing
 from pyattr.diffusion import Schedule, analytic, sample
 from pyattr.diffusion.analytic import MACHINES, ScoreMachine, calibrate, default_patch_sizes
 
@@ -70,6 +71,15 @@ def test_denoise_is_the_definition(machine, size, images, noisy):
     for row, x in zip(got, noisy, strict=True):
         expected = by_definition(machine, x, images, size, math.sqrt(abar), math.sqrt(1 - abar))
         np.testing.assert_allclose(row, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", testing.usable_backends("patch_mean"))
+def test_images_in_float64_go_to_any_backend(images, noisy, backend):
+    device = testing.device_of(backend)
+    unit = images.double().div(127.5).sub(1).to(device)
+    found = ScoreMachine(unit, Schedule(), patch_sizes=3, backend=backend).denoise(noisy.double().to(device), 500)
+    expected = ScoreMachine(images, Schedule(), patch_sizes=3).denoise(noisy, 500)
+    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=2e-5)
 
 
 def test_patches_larger_than_the_image(images, noisy):
