@@ -23,7 +23,7 @@ from .noise import PATCHES, noise
 from .schedule import Schedule
 
 MACHINES = ("els", "bbels", "ls", "is")
-_BLOCK = 1 << 22  # numbers of a block of training images that the machines without an op work on at a time
+_BLOCK = 1 << 20  # numbers of a block of training images that the machines without an op work on at a time
 
 
 class ScoreMachine(nn.Module):

@@ -88,8 +88,9 @@ def patch_topk(
         RuntimeError: the bank changed between two walks.
 
     Extra memory: 12 bytes per image and position (16 with winners) of a part of the positions: 96 MiB, or 64 positions
-    if that is more; the bank is walked once for each part, and once before. CPU, 8 MB per thread more; CUDA and
-    Triton, 0.1 GB at 32 x 32, at most 0.3 GB. Reference, 0.2 GB.
+    if that is more; the bank is walked once for each part, and once before. CPU, per thread 7 MB and 32 (C + 4) bytes
+    for each pixel of an image with p - 1 more rows and columns (twice that with AVX-512): 8 MB at 32 x 32; CUDA and
+    Triton, 0.1 GB at 32 x 32, at most 0.3 GB. Reference, 0.2 GB and the patches of 64 images in float64.
 
     Source: the weights are those of the optimal score of a local, border-broken model (Kamb and Ganguli, "An analytic
     theory of creativity in convolutional diffusion models", 2024), summed per training image as nonparametric data
