@@ -12,6 +12,7 @@ well what surrounds them fits. They differ in how far they look, and at which pl
 """
 
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -74,11 +75,11 @@ class ScoreMachine(nn.Module):
             raise ValueError(f"ScoreMachine: machine must be one of {', '.join(MACHINES)}, got {machine!r}")
         if patch_sizes is None:
             patch_sizes = default_patch_sizes(schedule, min(images.shape[2:]))
-        sizes = (
-            {int(t): int(p) for t, p in patch_sizes.items()}
-            if isinstance(patch_sizes, Mapping)
-            else {0: int(patch_sizes)}
-        )
+        given = patch_sizes if isinstance(patch_sizes, Mapping) else {0: patch_sizes}
+        try:
+            sizes = {operator.index(t): operator.index(p) for t, p in given.items()}
+        except TypeError:
+            raise TypeError(f"ScoreMachine: patch_sizes must be integers, got {patch_sizes!r}") from None
         if not sizes:
             raise ValueError("ScoreMachine: patch_sizes must name at least one timestep, got none")
         for size in sizes.values():

@@ -195,6 +195,13 @@ def test_refusals(options, message, images):
         ScoreMachine(images, Schedule(), **options)
 
 
+@pytest.mark.parametrize("sizes", [3.5, "3", {0: 3.0}])
+def test_sizes_that_are_no_integers(sizes, images):
+    message = re.escape(f"ScoreMachine: patch_sizes must be integers, got {sizes!r}")
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        ScoreMachine(images, Schedule(), patch_sizes=sizes)
+
+
 def test_inputs_that_do_not_fit(images, noisy):
     with pytest.raises(ValueError, match=r"^ScoreMachine: images must not be empty, got shape \[0, 2, 6, 5\]$"):
         ScoreMachine(images[:0], Schedule())
