@@ -655,6 +655,21 @@ def test_strides_and_channels_last(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_negated_or_zero_in_name_only(backend):
+    device = testing.device_of(backend)
+    bank, queries = torch.randn(5, 1, 6, 6, device=device), torch.randn(2, 1, 6, 6, device=device)
+    negated, zero = (
+        (torch._neg_view(a) for a in (bank, queries)),
+        torch._efficientzerotensor((5, 1, 6, 6), device=device),
+    )
+    for b, q in zip(negated, (queries, bank), strict=True):
+        assert b.is_neg()
+        assert same(run(q, b, backend), run(q, b.resolve_neg(), backend))
+        assert same(run(b, q, backend), run(b.resolve_neg(), q, backend))
+    assert same(run(queries, zero, backend), run(queries, torch.zeros_like(bank), backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty(backend):
     device = testing.device_of(backend)
     options = dict(patch_size=3, k=2, sigma=1.0, backend=backend)
