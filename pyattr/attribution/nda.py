@@ -217,7 +217,7 @@ class NDA:
             [Q, N] float32 on the CPU.
 
         Raises:
-            RuntimeError: :meth:`fit` was not called.
+            RuntimeError: :meth:`fit` was not called, or chunks of training images were others when walked through again.
             ValueError: the queries are not as above or not of the size of the training images, or ``directory`` was made
                 otherwise.
 
@@ -366,6 +366,10 @@ class NDA:
                 lowres=term.coarse,
                 backend=self.backend,
             )
+            if found.weights.shape[1] != self.shape[0]:
+                raise RuntimeError(
+                    f"NDA: train changed after fit: {self.shape[0]} images, then {found.weights.shape[1]}"
+                )
             weights.append(found.weights.cpu())
             normalisers.append(found.log_normaliser.cpu())
             count(sum(map(len, weights)))

@@ -326,6 +326,15 @@ def test_options_that_are_no_integers(option):
         NDA(timesteps=[1, 2.5])
 
 
+@pytest.mark.parametrize("left", [0, 1, 5])
+def test_chunks_that_change_after_fit_are_refused(images, queries, left):
+    chunks = [images]
+    method = NDA(**SMALL).fit(chunks)
+    chunks[0] = images[:left]
+    with pytest.raises(RuntimeError, match=rf"^NDA: train changed after fit: 6 images, then {left}$"):
+        method.scores(queries)
+
+
 def test_images_that_cannot_be(images, queries):
     method = NDA(**SMALL)
     with pytest.raises(RuntimeError, match=r"^NDA: fit must be called before scores, explain and tune$"):
