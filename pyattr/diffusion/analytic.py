@@ -82,7 +82,11 @@ class ScoreMachine(nn.Module):
             raise TypeError(f"ScoreMachine: patch_sizes must be integers, got {patch_sizes!r}") from None
         if not sizes:
             raise ValueError("ScoreMachine: patch_sizes must name at least one timestep, got none")
-        for size in sizes.values():
+        for t, size in sizes.items():
+            if not 0 <= t < schedule.num_timesteps:
+                raise ValueError(
+                    f"ScoreMachine: patch_sizes must be of timesteps in [0, {schedule.num_timesteps}), got {t}"
+                )
             if size < 1 or size % 2 == 0:
                 raise ValueError(f"ScoreMachine: patch_sizes must be odd and positive, got {size}")
             if machine == "els" and size > min(images.shape[2:]):
@@ -111,7 +115,13 @@ class ScoreMachine(nn.Module):
 
         Returns:
             eps, [B, C, H, W] in the dtype of ``noisy``.
+
+        Raises:
+            ValueError: an argument is not as above.
         """
+        shape = list(timesteps.shape) if isinstance(timesteps, Tensor) else timesteps
+        if shape != [len(noisy)]:
+            raise ValueError(f"ScoreMachine: timesteps must have shape [{len(noisy)}], got {shape}")
         out = torch.empty_like(noisy)
         for t in timesteps.unique().tolist():
             rows = timesteps == t
@@ -136,8 +146,6 @@ class ScoreMachine(nn.Module):
         if noisy.dim() != 4 or noisy.shape[1:] != self.images.shape[1:]:
             shape = ", ".join(map(str, self.images.shape[1:]))
             raise ValueError(f"ScoreMachine: noisy must have shape [B, {shape}], got {list(noisy.shape)}")
-        if not 0 <= timestep < self.schedule.num_timesteps:
-            raise ValueError(f"ScoreMachine: timestep must lie in [0, {self.schedule.num_timesteps}), got {timestep}")
         scale, sigma = self._levels(timestep)
         size, noisy = self.patch_size(timestep), noisy.float()
         if self.machine in ("ls", "is"):
@@ -152,13 +160,15 @@ class ScoreMachine(nn.Module):
         ).mean.float()
 
     def _levels(self, timestep: int) -> tuple[float, float]:
+        if not 0 <= timestep < self.schedule.num_timesteps:
+            raise ValueError(f"ScoreMachine: timestep must lie in [0, {self.schedule.num_timesteps}), got {timestep}")
         abar = float(self.schedule.alphas_cumprod[timestep])
         return math.sqrt(abar), math.sqrt(1 - abar)
 
     def _same_place(self, noisy: Tensor, size: int | None, scale: float, sigma: float) -> Tensor:  # [B, C, H, W]
         """Each pixel against the same pixel of every training image; whole images where ``size`` is None."""
         out = []
-        rows = max(1, _BLOCK // noisy[0].numel())
+        rows = max(1, _BLOCK // self.images[0].numel())
         for x in noisy:
             # Sums relative to the smallest distance so far, which later blocks may lower.
             nearest = torch.full(x.shape[1:], torch.inf, dtype=torch.float64, device=x.device)
@@ -219,7 +229,7 @@ def calibrate(
         machine: its own patch sizes do not matter and stay.
         model: the network.
         timesteps: where to calibrate, each in [0, T).
-        sizes: odd sizes to choose from.
+        sizes: odd sizes to choose from; for "els" none above the images' shorter side.
         num_images: images, spread evenly over the training images.
         seed: of the noise.
 
@@ -240,6 +250,7 @@ def calibrate(
     found = {}
     with evaluating(model):
         for t in map(int, timesteps):
+            machine._levels(t)  # refuses a timestep out of range
             ids = torch.arange(len(clean))
             eps = noise(clean.shape[1:], seed=seed, ids=ids, timesteps=t, purpose=PATCHES).to(clean)
             times = torch.full((len(clean),), t, device=clean.device)

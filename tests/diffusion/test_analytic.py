@@ -104,6 +104,12 @@ def test_blocks_of_training_images_change_nothing(images, noisy, monkeypatch):
 
 
 @pytest.mark.parametrize("machine", MACHINES)
+def test_no_images_to_denoise(machine, images, noisy):
+    built = ScoreMachine(images, Schedule(), machine, patch_sizes=3)
+    assert built.denoise(noisy[:0], 500).shape == built(noisy[:0], torch.tensor([]).long()).shape == (0, 2, 6, 5)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
 def test_it_predicts_noise_as_a_model_does(machine, images, noisy):
     schedule = Schedule()
     built = ScoreMachine(images, schedule, machine, patch_sizes=3)
@@ -185,6 +191,7 @@ def test_calibration_leaves_the_network_in_its_mode(images):
     [
         ({"machine": "esm"}, "ScoreMachine: machine must be one of els, bbels, ls, is, got 'esm'"),
         ({"patch_sizes": 4}, "ScoreMachine: patch_sizes must be odd and positive, got 4"),
+        ({"patch_sizes": {1000: 3}}, "ScoreMachine: patch_sizes must be of timesteps in [0, 1000), got 1000"),
         ({"patch_sizes": {}}, "ScoreMachine: patch_sizes must name at least one timestep, got none"),
         ({"machine": "els", "patch_sizes": {3: 7}},
          "ScoreMachine: patch_sizes of els must not exceed the images' 5 pixels, got 7"),
@@ -210,6 +217,14 @@ def test_inputs_that_do_not_fit(images, noisy):
         built.denoise(noisy[:, :1], 3)
     with pytest.raises(ValueError, match=r"^ScoreMachine: timestep must lie in \[0, 1000\), got 1000$"):
         built.denoise(noisy, 1000)
+    for times in (torch.tensor([3, 1000]), torch.tensor([-1, 3])):
+        with pytest.raises(ValueError, match=r"^ScoreMachine: timestep must lie in \[0, 1000\), got (1000|-1)$"):
+            built(noisy, times)
+    for times, shape in ((torch.tensor(3), r"\[\]"), (torch.tensor([3]), r"\[1\]"), (3, "3")):
+        with pytest.raises(ValueError, match=rf"^ScoreMachine: timesteps must have shape \[2\], got {shape}$"):
+            built(noisy, times)
+    with pytest.raises(ValueError, match=r"^ScoreMachine: timestep must lie in \[0, 1000\), got 1000$"):
+        calibrate(built, built, [1000], sizes=[3])
     with pytest.raises(ValueError, match=r"^calibrate: machine must see patches, got is$"):
         calibrate(ScoreMachine(images, Schedule(), "is"), built, [1])
     with pytest.raises(ValueError, match=r"^calibrate: num_images and sizes must not be empty, got 0 and \[3\]$"):
