@@ -221,6 +221,9 @@ class PatchScoring(Scoring):
 
     def __init__(self, workspace, model_key, data, options, schedule=SCHEDULE):
         super().__init__(workspace, model_key, data, options, schedule)
+        half = schedule.num_timesteps // 2
+        if not 1 <= options.num_timesteps <= half:
+            raise ValueError(f"attribute: patch_timesteps must lie in [1, {half}], got {options.num_timesteps}")
         self.terms = self._method().fit(data.images[:1]).terms  # those of all images of this size
         sizes = [term.patch_size for term in self.terms if not term.coarse]
         wide = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(min(sizes))
@@ -245,9 +248,10 @@ class PatchScoring(Scoring):
 
     def plan(self, queries_key: str, count: int) -> list[Step]:
         settings = {**self.base, "queries": queries_key}
-        tables = len(self.terms) * self.options.num_noises + 1
-        pixels = int(np.prod(self.data.shape[1:]))
-        scores = self._scores_step(settings, count, 4 * count * tables * (len(self.data) + pixels))
+        tables, pixels = len(self.terms) * self.options.num_noises, int(np.prod(self.data.shape[-2:]))
+        # The tables' weights and the scores; the tables' normalisers.
+        size = 4 * count * (tables + 1) * len(self.data) + 8 * count * tables * pixels
+        scores = self._scores_step(settings, count, size)
         shown = min(EXPLAINED, len(self.data))
         matches = Step(
             f"{self.name} matches",

@@ -12,6 +12,7 @@ well what surrounds them fits. They differ in how far they look, and at which pl
 """
 
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -23,7 +24,7 @@ from .noise import PATCHES, noise
 from .schedule import Schedule
 
 MACHINES = ("els", "bbels", "ls", "is")
-_BLOCK = 1 << 22  # numbers of a block of training images that the machines without an op work on at a time
+_BLOCK = 1 << 20  # numbers of a block of training images that the machines without an op work on at a time
 
 
 class ScoreMachine(nn.Module):
@@ -39,7 +40,7 @@ class ScoreMachine(nn.Module):
     ``sample(machine, schedule, shape=(1, 28, 28), num_images=8)``.
 
     Args:
-        images: the training images, [N, C, H, W] uint8, or floating point in [-1, 1].
+        images: the training images, [N, C, H, W] uint8, or floating point in [-1, 1] (float64 is rounded to float32).
         schedule: of the diffusion.
         machine: "els" (equivariant local), "bbels" (the same, broken at the border), "ls" (local) or "is" (ideal).
         patch_sizes: p, odd; a number, or ``{t: p}``, each from its timestep on to the next (the first also before it). None:
@@ -68,18 +69,24 @@ class ScoreMachine(nn.Module):
         images = as_images(images, "ScoreMachine", "images")
         if images.numel() == 0:
             raise ValueError(f"ScoreMachine: images must not be empty, got shape {list(images.shape)}")
+        if images.dtype == torch.float64:  # which no compiled backend takes
+            images = images.float()
         if machine not in MACHINES:
             raise ValueError(f"ScoreMachine: machine must be one of {', '.join(MACHINES)}, got {machine!r}")
         if patch_sizes is None:
             patch_sizes = default_patch_sizes(schedule, min(images.shape[2:]))
-        sizes = (
-            {int(t): int(p) for t, p in patch_sizes.items()}
-            if isinstance(patch_sizes, Mapping)
-            else {0: int(patch_sizes)}
-        )
+        given = patch_sizes if isinstance(patch_sizes, Mapping) else {0: patch_sizes}
+        try:
+            sizes = {operator.index(t): operator.index(p) for t, p in given.items()}
+        except TypeError:
+            raise TypeError(f"ScoreMachine: patch_sizes must be integers, got {patch_sizes!r}") from None
         if not sizes:
             raise ValueError("ScoreMachine: patch_sizes must name at least one timestep, got none")
-        for size in sizes.values():
+        for t, size in sizes.items():
+            if not 0 <= t < schedule.num_timesteps:
+                raise ValueError(
+                    f"ScoreMachine: patch_sizes must be of timesteps in [0, {schedule.num_timesteps}), got {t}"
+                )
             if size < 1 or size % 2 == 0:
                 raise ValueError(f"ScoreMachine: patch_sizes must be odd and positive, got {size}")
             if machine == "els" and size > min(images.shape[2:]):
@@ -108,7 +115,13 @@ class ScoreMachine(nn.Module):
 
         Returns:
             eps, [B, C, H, W] in the dtype of ``noisy``.
+
+        Raises:
+            ValueError: an argument is not as above.
         """
+        shape = list(timesteps.shape) if isinstance(timesteps, Tensor) else timesteps
+        if shape != [len(noisy)]:
+            raise ValueError(f"ScoreMachine: timesteps must have shape [{len(noisy)}], got {shape}")
         out = torch.empty_like(noisy)
         for t in timesteps.unique().tolist():
             rows = timesteps == t
@@ -133,8 +146,6 @@ class ScoreMachine(nn.Module):
         if noisy.dim() != 4 or noisy.shape[1:] != self.images.shape[1:]:
             shape = ", ".join(map(str, self.images.shape[1:]))
             raise ValueError(f"ScoreMachine: noisy must have shape [B, {shape}], got {list(noisy.shape)}")
-        if not 0 <= timestep < self.schedule.num_timesteps:
-            raise ValueError(f"ScoreMachine: timestep must lie in [0, {self.schedule.num_timesteps}), got {timestep}")
         scale, sigma = self._levels(timestep)
         size, noisy = self.patch_size(timestep), noisy.float()
         if self.machine in ("ls", "is"):
@@ -149,13 +160,15 @@ class ScoreMachine(nn.Module):
         ).mean.float()
 
     def _levels(self, timestep: int) -> tuple[float, float]:
+        if not 0 <= timestep < self.schedule.num_timesteps:
+            raise ValueError(f"ScoreMachine: timestep must lie in [0, {self.schedule.num_timesteps}), got {timestep}")
         abar = float(self.schedule.alphas_cumprod[timestep])
         return math.sqrt(abar), math.sqrt(1 - abar)
 
     def _same_place(self, noisy: Tensor, size: int | None, scale: float, sigma: float) -> Tensor:  # [B, C, H, W]
         """Each pixel against the same pixel of every training image; whole images where ``size`` is None."""
         out = []
-        rows = max(1, _BLOCK // noisy[0].numel())
+        rows = max(1, _BLOCK // self.images[0].numel())
         for x in noisy:
             # Sums relative to the smallest distance so far, which later blocks may lower.
             nearest = torch.full(x.shape[1:], torch.inf, dtype=torch.float64, device=x.device)
@@ -216,7 +229,7 @@ def calibrate(
         machine: its own patch sizes do not matter and stay.
         model: the network.
         timesteps: where to calibrate, each in [0, T).
-        sizes: odd sizes to choose from.
+        sizes: odd sizes to choose from; for "els" none above the images' shorter side.
         num_images: images, spread evenly over the training images.
         seed: of the noise.
 
@@ -237,6 +250,7 @@ def calibrate(
     found = {}
     with evaluating(model):
         for t in map(int, timesteps):
+            machine._levels(t)  # refuses a timestep out of range
             ids = torch.arange(len(clean))
             eps = noise(clean.shape[1:], seed=seed, ids=ids, timesteps=t, purpose=PATCHES).to(clean)
             times = torch.full((len(clean),), t, device=clean.device)

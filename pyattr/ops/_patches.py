@@ -7,6 +7,7 @@ import torch
 
 from .. import arrays, backends
 from ._arguments import check_integer, check_scale
+from ._layers import written_out
 
 PIXELS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.uint8: 3}  # pyattr::Pixel
 BORDERS = {"class": 0, "zero": 1, "inside": 2}  # pyattr::Border
@@ -63,7 +64,7 @@ class Bank:
                 raise TypeError(
                     f"{self.op}: {name} must be uint8, float16, bfloat16, float32 or float64, got {chunk.dtype}"
                 )
-            yield chunk.detach()
+            yield written_out(chunk.detach())
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """The chunks [n, C, H, W], on the device."""
@@ -128,7 +129,7 @@ def check_problem(op: str, queries, bank, patch_size, sigma, scale, border, lowr
         )
     bank_grid = _grid(op, "bank", bank.shape[1:], patch_size, border)
     geometry = Geometry(patch_size, border, lowres, query_grid, bank_grid)
-    return Problem(queries.detach(), bank, geometry, sigmas, scale), restore
+    return Problem(written_out(queries.detach()), bank, geometry, sigmas, scale), restore
 
 
 def _check_sigma(op: str, sigma, num_queries: int) -> tuple[float, ...]:

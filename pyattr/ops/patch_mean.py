@@ -54,8 +54,9 @@ def patch_mean(queries, bank, *, patch_size, sigma, scale=1.0, border="class", b
         RuntimeError: the bank changed between two walks.
 
     Extra memory: 8 + 4 C bytes per position and image for 1024 images at a time (20 MB at 32 x 32 and C = 3), at most
-    96 MiB or 64 positions. CPU, 8 MB per thread more; CUDA and Triton, 0.1 GB at 32 x 32, at most 0.3 GB.
-    Reference, 0.2 GB.
+    96 MiB or 64 positions. CPU, per thread 7 MB and 32 (2 C + 3) bytes for each pixel of an image with p - 1 more
+    rows and columns (twice that with AVX-512): 8 MB at 32 x 32; CUDA and Triton, 0.1 GB at 32 x 32, at most 0.3 GB.
+    Reference, 0.2 GB and the patches of 64 images in float64.
 
     Source: Kamb and Ganguli, "An analytic theory of creativity in convolutional diffusion models", 2024.
     """

@@ -88,8 +88,9 @@ def patch_topk(
         RuntimeError: the bank changed between two walks.
 
     Extra memory: 12 bytes per image and position (16 with winners) of a part of the positions: 96 MiB, or 64 positions
-    if that is more; the bank is walked once for each part, and once before. CPU, 8 MB per thread more; CUDA and
-    Triton, 0.1 GB at 32 x 32, at most 0.3 GB. Reference, 0.2 GB.
+    if that is more; the bank is walked once for each part, and once before. CPU, per thread 7 MB and 32 (C + 4) bytes
+    for each pixel of an image with p - 1 more rows and columns (twice that with AVX-512): 8 MB at 32 x 32; CUDA and
+    Triton, 0.1 GB at 32 x 32, at most 0.3 GB. Reference, 0.2 GB and the patches of 64 images in float64.
 
     Source: the weights are those of the optimal score of a local, border-broken model (Kamb and Ganguli, "An analytic
     theory of creativity in convolutional diffusion models", 2024), summed per training image as nonparametric data
@@ -183,15 +184,27 @@ def _one_query(statistics, join, problem: Problem, k: int, query, sigma: float, 
         log_normaliser = join(minima, sums, tops, sigma, weights)
         whole[0][box] = log_normaliser.view(shape)
         if return_winners:
-            least = minima.min(1, keepdim=True).values
-            index = torch.arange(num_images, device=device)
-            image = index.where(minima == least, num_images).min(1).values.clamp(max=num_images - 1)
-            share = torch.exp(-least[:, 0].double() / (2 * sigma**2) - log_normaliser)
-            found = (image, nearest.gather(1, image[:, None])[:, 0].long())
-            for target, values in zip((*where, whole[1]), (*found, share), strict=True):
+            found = _winners(minima, nearest, log_normaliser, sigma)
+            for target, values in zip((*where, whole[1]), found, strict=True):
                 target[box] = values.view(shape)
     results = [weights, whole[0].flatten()]
     return [*results, *(w.flatten() for w in (*where, whole[1]))] if return_winners else results
+
+
+def _winners(minima, nearest, log_normaliser, sigma: float):  # [U, N], [U, N], [U] -> 3 x [U]
+    """Of each position the nearest image, where in it and with what share, some positions at a time."""
+    index = torch.arange(minima.shape[1], device=minima.device)
+    rows = max(1, (1 << 20) // len(index))
+    images, positions, least = [], [], []
+    for near, places in zip(minima.split(rows), nearest.split(rows), strict=True):
+        least.append(near.min(1).values)
+        # A NaN equals nothing.
+        image = index.where(near == least[-1][:, None], len(index)).min(1).values.clamp(max=len(index) - 1)
+        images.append(image)
+        positions.append(places.gather(1, image[:, None])[:, 0].long())
+    distances = torch.cat(least).double()
+    distances[distances == torch.finfo(torch.float32).max] = torch.inf  # how the kernels write it
+    return torch.cat(images), torch.cat(positions), torch.exp(-distances / (2 * sigma**2) - log_normaliser)
 
 
 def _addresses(problem: Problem, k: int, query, images, sigma: float, part: Part, out):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pyattr import testing
 from pyattr.attribution import NDA, nda
 from pyattr.attribution.patch_matches import find_matches
 from pyattr.diffusion import DamagedFileError, Samples, Schedule
@@ -138,6 +139,15 @@ def test_what_the_images_may_come_as(images, queries, tmp_path):
     torch.testing.assert_close(
         NDA(**SMALL).fit(tmp_path).scores(colour), NDA(**SMALL).fit(colour).scores(colour), rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize("backend", testing.usable_backends("patch_topk"))
+def test_images_in_float64_go_to_any_backend(images, queries, backend):
+    unit = images.double().div(127.5).sub(1).to(testing.device_of(backend))
+    expected = NDA(**SMALL).fit(images).scores(queries)
+    for train in (unit, list(unit.split(4))):
+        found = NDA(**SMALL, backend=backend).fit(train).scores(queries.double().div(127.5).sub(1))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_no_queries(images, queries):
@@ -306,6 +316,23 @@ def test_tables_of_something_else_are_refused(images, queries, tmp_path):
 def test_options_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         NDA(**options)
+
+
+@pytest.mark.parametrize("option", ["patch_sizes", "coarse_patch_sizes", "k", "num_noises", "noise_seed"])
+def test_options_that_are_no_integers(option):
+    with pytest.raises(TypeError, match=rf"^NDA: {option} must be integers, got 2\.5$"):
+        NDA(**{option: 2.5})
+    with pytest.raises(TypeError, match=r"^NDA: timesteps must be integers, got 2\.5$"):
+        NDA(timesteps=[1, 2.5])
+
+
+@pytest.mark.parametrize("left", [0, 1, 5])
+def test_chunks_that_change_after_fit_are_refused(images, queries, left):
+    chunks = [images]
+    method = NDA(**SMALL).fit(chunks)
+    chunks[0] = images[:left]
+    with pytest.raises(RuntimeError, match=rf"^NDA: train changed after fit: 6 images, then {left}$"):
+        method.scores(queries)
 
 
 def test_images_that_cannot_be(images, queries):

@@ -35,14 +35,16 @@ def test_the_settings_that_made_the_losses_are_found():
     assert method.timesteps == [400] and method.k == 4 and [t.patch_size for t in method.terms] == [3]
 
 
-def test_a_mixture_of_scales_is_found():
+@pytest.mark.parametrize("alpha", [0.25, 0.75])
+def test_a_mixture_of_scales_is_found(alpha):
     # So far apart that ranks of either scale alone are not those of both.
-    made = {"timesteps": [400], "patch_sizes": 1, "coarse_patch_sizes": 4, "alpha": 0.25, "k": 1}
+    made = {"timesteps": [400], "patch_sizes": 5, "coarse_patch_sizes": 4, "alpha": alpha, "k": 1}
     choices = {**GRID, "timesteps": [400], "ks": [1]}
     method = NDA().fit(IMAGES)
     found = method.tune(MASKS, losses_of(**made), QUERIES, **choices)
-    single = max(found.tried.values())
-    assert found.lds >= single
+    assert max(found.tried.values()) < 0.99
+    assert found.lds == pytest.approx(1)
+    assert (found.patch_sizes, found.coarse_patch_sizes, found.alpha) == ((5,), (4,), (alpha,))
     assert set(found.tried) == {(400, p, False, 1) for p in (1, 3, 5)} | {(400, p, True, 1) for p in (2, 4)}
 
 

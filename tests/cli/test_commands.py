@@ -9,7 +9,11 @@ import torch
 from PIL import Image
 
 from pyattr import attribution, diffusion
-from pyattr.cli.scoring import pixel_cosine
+from pyattr.cli.options import DataOptions, PatchOptions
+from pyattr.cli.scoring import PatchScoring, pixel_cosine
+from pyattr.cli.stages import load_data
+from pyattr.cli.workspace import Workspace
+from pyattr.diffusion.storage import load_tensors
 
 TRAIN = ["--steps", "3", "--batch-size", "8", "--ema", "0.9", "--threads", "1", "--device", "cpu"]
 SCORE = ["--num-timesteps", "2", "--proj-dim", "16", "--batch-size", "8", "--threads", "1", "--device", "cpu"]
@@ -224,6 +228,17 @@ def test_nda_a_second_time_computes_nothing(out, monkeypatch, succeeds, folders)
     shutil.rmtree(next(out.glob("nda-matches-*")))
     succeeds(*command)
     assert folders(out) == before
+
+
+def test_nda_asks_for_the_room_that_it_takes(images, tmp_path):
+    data = load_data(DataOptions(str(images)))
+    with Workspace(tmp_path / "out") as workspace:
+        asked = PatchScoring(workspace, None, data, PatchOptions(num_timesteps=2)).plan("queries", 5)[0].size
+    method = attribution.NDA(timesteps=[250, 500], directory=tmp_path / "tables").fit(data.images)
+    taken = method.scores(data.images[:5]).nbytes
+    for path in (tmp_path / "tables").rglob("*.safetensors"):
+        taken += sum(tensor.nbytes for tensor in load_tensors(path)[0].values())
+    assert taken <= asked <= 1.5 * taken
 
 
 def test_methods_without_a_model_need_none(images, tmp_path, succeeds, fails, arrays):

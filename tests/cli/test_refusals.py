@@ -211,6 +211,8 @@ def test_options_that_are_not_possible_leave_nothing_behind(images, out, tmp_pat
     fails(kinds, *attribute, "--projection", "foo")
     for number in ("-1.0", "0.0", "inf", "nan"):
         fails(f"attribute: lambda must be positive and finite, got {number}", *attribute, "--lambda", number)
+    nda = ["attribute", "--out", out, "--queries", images / "dark", "-m", "nda", "--patch-timesteps", 501]
+    fails("attribute: patch_timesteps must lie in [1, 500], got 501", *nda)
 
 
 def test_devices(images, tmp_path, fails):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from pyattr import testing
 from pyattr.diffusion import Schedule, analytic, sample
 from pyattr.diffusion.analytic import MACHINES, ScoreMachine, calibrate, default_patch_sizes
 
@@ -72,6 +73,15 @@ def test_denoise_is_the_definition(machine, size, images, noisy):
         np.testing.assert_allclose(row, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("backend", testing.usable_backends("patch_mean"))
+def test_images_in_float64_go_to_any_backend(images, noisy, backend):
+    device = testing.device_of(backend)
+    unit = images.double().div(127.5).sub(1).to(device)
+    found = ScoreMachine(unit, Schedule(), patch_sizes=3, backend=backend).denoise(noisy.double().to(device), 500)
+    expected = ScoreMachine(images, Schedule(), patch_sizes=3).denoise(noisy, 500)
+    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=2e-5)
+
+
 def test_patches_larger_than_the_image(images, noisy):
     """Where every patch holds the whole image, all but the equivariant machine are the ideal one."""
     ideal = ScoreMachine(images, Schedule(), "is").denoise(noisy, 700)
@@ -91,6 +101,12 @@ def test_blocks_of_training_images_change_nothing(images, noisy, monkeypatch):
         monkeypatch.setattr(analytic, "_BLOCK", 1)
         torch.testing.assert_close(built.denoise(noisy, 20), whole, rtol=0, atol=1e-6)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_no_images_to_denoise(machine, images, noisy):
+    built = ScoreMachine(images, Schedule(), machine, patch_sizes=3)
+    assert built.denoise(noisy[:0], 500).shape == built(noisy[:0], torch.tensor([]).long()).shape == (0, 2, 6, 5)
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -175,6 +191,7 @@ def test_calibration_leaves_the_network_in_its_mode(images):
     [
         ({"machine": "esm"}, "ScoreMachine: machine must be one of els, bbels, ls, is, got 'esm'"),
         ({"patch_sizes": 4}, "ScoreMachine: patch_sizes must be odd and positive, got 4"),
+        ({"patch_sizes": {1000: 3}}, "ScoreMachine: patch_sizes must be of timesteps in [0, 1000), got 1000"),
         ({"patch_sizes": {}}, "ScoreMachine: patch_sizes must name at least one timestep, got none"),
         ({"machine": "els", "patch_sizes": {3: 7}},
          "ScoreMachine: patch_sizes of els must not exceed the images' 5 pixels, got 7"),
@@ -185,6 +202,13 @@ def test_refusals(options, message, images):
         ScoreMachine(images, Schedule(), **options)
 
 
+@pytest.mark.parametrize("sizes", [3.5, "3", {0: 3.0}])
+def test_sizes_that_are_no_integers(sizes, images):
+    message = re.escape(f"ScoreMachine: patch_sizes must be integers, got {sizes!r}")
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        ScoreMachine(images, Schedule(), patch_sizes=sizes)
+
+
 def test_inputs_that_do_not_fit(images, noisy):
     with pytest.raises(ValueError, match=r"^ScoreMachine: images must not be empty, got shape \[0, 2, 6, 5\]$"):
         ScoreMachine(images[:0], Schedule())
@@ -193,6 +217,14 @@ def test_inputs_that_do_not_fit(images, noisy):
         built.denoise(noisy[:, :1], 3)
     with pytest.raises(ValueError, match=r"^ScoreMachine: timestep must lie in \[0, 1000\), got 1000$"):
         built.denoise(noisy, 1000)
+    for times in (torch.tensor([3, 1000]), torch.tensor([-1, 3])):
+        with pytest.raises(ValueError, match=r"^ScoreMachine: timestep must lie in \[0, 1000\), got (1000|-1)$"):
+            built(noisy, times)
+    for times, shape in ((torch.tensor(3), r"\[\]"), (torch.tensor([3]), r"\[1\]"), (3, "3")):
+        with pytest.raises(ValueError, match=rf"^ScoreMachine: timesteps must have shape \[2\], got {shape}$"):
+            built(noisy, times)
+    with pytest.raises(ValueError, match=r"^ScoreMachine: timestep must lie in \[0, 1000\), got 1000$"):
+        calibrate(built, built, [1000], sizes=[3])
     with pytest.raises(ValueError, match=r"^calibrate: machine must see patches, got is$"):
         calibrate(ScoreMachine(images, Schedule(), "is"), built, [1])
     with pytest.raises(ValueError, match=r"^calibrate: num_images and sizes must not be empty, got 0 and \[3\]$"):

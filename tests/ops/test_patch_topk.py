@@ -549,8 +549,9 @@ def test_an_infinite_pixel_matches_nothing(backend):
     assert found.weights[0, 4] == 0
     torch.testing.assert_close(found.weights[0, [0, 1, 2, 3, 5, 6, 7, 8]], without.weights[0])
     torch.testing.assert_close(found.log_normaliser, without.log_normaliser)
-    nothing = patch_topk(query, bank[4:5], patch_size=3, k=2, sigma=1.0, backend=backend)
+    nothing = patch_topk(query, bank[4:5], patch_size=3, k=2, sigma=1.0, return_winners=True, backend=backend)
     assert nothing.weights.isnan().all() and (nothing.log_normaliser == -float("inf")).all()
+    assert nothing.winners.weights.isnan().all()  # 0 of 0
 
 
 # Numerics
@@ -651,6 +652,21 @@ def test_strides_and_channels_last(backend):
         (queries.flip(0), bank[:1].expand(5, -1, -1, -1)),
     ):
         assert same(run(q, b, **options), run(q.contiguous(), b.contiguous(), **options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_negated_or_zero_in_name_only(backend):
+    device = testing.device_of(backend)
+    bank, queries = torch.randn(5, 1, 6, 6, device=device), torch.randn(2, 1, 6, 6, device=device)
+    negated, zero = (
+        (torch._neg_view(a) for a in (bank, queries)),
+        torch._efficientzerotensor((5, 1, 6, 6), device=device),
+    )
+    for b, q in zip(negated, (queries, bank), strict=True):
+        assert b.is_neg()
+        assert same(run(q, b, backend), run(q, b.resolve_neg(), backend))
+        assert same(run(b, q, backend), run(b.resolve_neg(), q, backend))
+    assert same(run(queries, zero, backend), run(queries, torch.zeros_like(bank), backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
