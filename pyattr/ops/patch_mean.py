@@ -45,8 +45,8 @@ def patch_mean(queries, bank, *, patch_size, sigma, scale=1.0, border="class", b
         PatchMean: ``mean`` [Q, C, H', W'] float32 (float64 for float64 queries) and ``log_normaliser`` [Q, H', W']
         float64, of the kind and on the device of ``queries``; not differentiable. On the CPU the bits do not depend on
         the thread count, on how the bank is chunked, on the other queries or on the SIMD level. NaN in a query or in
-        the bank makes both NaN wherever its patches may match; an infinite pixel matches nothing. An empty bank has the
-        mean NaN.
+        the bank makes both NaN wherever its patches may match; an infinite pixel matches nothing, but another of its
+        sign, which gives NaN. An empty bank has the mean NaN.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

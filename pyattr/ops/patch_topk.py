@@ -80,7 +80,7 @@ def patch_topk(
         Of the kind and on the device of ``queries``; not differentiable. On the CPU the bits do not depend on the
         thread count, on how the bank is chunked, on the other queries or on the SIMD level. NaN in a query or in the
         bank makes the normaliser NaN wherever its patches may match, and then all weights of the query; an infinite
-        pixel matches nothing.
+        pixel matches nothing, but another of its sign, which gives NaN.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
