@@ -127,7 +127,8 @@ def steps(ops: list[str], wheels: Path | None) -> list[Step]:
     found.append(Step("build", pip, 240, build))
     found.append(Step("GPU tests", [*pytest, "tests/gpu", "-m", "gpu"], 240))
     for op in ops:
-        found.append(Step(f"tests of {op}", [*pytest, f"tests/ops/test_{op}.py"], 200))
+        files = [f"tests/ops/test_{op}{part}.py" for part in ("", "_contract")]
+        found.append(Step(f"tests of {op}", [*pytest, *(file for file in files if (ROOT / file).is_file())], 200))
         figures = [(f"benchmark {op}", op, "cuda or triton or GPU")]
         scaled, sizes = AT_SCALE.get(op, ("", ()))
         for size in sizes:

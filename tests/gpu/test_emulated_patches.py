@@ -52,26 +52,26 @@ class MeanArgs(ctypes.Structure):
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """The two ops with the emulator as their backend: ``emulated.patch_topk(...)``, ``emulated.patch_mean(...)``."""
-    library_path = tmp_path_factory.mktemp("emulator") / "patches.so"
+    compiled_path = tmp_path_factory.mktemp("emulator") / "patches.so"
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     flags += ["-DPYATTR_WITH_CUDA", "-shared", "-fPIC", f"-I{HERE / 'emulator'}", f"-I{CSRC}"]
     compiler = os.environ.get("CXX", "c++")
     source = HERE / "emulator" / "emulated_patches.cpp"
-    subprocess.run([compiler, *flags, str(source), "-o", str(library_path)], check=True)
-    return Emulated(ctypes.CDLL(str(library_path)))
+    subprocess.run([compiler, *flags, str(source), "-o", str(compiled_path)], check=True)
+    return Emulated(ctypes.CDLL(str(compiled_path)))
 
 
 class Emulated:
-    def __init__(self, library):
-        self.library = library
+    def __init__(self, compiled):
+        self.compiled = compiled
 
     def _run(self, name, args, images, reverse):
-        size = getattr(self.library, f"{name}_workspace")
+        size = getattr(self.compiled, f"{name}_workspace")
         size.restype = ctypes.c_size_t
         size = size(ctypes.byref(args))
         workspace = torch.full((size + GUARD,), 0xFF, dtype=torch.uint8)
         extent = sum((n - 1) * s for n, s in zip(images.shape, images.stride(), strict=True)) + 1
-        kernel = getattr(self.library, name)
+        kernel = getattr(self.compiled, name)
         kernel.restype = ctypes.c_char_p
         bank_bytes = ctypes.c_size_t(extent * images.element_size())
         said = kernel(ctypes.byref(args), ctypes.c_void_p(workspace.data_ptr()), bank_bytes, int(reverse))
