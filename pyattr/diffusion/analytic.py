@@ -18,7 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .. import backends
 from ..ops import patch_mean
+from ..ops._patches import LARGEST_PATCH
 from .images import as_images, evaluating, predict_noise, to_unit
 from .noise import PATCHES, noise
 from .schedule import Schedule
@@ -37,14 +39,15 @@ class ScoreMachine(nn.Module):
 
     "is" is the exact minimiser of the training loss and can only give training images back; the others, which see less, put
     patches together that no training image has together. An instance goes wherever a trained network does:
-    ``sample(machine, schedule, shape=(1, 28, 28), num_images=8)``.
+    ``sample(machine, schedule, shape=(1, 28, 28), num_images=8)``. None of them is differentiable: what they return carries no
+    gradient.
 
     Args:
         images: the training images, [N, C, H, W] uint8, or floating point in [-1, 1] (float64 is rounded to float32).
         schedule: of the diffusion.
         machine: "els" (equivariant local), "bbels" (the same, broken at the border), "ls" (local) or "is" (ideal).
-        patch_sizes: p, odd; a number, or ``{t: p}``, each from its timestep on to the next (the first also before it). None:
-            :func:`default_patch_sizes`. Of no matter to "is".
+        patch_sizes: p, odd, at most 511 but for "ls"; a number, or ``{t: p}``, each from its timestep on to the next (the first
+            also before it). None: :func:`default_patch_sizes`. Of no matter to "is".
         backend: of :func:`pyattr.ops.patch_mean`.
 
     Raises:
@@ -73,6 +76,7 @@ class ScoreMachine(nn.Module):
             images = images.float()
         if machine not in MACHINES:
             raise ValueError(f"ScoreMachine: machine must be one of {', '.join(MACHINES)}, got {machine!r}")
+        backends.check_name("ScoreMachine", "backend", backend)
         if patch_sizes is None:
             patch_sizes = default_patch_sizes(schedule, min(images.shape[2:]))
         given = patch_sizes if isinstance(patch_sizes, Mapping) else {0: patch_sizes}
@@ -89,6 +93,8 @@ class ScoreMachine(nn.Module):
                 )
             if size < 1 or size % 2 == 0:
                 raise ValueError(f"ScoreMachine: patch_sizes must be odd and positive, got {size}")
+            if machine in ("els", "bbels") and size > LARGEST_PATCH:
+                raise ValueError(f"ScoreMachine: patch_sizes of {machine} must be at most {LARGEST_PATCH}, got {size}")
             if machine == "els" and size > min(images.shape[2:]):
                 raise ValueError(
                     f"ScoreMachine: patch_sizes of els must not exceed the images' {min(images.shape[2:])} pixels, got {size}"
@@ -106,6 +112,7 @@ class ScoreMachine(nn.Module):
         """p at a timestep."""
         return self.sizes[max((t for t in self.sizes if t <= timestep), default=min(self.sizes))]
 
+    @torch.no_grad()  # patch_mean has no derivative, and the rest of eps alone would be a wrong one
     def forward(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """The noise in an image, as a network would predict it.
 
@@ -114,7 +121,7 @@ class ScoreMachine(nn.Module):
             timesteps: t, [B].
 
         Returns:
-            eps, [B, C, H, W] in the dtype of ``noisy``.
+            eps, [B, C, H, W] in the dtype of ``noisy``; not differentiable.
 
         Raises:
             ValueError: an argument is not as above.
@@ -130,6 +137,7 @@ class ScoreMachine(nn.Module):
             out[rows] = ((x - scale * self.denoise(x, t)) / sigma).to(noisy.dtype)
         return out
 
+    @torch.no_grad()
     def denoise(self, noisy: Tensor, timestep: int) -> Tensor:
         """The mean of what could be under the noise.
 
@@ -138,7 +146,7 @@ class ScoreMachine(nn.Module):
             timestep: t.
 
         Returns:
-            x0, [B, C, H, W] float32, in the range of the training images.
+            x0, [B, C, H, W] float32, in the range of the training images; not differentiable.
 
         Raises:
             ValueError: an argument is not as above.
@@ -190,8 +198,8 @@ class ScoreMachine(nn.Module):
 def default_patch_sizes(schedule: Schedule, side: int) -> dict[int, int]:
     """p where nobody calibrated: from 3 pixels to about half the side as the noise drowns the image.
 
-    ``p = 3 + (side / 2 - 3) (1 - abar_t)``, to the nearest odd number, not above ``side``. What a network looks at grows with
-    the noise in this way; the figures are a rule of thumb, and :func:`calibrate` finds a network's own.
+    ``p = 3 + (side / 2 - 3) (1 - abar_t)``, to the nearest odd number, not above ``side`` or 511. What a network looks at grows
+    with the noise in this way; the figures are a rule of thumb, and :func:`calibrate` finds a network's own.
 
     Args:
         schedule: of the diffusion.
@@ -200,7 +208,7 @@ def default_patch_sizes(schedule: Schedule, side: int) -> dict[int, int]:
     Returns:
         ``{t: p}`` for the timesteps at which p changes.
     """
-    largest = side if side % 2 else max(1, side - 1)
+    largest = min(LARGEST_PATCH, side if side % 2 else max(1, side - 1))
     wanted = 3 + max(0.0, side / 2 - 3) * (1 - schedule.alphas_cumprod)
     sizes: dict[int, int] = {}
     for t, p in enumerate(wanted.tolist()):

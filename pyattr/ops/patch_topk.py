@@ -199,7 +199,9 @@ def _winners(minima, nearest):  # [U, N], [U, N] -> 2 x [U]
     images, positions = [], []
     for near, places in zip(minima.split(rows), nearest.split(rows), strict=True):
         # A NaN equals nothing.
-        image = index.where(near == near.min(1, keepdim=True).values, len(index)).min(1).values.clamp(max=len(index) - 1)
+        image = (
+            index.where(near == near.min(1, keepdim=True).values, len(index)).min(1).values.clamp(max=len(index) - 1)
+        )
         images.append(image)
         positions.append(places.gather(1, image[:, None])[:, 0].long())
     return torch.cat(images), torch.cat(positions)
