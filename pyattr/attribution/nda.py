@@ -144,7 +144,7 @@ class NDA:
 
     def _each(self, values, name: str, kind: Callable) -> list:
         """One value for each timestep."""
-        if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        if isinstance(values, (str, bytes)) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
             return [kind(name, values)] * len(self.timesteps)
         values = sequence(name, values, kind)
         if len(values) != len(self.timesteps):

@@ -212,8 +212,13 @@ def attribute(
     if page:
         report.require()
     with session(out, machine) as work:
-        modelless = not NEEDS_MODEL & {each.method for each in options} and data is not None and queries is not None
+        modelless = not NEEDS_MODEL & {each.method for each in options}
         if modelless and checkpoint is None and _trained(work.workspace) is None:
+            if data is None or queries is None:
+                raise WorkspaceError(
+                    f"no trained model in {out}: give --data and --queries, enough for "
+                    f"{' and '.join(each.method for each in options)}, or run `pyattr train SOURCE --out {out}` first"
+                )
             job = _job_without_model(work, data, queries, options)
         else:
             job = _job(work, data, checkpoint, queries, options)

@@ -70,6 +70,8 @@ class ScoreMachine(nn.Module):
     ):
         super().__init__()
         images = as_images(images, "ScoreMachine", "images")
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"ScoreMachine: schedule must be a Schedule, got {type(schedule).__name__}")
         if images.numel() == 0:
             raise ValueError(f"ScoreMachine: images must not be empty, got shape {list(images.shape)}")
         if images.dtype == torch.float64:  # which no compiled backend takes
@@ -124,11 +126,13 @@ class ScoreMachine(nn.Module):
             eps, [B, C, H, W] in the dtype of ``noisy``; not differentiable.
 
         Raises:
-            ValueError: an argument is not as above.
+            TypeError, ValueError: an argument is not as above.
         """
         shape = list(timesteps.shape) if isinstance(timesteps, Tensor) else timesteps
         if shape != [len(noisy)]:
             raise ValueError(f"ScoreMachine: timesteps must have shape [{len(noisy)}], got {shape}")
+        if timesteps.is_floating_point():
+            raise TypeError(f"ScoreMachine: timesteps must be integers, got {timesteps.dtype}")
         out = torch.empty_like(noisy)
         for t in timesteps.unique().tolist():
             rows = timesteps == t
@@ -149,8 +153,10 @@ class ScoreMachine(nn.Module):
             x0, [B, C, H, W] float32, in the range of the training images; not differentiable.
 
         Raises:
-            ValueError: an argument is not as above.
+            TypeError, ValueError: an argument is not as above.
         """
+        if not isinstance(noisy, Tensor):
+            raise TypeError(f"ScoreMachine: noisy must be a tensor, got {type(noisy).__name__}")
         if noisy.dim() != 4 or noisy.shape[1:] != self.images.shape[1:]:
             shape = ", ".join(map(str, self.images.shape[1:]))
             raise ValueError(f"ScoreMachine: noisy must have shape [B, {shape}], got {list(noisy.shape)}")
@@ -163,11 +169,13 @@ class ScoreMachine(nn.Module):
             # As many windows as pixels: the query goes on round its edges.
             half, border = size // 2, "inside"
             noisy = nn.functional.pad(noisy, (half, half, half, half), mode="circular")
+        images = self.images.float() if self.images.dtype == torch.float64 else self.images  # .double() was called
         return patch_mean(
-            noisy, self.images, patch_size=size, sigma=sigma, scale=scale, border=border, backend=self.backend
+            noisy, images, patch_size=size, sigma=sigma, scale=scale, border=border, backend=self.backend
         ).mean.float()
 
     def _levels(self, timestep: int) -> tuple[float, float]:
+        timestep = _timestep(timestep, "ScoreMachine: timestep")
         if not 0 <= timestep < self.schedule.num_timesteps:
             raise ValueError(f"ScoreMachine: timestep must lie in [0, {self.schedule.num_timesteps}), got {timestep}")
         abar = float(self.schedule.alphas_cumprod[timestep])
@@ -245,19 +253,23 @@ def calibrate(
         ``{t: p}``, as :class:`ScoreMachine` takes it.
 
     Raises:
-        ValueError: an argument is not as above.
+        TypeError, ValueError: an argument is not as above.
 
     Source: Kamb and Ganguli 2025, who calibrate sizes 3 to 17 on the median over 10 images.
     """
     if machine.machine == "is":
         raise ValueError("calibrate: machine must see patches, got is")
-    if num_images < 1 or not len(sizes):
-        raise ValueError(f"calibrate: num_images and sizes must not be empty, got {num_images} and {list(sizes)}")
+    for name, values in (("timesteps", timesteps), ("sizes", sizes)):
+        if not isinstance(values, Iterable):
+            raise TypeError(f"calibrate: {name} must be a sequence, got {values!r}")
+    sizes, timesteps = list(sizes), [_timestep(t, "calibrate: each of timesteps") for t in timesteps]
+    if num_images < 1 or not sizes:
+        raise ValueError(f"calibrate: num_images and sizes must not be empty, got {num_images} and {sizes}")
     chosen = range(0, len(machine.images), max(1, len(machine.images) // num_images))[:num_images]
     clean = to_unit(machine.images[list(chosen)], machine.working)
     found = {}
     with evaluating(model):
-        for t in map(int, timesteps):
+        for t in timesteps:
             machine._levels(t)  # refuses a timestep out of range
             ids = torch.arange(len(clean))
             eps = noise(clean.shape[1:], seed=seed, ids=ids, timesteps=t, purpose=PATCHES).to(clean)
@@ -273,6 +285,13 @@ def calibrate(
                 agreement[size] = float(nn.functional.cosine_similarity(ours.flatten(1), theirs.flatten(1)).median())
             found[t] = max(sizes, key=lambda size: (agreement[size], -size))
     return found
+
+
+def _timestep(value, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
 def _box(values: Tensor, size: int) -> Tensor:  # [n, H, W] -> [n, H, W]

@@ -151,6 +151,20 @@ def test_images_in_float64_go_to_any_backend(images, queries, backend):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+def test_images_that_carry_a_gradient(images, queries):
+    train, asked = (given.double().div(127.5).sub(1).float() for given in (images, queries))
+    expected = NDA(**SMALL).fit(train).scores(asked)
+    found = NDA(**SMALL).fit(train.requires_grad_()).scores(asked.requires_grad_())
+    assert torch.equal(found, expected) and not found.requires_grad
+
+
+def test_one_option_in_an_array(images, queries):
+    """Of no dimension: one for all timesteps."""
+    given = NDA(**{**SMALL, "patch_sizes": np.array(3), "alpha": torch.tensor(0.25)}).fit(images)
+    assert given.terms == NDA(**{**SMALL, "patch_sizes": 3, "alpha": 0.25}).fit(images).terms
+
+
 def test_no_queries(images, queries):
     assert NDA(**SMALL).fit(images).scores(queries[:0]).shape == (0, 6)
 

@@ -252,7 +252,11 @@ def test_methods_without_a_model_need_none(images, tmp_path, succeeds, fails, ar
     assert scores["scores"][:, 12:].min() > scores["scores"][:, :12].max()
     told = f"no trained model in {out}: run `pyattr train SOURCE --out {out}` first, or give --checkpoint"
     fails(told, *arguments, "-m", "nda", "-m", "dtrak")
-    fails(told, *arguments[:5], "-m", "nda")  # nor is there any image to attribute
+    told = (
+        f"no trained model in {out}: give --data and --queries, enough for nda and pixels, or run `pyattr train SOURCE "
+    )
+    for given in (arguments[:3], arguments[:5], [*arguments[:3], *arguments[5:7]]):
+        fails(f"{told}--out {out}` first", *given, "-m", "nda", "-m", "pixels")
 
 
 # Queries and models from elsewhere

@@ -82,6 +82,17 @@ def test_images_in_float64_go_to_any_backend(images, noisy, backend):
     torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("backend", testing.usable_backends("patch_mean"))
+def test_a_machine_cast_as_a_module(images, noisy, backend):
+    """Casting reaches the images too, and no compiled backend takes float64."""
+    device = testing.device_of(backend)
+    unit = images.float().div(127.5).sub(1).to(device)
+    built = ScoreMachine(unit, Schedule(), patch_sizes=3, backend=backend)
+    expected = built.denoise(noisy.to(device), 500)
+    found = built.double().denoise(noisy.double().to(device), 500)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
 def test_patches_larger_than_the_image(images, noisy):
     """Where every patch holds the whole image, all but the equivariant machine are the ideal one."""
     ideal = ScoreMachine(images, Schedule(), "is").denoise(noisy, 700)
@@ -258,3 +269,18 @@ def test_inputs_that_do_not_fit(images, noisy):
         calibrate(ScoreMachine(images, Schedule(), "is"), built, [1])
     with pytest.raises(ValueError, match=r"^calibrate: num_images and sizes must not be empty, got 0 and \[3\]$"):
         calibrate(built, built, [1], sizes=[3], num_images=0)
+
+
+def test_inputs_of_another_kind(images, noisy):
+    built = ScoreMachine(images, Schedule(), patch_sizes=3)
+    for use, message in (
+        (lambda: ScoreMachine(images, 1000), "ScoreMachine: schedule must be a Schedule, got int"),
+        (lambda: built.denoise(noisy, 400.5), "ScoreMachine: timestep must be an integer, got 400.5"),
+        (lambda: built.denoise(noisy.numpy(), 400), "ScoreMachine: noisy must be a tensor, got ndarray"),
+        (lambda: built(noisy, torch.tensor([4.0, 5.0])), "ScoreMachine: timesteps must be integers, got torch.float32"),
+        (lambda: calibrate(built, built, [3.7]), "calibrate: each of timesteps must be an integer, got 3.7"),
+        (lambda: calibrate(built, built, 3), "calibrate: timesteps must be a sequence, got 3"),
+        (lambda: calibrate(built, built, [3], sizes=5), "calibrate: sizes must be a sequence, got 5"),
+    ):
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            use()
