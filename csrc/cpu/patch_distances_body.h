@@ -204,7 +204,7 @@ inline void box_run(const reg* from, int64_t step, reg one, const To& to) {
   push_all<S>(from, step, one, to, std::make_integer_sequence<int, S + T - 1>{});
 }
 
-constexpr int64_t kMostSide = 16;  // of boxes made in registers, several at a time
+constexpr int64_t kMostSide = 24;  // of boxes made in registers, several at a time
 
 // Calls take(T) for T = 16, 8, 4, 2, 1 while so many are left of `count`: the more boxes are made together, the more sums they share.
 template <typename Take>

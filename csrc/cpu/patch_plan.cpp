@@ -30,7 +30,9 @@ int64_t matched(const Group& group) { return group.alike ? 1 : group.bank_last -
 
 // Lines of differences for each line of distances, along one axis, for tiles of `count` positions: a margin of `span` on every diagonal,
 // but none beyond the images, where differences are known.
-double margin(int64_t count, int64_t bank_count, int64_t span, int64_t query_size, int64_t size) {
+double margin(int64_t count, const Group& group, int64_t span, int64_t query_size, int64_t size) {
+  if (group.alike) return static_cast<double>(count + span) / static_cast<double>(count);
+  const int64_t bank_count = matched(group);
   const int64_t all = count * bank_count + (count + bank_count - 1) * span;
   const int64_t inside = std::min(count + span, query_size) * std::min(bank_count + span, size);
   return static_cast<double>(std::min(all, inside)) / static_cast<double>(count * bank_count);
@@ -55,8 +57,8 @@ Size tile_size(const PatchArgs& args, const Group& row, const Group& column, int
   double least = 1e300;
   for (int64_t c = 1; c <= std::min(columns, most); ++c) {
     const Size size{divided(rows, std::min(rows, most / c)), divided(columns, c)};
-    const double down = margin(size.rows, matched(row), span, args.query_height, args.height);
-    const double along = margin(size.columns, matched(column), span, args.query_width, args.width);
+    const double down = margin(size.rows, row, span, args.query_height, args.height);
+    const double along = margin(size.columns, column, span, args.query_width, args.width);
     const double cost = down * along + 1.5 * down;
     if (cost < least) least = cost, best = size;
   }
@@ -86,7 +88,8 @@ PatchSchedule::PatchSchedule(const PatchArgs& args, int64_t lanes) {
   std::vector<float> padded(static_cast<size_t>(C * (H + 2 * pad) * wide), 0.0f);
   for (int64_t c = 0; c < C; ++c) {
     for (int64_t r = 0; r < H; ++r)
-      std::copy_n(args.query + (c * H + r) * W, W, padded.data() + (c * (H + 2 * pad) + r + pad) * wide + pad);
+      std::transform(args.query + (c * H + r) * W, args.query + (c * H + r + 1) * W,
+                     padded.data() + (c * (H + 2 * pad) + r + pad) * wide + pad, plain_nan);
   }
   if (args.lowres) {
     query_.resize(static_cast<size_t>(C * rows * columns));

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "common/parallel.h"
@@ -73,6 +74,9 @@ class PatchSchedule {
   std::vector<PatchTile> tiles_;
   PatchPlan plan_;
 };
+
+// x, and the one NaN for all of them: what is computed from it and from other numbers then ends in zeros, as the weights need it.
+static inline float plain_nan(float x) { return x == x ? x : std::numeric_limits<float>::quiet_NaN(); }
 
 // Images in a block at this level: the floats of a register.
 int64_t patch_lanes(SimdLevel level);

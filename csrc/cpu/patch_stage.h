@@ -67,7 +67,7 @@ void stage_images(const PatchPlan& plan, int64_t first, PatchScratch& scratch) {
         const int64_t at = n * args.bank_strides[0] + c * args.bank_strides[1] + r * args.bank_strides[2];
         float* const to = scratch.pixels.get() + (r + pad) * wide + pad;
         for (int64_t i = 0; i < args.width; ++i)
-          to[i] = static_cast<float>(args.scale * pixel(args, at + i * args.bank_strides[3]));
+          to[i] = plain_nan(static_cast<float>(args.scale * pixel(args, at + i * args.bank_strides[3])));
       }
       float* const to = scratch.images.get() + c * plane * kLanes + l;
       for (int64_t r = 0; r < plan.bank_rows; ++r) {

@@ -76,27 +76,33 @@ inline reg least_of(const reg* least) {
   return m;
 }
 
-// Weights of distances d to the image whose least is m: 2^((d - m) slope), 0 from d > limit on; NaN for NaN.
+// Weights of distances d to the image whose least is m: 2^((d - m) slope), 0 where d - m > reach; NaN for NaN.
 struct Exponential {
-  reg m, limit;
-  float slope;
+  reg m, limit;  // no d beyond the limit has a weight
+  float slope, reach;
 
   Exponential(reg least, float log2_slope) : m(least), slope(log2_slope) {
-    // Rounded up: no more is left out than would be below 2^-126. An infinite distance is always left out.
-    limit = minimum(m + splat(-126.0f / slope) * 1.000001f, splat(kLargest));
+    // Of 2^-126, rounded so that no exponent underflows. An infinite distance is always beyond.
+    reach = std::min(-126.0f / slope * 0.999999f, kLargest);
+    limit = minimum(m + splat(reach * 1.000001f), splat(kLargest));
   }
 
-  inline reg operator()(reg d) const {
-    const reg x = d - m, shifted = multiply_add(x, splat(slope), splat(0x1.8p23f));  // whose last bits are n
+  inline ireg none(reg x) const { return (ireg)(x > splat(reach)); }
+
+  // The weight of m + x. A NaN stays one since the last nine bits of every NaN are 0 here, see plain_nan.
+  inline reg weigh(reg x) const {
+    const reg shifted = multiply_add(x, splat(slope), splat(0x1.8p23f));  // whose last bits are n
     const reg f = multiply_add(x, splat(slope), 0x1.8p23f - shifted);
     reg p = multiply_add(splat(0.001326472731307149f), f, splat(0.009671512991189957f));
     p = multiply_add(p, f, splat(0.05550733581185341f));
     p = multiply_add(p, f, splat(0.24022242426872253f));
     p = multiply_add(p, f, splat(0.6931470036506653f));
     p = multiply_add(p, f, splat(1.0f));
-    const reg power = (reg)(((ureg)shifted << 23) + 0x3f800000u);
-    return (reg)((ireg)(p * power) & ~(ireg)(d > limit));
+    // p lies within [0.7, 1.42], and the result is no less than 2^-126: its exponent takes n.
+    return (reg)((ireg)((ureg)p + ((ureg)shifted << 23)) & ~none(x));
   }
+
+  inline reg operator()(reg d) const { return weigh(d - m); }
 };
 
 // The sum of the weights of `count` vectors. take(i, d, w) is told of vectors i, leave(i) of the first of a group of them whose weights
@@ -118,7 +124,7 @@ inline reg weigh(const reg* d, int64_t count, const Exponential& weight, const T
         for (int g = 0; g < kGroup; ++g) near[g] = i + g < end ? d[i + g] : splat(HUGE_VALF);
       }
       ireg dead = splat(int32_t{-1});
-      for (int g = 0; g < kGroup; ++g) dead &= (ireg)(near[g] > weight.limit);
+      for (int g = 0; g < kGroup; ++g) dead &= weight.none(near[g] - weight.m);
       if (!any(~dead)) {
         leave(i);
         continue;

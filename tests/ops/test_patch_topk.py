@@ -257,9 +257,10 @@ def test_any_shape_against_the_reference(backend, shape, border, lowres, k, sigm
 
 LARGE = [
     # height, width, images, patch_size, border, lowres: tiles of the positions, and boxes of every side
-    *((9, 10, 5, p, "zero", False) for p in range(1, 23)),
-    *((11, 9, 5, p, "class", True) for p in (2, 6, 8, 10, 22, 32, 34, 40)),
+    *((9, 10, 5, p, "zero", False) for p in range(1, 28)),
+    *((11, 9, 5, p, "class", True) for p in (2, 6, 8, 10, 22, 32, 40, 52)),
     *((19, 23, 3, p, "class", False) for p in (9, 16, 17)),
+    (27, 28, 3, 25, "class", False),
     (40, 36, 2, 5, "zero", False),
     (33, 40, 2, 6, "class", True),
 ]  # fmt: skip

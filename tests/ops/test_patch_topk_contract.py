@@ -158,6 +158,22 @@ def test_nan_reaches_every_position_that_may_match_it(backend):
     assert torch.equal(bad, expected) and found.weights.isnan().all()
 
 
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00155, 0x7FFFFFFF, -0x3FFF00])  # the last has its sign set
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_nan_is_one(backend, bits):
+    device = testing.device_of(backend)
+    strange = torch.tensor([bits], dtype=torch.int32).view(torch.float32).to(device)
+    assert strange.isnan().all()
+    bank, query = torch.randn(9, 1, 6, 6, device=device), torch.randn(1, 1, 6, 6, device=device)
+    for k in (2, 14):
+        for array in (bank, query):
+            bad = array.clone()
+            bad[0, 0, 2, 2:3] = strange
+            arguments = (query, bad) if array is bank else (bad, bank)
+            found = patch_topk(*arguments, patch_size=3, k=k, sigma=0.5, scale=0.5, backend=backend)
+            assert found.weights.isnan().all() and found.log_normaliser[0, 2, 2].isnan()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_infinite_pixel_matches_nothing(backend):
     device = testing.device_of(backend)
