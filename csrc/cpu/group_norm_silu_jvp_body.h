@@ -16,11 +16,16 @@
 #include "cpu/registers.h"
 #include "cpu/stage.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace pyattr::cpu {
 namespace {
 
 constexpr int64_t kStep = 32;            // elements added to the lanes at a time
 constexpr int64_t kStepsOfRun = 16;      // in float32
+constexpr int64_t kTilePositions = 16;   // of channels-last rows that stay in the first-level cache
 constexpr int kWide = kRegisterLanes;    // lanes of a register
 constexpr int kHalf = kRegisterLanes / 2;
 constexpr int kParts = kStep / kWide, kHalves = kStep / kHalf;
@@ -40,6 +45,25 @@ inline R load(const T* from) {
 template <class R, class T>
 inline void store(T* to, R value) {
   std::memcpy(to, &value, sizeof value);
+}
+
+// To an address aligned to the register, past the caches where the processor can.
+inline void store_past_cache(float* to, reg value) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)value);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, (__m256)value);
+#elif defined(__SSE2__)
+  _mm_stream_ps(to, (__m128)value);
+#else
+  store(to, value);
+#endif
+}
+
+inline void finish_stores() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 inline wide_reg load_wide(const float* from) { return __builtin_convertvector(load<half_reg>(from), wide_reg); }
@@ -101,9 +125,12 @@ void gather_as(const TangentArray& from, int64_t offset, const TangentArray& als
         for (int64_t l = 0; l < L; ++l) put(out[l], widen_one(row[l]));
       }
     } else {
-      for (int64_t l = 0; l < L; ++l) {
-        const T* const column = data + l * array.position_stride;
-        for (int64_t c = 0; c < channels; ++c) put(to[c * L + l], widen_one(column[c * array.channel_stride]));
+      for (int64_t first_l = 0; first_l < L; first_l += kTilePositions) {
+        const int64_t last_l = std::min(L, first_l + kTilePositions);
+        for (int64_t c = 0; c < channels; ++c) {
+          const T* const row = data + c * array.channel_stride;
+          for (int64_t l = first_l; l < last_l; ++l) put(to[c * L + l], widen_one(row[l * array.position_stride]));
+        }
       }
     }
   };
@@ -120,9 +147,12 @@ void scatter_as(const float* from, const TangentArray& to, int64_t offset, int64
       for (int64_t l = 0; l < L; ++l) row[l] = narrow_one(from[c * L + l]);
     }
   } else {
-    for (int64_t l = 0; l < L; ++l) {
-      T* const column = data + l * to.position_stride;
-      for (int64_t c = 0; c < channels; ++c) column[c * to.channel_stride] = narrow_one(from[c * L + l]);
+    for (int64_t first_l = 0; first_l < L; first_l += kTilePositions) {
+      const int64_t last_l = std::min(L, first_l + kTilePositions);
+      for (int64_t c = 0; c < channels; ++c) {
+        T* const row = data + c * to.channel_stride;
+        for (int64_t l = first_l; l < last_l; ++l) row[l * to.position_stride] = narrow_one(from[c * L + l]);
+      }
     }
   }
 }
@@ -165,14 +195,13 @@ void normalise(const Slab& slab, int64_t n, int64_t padded, float* s, float* slo
   const GroupNormSiluJvpArgs& args = slab.args;
   const int64_t whole = n / kStep * kStep;
   const auto sum = [&](auto term) {
-    Lanes lanes;
+    wide_reg sums[kHalves] = {};
     for (int64_t i = 0; i < whole; i += kStep) {
 #pragma GCC unroll 16
-      for (int h = 0; h < kHalves; ++h) {
-        double* const lane = lanes.lane + h * kHalf;
-        store(lane, load<wide_reg>(lane) + term(load_wide(s + i + h * kHalf)));
-      }
+      for (int h = 0; h < kHalves; ++h) sums[h] += term(load_wide(s + i + h * kHalf));
     }
+    Lanes lanes;
+    std::memcpy(lanes.lane, sums, sizeof sums);
     for (int64_t i = whole; i < n; ++i) lanes.lane[i - whole] += term(static_cast<double>(s[i]));
     return lanes.total();
   };
@@ -203,6 +232,7 @@ void normalise(const Slab& slab, int64_t n, int64_t padded, float* s, float* slo
 }
 
 // to[i] = slope[i] * (t[i] - mean t - xhat[i] * mean(xhat t)) for i < n; t may be to. Touches what is read next.
+template <bool past_cache>
 void differentiate(const float* t, const float* xhat, const float* slope, int64_t n, const float* next, float* to) {
   float rest[kStep] = {};
   const int64_t whole = n / kStep * kStep;
@@ -226,21 +256,21 @@ void differentiate(const float* t, const float* xhat, const float* slope, int64_
   }
   const float mean = static_cast<float>(plain.total() / static_cast<double>(n));
   const float mean_along = static_cast<float>(along.total() / static_cast<double>(n));
-  const auto put = [&](const float* from, int64_t i, float* out) {
+  const auto put = [&](const float* from, int64_t i, float* out, auto store_one) {
 #pragma GCC unroll 8
     for (int r = 0; r < kParts; ++r) {
       const int64_t at = i + r * kWide;
       const reg value = load<reg>(slope + at) * ((load<reg>(from + r * kWide) - mean) - load<reg>(xhat + at) * mean_along);
-      store(out + r * kWide, value);
+      store_one(out + r * kWide, value);
     }
   };
   for (int64_t i = 0; i < whole; i += kStep) {
     __builtin_prefetch(next + i);
     __builtin_prefetch(next + i + 16);
-    put(t + i, i, to + i);
+    put(t + i, i, to + i, past_cache ? store_past_cache : store<reg, float>);
   }
   if (whole < n) {
-    put(rest, whole, rest);
+    put(rest, whole, rest, store<reg, float>);
     std::memcpy(to + whole, rest, static_cast<size_t>(n - whole) * sizeof(float));
   }
 }
@@ -271,10 +301,13 @@ void group_norm_task(const GroupNormTask& task) {
       }
       float* const straight = slab.direct(args.y_dot, k);
       float* const to = straight != nullptr ? straight : scratch.get();
-      differentiate(from, normal.get() + g * padded, slopes.get() + g * padded, n, next, to);
+      const bool past_cache = task.past_cache && reinterpret_cast<uintptr_t>(straight) % sizeof(reg) == 0 && straight != nullptr;
+      const auto kernel = past_cache ? differentiate<true> : differentiate<false>;
+      kernel(from, normal.get() + g * padded, slopes.get() + g * padded, n, next, to);
       if (straight == nullptr) slab.scatter(to, args.y_dot, k);
     }
   }
+  if (task.past_cache) finish_stores();
 }
 
 }  // namespace

@@ -10,7 +10,8 @@ struct GroupNormTask {
   int64_t sample;
   int64_t group_begin, group_end;
   int64_t tangent_begin, tangent_end;
-  bool primal;  // whether y and sum are written too
+  bool primal;      // whether y and sum are written too
+  bool past_cache;  // how y_dot is written
 };
 
 using GroupNormKernel = void (*)(const GroupNormTask&);
