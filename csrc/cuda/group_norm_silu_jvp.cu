@@ -13,6 +13,7 @@
 #include <cmath>
 
 #include "common/half_precision.h"
+#include "cuda/group_norm_limits.cuh"
 #include "cuda/reduce.cuh"
 
 namespace pyattr::cuda {
@@ -22,8 +23,6 @@ constexpr const char* kGroupNormOp = "group_norm_silu_jvp";
 constexpr int kWarpLanes = 32;
 constexpr int kFewThreads = 256, kManyThreads = 512;  // of a block
 constexpr int kFewElements = 4, kManyElements = 16;   // of a thread that holds its elements
-constexpr int64_t kBlocksWanted = 2048;
-constexpr int64_t kMostBlocks = 1 << 30;
 
 struct GroupNormWork {
   GroupNormSiluJvpArgs args;
@@ -84,6 +83,9 @@ struct GroupNormItem {
   int64_t sample, group;
   float mean = 0.0f, rest = 0.0f, inverse = 0.0f;
   float xhat[kSlots], slope[kSlots], held[kSlots];
+
+  __device__ __forceinline__ GroupNormItem(const GroupNormWork& all, int64_t slab)
+      : work(all), args(all.args), sample(slab / all.args.num_groups), group(slab % all.args.num_groups) {}
 
   __device__ __forceinline__ int64_t offset(const TangentArray& array, const Place& at) const {
     const int64_t fast = work.channels_fastest ? array.channel_stride : array.position_stride;
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(kManyThreads) group_norm_silu_jvp_kernel(const
   float* const scratch = reinterpret_cast<float*>(dynamic_shared());  // [2, scratch_floats], used in turn
   for (int64_t item = blockIdx.x; item < work.items; item += gridDim.x) {
     const int64_t slab = item % (args.num_samples * args.num_groups), part = item / (args.num_samples * args.num_groups);
-    GroupNormItem<dtype, kHeld> one{work, args, slab / args.num_groups, slab % args.num_groups};
+    GroupNormItem<dtype, kHeld> one(work, slab);
     one.primal(scratch, scratch_floats, part == 0);
     const int64_t begin = part * work.share;
     const int64_t end = begin + work.share < args.num_tangents ? begin + work.share : args.num_tangents;
@@ -213,7 +215,7 @@ void launch_group_norm(GroupNormWork work, cudaStream_t stream) {
   if (n <= kFewElements * kFewThreads) kernel = group_norm_silu_jvp_kernel<dtype, kFewElements>;
   const int threads = n <= kManyElements * kFewThreads ? kFewThreads : kManyThreads;
   void* arguments[] = {&work};
-  const dim3 grid(static_cast<unsigned>(std::min(work.items, kMostBlocks)));
+  const dim3 grid(static_cast<unsigned>(std::min(work.items, kGroupNormMostBlocks)));
   const size_t shared = 4 * static_cast<size_t>(threads / kWarpLanes) * sizeof(float);
   check(cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(threads)), arguments, shared, stream), kGroupNormOp,
         "launching the kernel");
@@ -224,7 +226,7 @@ void launch_group_norm(GroupNormWork work, cudaStream_t stream) {
 void group_norm_silu_jvp(const GroupNormSiluJvpArgs& args, CUstream_st* stream) {
   const int64_t slabs = args.num_samples * args.num_groups, K = args.num_tangents;
   if (slabs == 0 || args.group_size() == 0) return;
-  GroupNormWork work{args, args.group_channels(), args.group_size(), std::max<int64_t>(K * slabs / kBlocksWanted, 1), 0, false};
+  GroupNormWork work{args, args.group_channels(), args.group_size(), std::max<int64_t>(K * slabs / kGroupNormBlocksWanted, 1), 0, false};
   work.items = slabs * std::max<int64_t>((K + work.share - 1) / work.share, 1);
   work.channels_fastest = args.x_dot.position_stride != 1 && args.x_dot.channel_stride == 1;
   if (args.dtype == Dtype::float32) launch_group_norm<Dtype::float32>(work, stream);
