@@ -252,7 +252,7 @@ def attention_jvp_kernel(
 
 
 def blocks_of(num_rows: int, width: int, value_width: int) -> dict[str, int]:
-    """Tile sizes and warps; they depend on the sizes alone, so that nothing else changes a bit."""
+    """Tile sizes and what else a launch takes; they depend on the sizes alone, so that nothing else changes a bit."""
     values = min(max(triton.next_power_of_2(value_width), 16), MOST_VALUES)
     rows = min(max(triton.next_power_of_2(num_rows), 16), 32 if values > 128 else 64)
     return {
@@ -261,6 +261,7 @@ def blocks_of(num_rows: int, width: int, value_width: int) -> dict[str, int]:
         "BE": min(max(triton.next_power_of_2(width), 16), 64),
         "BV": values,
         "num_warps": 8 if rows * values > 4096 else 4,
+        "enable_fp_fusion": True,
     }
 
 

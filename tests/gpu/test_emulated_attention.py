@@ -1,7 +1,7 @@
 """The CUDA attention kernels' own source on an emulated thread block: no GPU needed.
 
-See ``test_emulated_projection.py`` for the emulator. Limits are small here, so that a few heads or rows take several waves and thread
-blocks take several tiles.
+See ``test_emulated_projection.py`` for the emulator. Limits are small here, so that a few heads or rows take several
+waves and thread blocks take several tiles.
 """
 
 import ctypes
@@ -105,10 +105,10 @@ def check(emulated, arrays, tolerance=1e-5, **options):
 
 
 # Two row tiles of one head in two waves; heads in waves of three; 1, 2 and 4 groups of columns, the last in two tiles.
-@pytest.mark.parametrize(
-    "shape",
-    [(1, 1, 1, 1, 1, 1, 1), (1, 1, 130, 70, 5, 6, 2), (2, 2, 20, 66, 17, 9, 2), (1, 1, 9, 20, 3, 100, 1), (1, 1, 3, 5, 2, 260, 1)],
-)  # fmt: skip
+SHAPES = [(1, 1, 130, 70, 5, 6, 2), (2, 2, 20, 66, 17, 9, 2), (1, 1, 9, 20, 3, 100, 1), (1, 1, 3, 5, 2, 260, 1)]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1, 1), *SHAPES])
 def test_shapes(emulated, shape):
     arrays = make(*shape)
     found = check(emulated, arrays)
