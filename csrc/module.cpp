@@ -18,6 +18,7 @@ PYBIND11_MODULE(_C, m) {
   bind_gaussian_project(m);
   bind_sparse_project(m);
   bind_layer_sketch(m);
+  bind_code_topk(m);
   bind_patch_mean(m);
   bind_patch_topk(m);
 #if defined(PYATTR_WITH_CUDA)

@@ -8,6 +8,7 @@ void bind_hadamard_project(pybind11::module_& m);
 void bind_gaussian_project(pybind11::module_& m);
 void bind_sparse_project(pybind11::module_& m);
 void bind_layer_sketch(pybind11::module_& m);
+void bind_code_topk(pybind11::module_& m);
 void bind_patch_mean(pybind11::module_& m);
 void bind_patch_topk(pybind11::module_& m);
 #if defined(PYATTR_WITH_CUDA)

@@ -2,12 +2,16 @@
 
 import torch
 
-from .. import backends
+from .. import backends, threads
 from ..backends import Backend
 from ..reference import code_topk as reference
 from ._arguments import check_integer
-from ._codes import Codes, check_codes, check_gram, refuse_bad
+from ._code_filter import factor, tables
+from ._codes import Codes, check_codes, check_gram, refuse_bad, refuse_code
 from ._topk import TopK
+
+
+PIECE = 1 << 20  # codes of another stride that are copied at a time
 
 
 def code_topk(gram, codes, k, *, largest=True, backend=None) -> TopK:
@@ -30,7 +34,7 @@ def code_topk(gram, codes, k, *, largest=True, backend=None) -> TopK:
         backend: "reference", "cpu", "cuda", "triton", or None for the first usable.
 
     Returns:
-        TopK: ``values`` [k] float64, best first, and ``indices`` [k] int64, ties by lowest index; of the kind and on the
+        TopK: ``values`` [k] float64, best first, and ``indices`` [k] int64, equal squares by lowest index; of the kind and on the
         device of ``codes``, torch tensors on the CPU for a file. Exact: HGH (H centres) is formed without rounding and
         then rounded to multiples of a power of two, to 2^-48 of its largest entry or less, and sums of those are exact.
         So value^2 is right to n^2 2^-48 of that entry over (n - h)^2, the rest of the arithmetic to 2^-51 of itself, and
@@ -65,9 +69,35 @@ def _run_reference(gram: torch.Tensor, codes: Codes, k: int, largest: bool):
     return reference.code_topk(gram, codes.bits, k, largest)
 
 
+def _run_cpu(gram: torch.Tensor, codes: Codes, k: int, largest: bool):
+    if k == 0:
+        return _run_reference(gram, codes, k, largest)
+    matrix, exponent = reference.centred_gram(gram)
+    form = factor(matrix)
+    rounded = tables(form)
+    values, indices = torch.empty(k, dtype=torch.float64), torch.empty(k, dtype=torch.int64)
+    found, bits = 0, codes.bits
+    step = len(bits) if bits.is_contiguous() else PIECE
+    for first in range(0, len(bits), max(step, 1)):
+        piece = bits[first : first + step].contiguous()
+        found, bad = backends.extension().code_topk_cpu(
+            piece.data_ptr(), len(piece), first, len(gram), matrix.data_ptr(), rounded.integers.data_ptr(),
+            rounded.scale, rounded.error, form.slack, largest, k, found, values.data_ptr(), indices.data_ptr(),
+            threads.usable(torch.get_num_threads()),
+        )  # fmt: skip
+        if bad >= 0:
+            refuse_code("code_topk", int(bits[bad]), bad, len(gram))
+    return reference.norms(values, len(gram), exponent), indices
+
+
+def _on_the_cpu(gram, codes, k, largest):
+    return [] if codes.bits.device.type == "cpu" else [f"codes is on {codes.bits.device}, this backend needs cpu"]
+
+
 backends.register(
     "code_topk",
     [
         Backend("reference", _run_reference, backends.always, lambda *_: []),
+        Backend("cpu", _run_cpu, backends.cpu_unavailable("code_topk_cpu"), _on_the_cpu),
     ],
 )

@@ -1,12 +1,11 @@
 """The largest or smallest influence norms of codes, by definition.
 
-With c the n bits of a code, h of them set, w = (1 - c) / (n - h) - 1 / n and H the centring matrix, w = -H c / (n - h), so that
-w^T G w = c^T (HGH) c / (n - h)^2. HGH is formed exactly, in integers, and rounded once, to a multiple of a power of two; sums of
-such multiples are exact in whatever order, so that every backend gives the same bits and ties stay ties.
+With c the n bits of a code, h of them set, w = (1 - c) / (n - h) - 1 / n and H the centring matrix, w = -H c / (n - h), so
+that w^T G w = c^T (HGH) c / (n - h)^2. HGH is formed exactly, in integers, and rounded once, to a multiple of a power of two;
+sums of such multiples are exact in whatever order, so that every backend gives the same bits and ties stay ties.
 """
 
-import math
-
+import numpy as np
 import torch
 
 CODES = 8192  # at a time
@@ -32,8 +31,8 @@ def centred_gram(gram):  # [n, n] float64 -> [n, n] int64, int
     return torch.tensor(rounded, dtype=torch.int64), (shift - low) // 2
 
 
-def relative_norms(matrix, codes):  # [n, n] int64, [B] int64 -> [B] float64
-    """sqrt(c^T M c) / (n - h), of a code or of its complement alike (the one without bit n - 1)."""
+def relative_squares(matrix, codes):  # [n, n] int64, [B] int64 -> [B] float64
+    """c^T M c / (n - h)^2, or 0 where that is negative; c^T M c of a code or its complement, the one without bit n - 1."""
     n = len(matrix)
     bits = (codes[:, None] >> torch.arange(n, device=codes.device)) & 1
     weights = bits.sum(1)
@@ -41,12 +40,13 @@ def relative_norms(matrix, codes):  # [n, n] int64, [B] int64 -> [B] float64
     matrix = matrix.to(codes.device)
     limbs = [matrix >> _LOW, matrix & ((1 << _LOW) - 1)]
     high, low = (((bits @ limb.double()) * bits).sum(1).long() for limb in limbs)
-    return torch.sqrt(((high << _LOW) + low).clamp(min=0).double()) / (n - weights)
+    return ((high << _LOW) + low).clamp(min=0).double() / (n - weights).square()
 
 
-def scaled(norms, n, exponent):  # [k] float64 -> [k] float64
-    """Influence norms from relative ones."""
-    return torch.ldexp(norms / (n * math.sqrt(2)), torch.tensor(exponent, device=norms.device))
+def norms(squares, n, exponent):  # [k] float64 -> [k] float64
+    """Influence norms from relative squares; by NumPy, as torch's square root is not always the nearest number."""
+    roots = np.sqrt(squares.cpu().numpy()) / (n * np.sqrt(2))
+    return torch.from_numpy(np.ldexp(roots, exponent)).to(squares.device)
 
 
 def merge(best, values, indices, k, largest):
@@ -63,5 +63,5 @@ def code_topk(gram, codes, k, largest):  # [n, n] float64, [N] int64 -> [k] floa
     for first in range(0, len(codes), CODES):
         piece = codes[first : first + CODES]
         indices = torch.arange(first, first + len(piece), device=codes.device)
-        best = merge(best, relative_norms(matrix, piece), indices, k, largest)
-    return scaled(best[0], len(gram), exponent), best[1]
+        best = merge(best, relative_squares(matrix, piece), indices, k, largest)
+    return norms(best[0], len(gram), exponent), best[1]
