@@ -26,7 +26,6 @@ inline uint64_t row_offset(uint64_t code) {
 template <int kPiece>
 inline void add_piece(const char* tables, uint64_t code, __m256i (&sums)[4]) {
   const char* const row = tables + row_offset<kPiece>(code);
-#pragma GCC unroll 4
   for (int g = 0; g < code_planes_of(kPiece); ++g) {
     const __m256i* const at = reinterpret_cast<const __m256i*>(row + (code_planes_before(kPiece) + g) * kPlaneBytes);
     const bool begun = kPiece > 0 && g < code_planes_of(kPiece > 0 ? kPiece - 1 : 0);
@@ -131,7 +130,7 @@ inline PassingCodes code_search(int members) {
 }
 
 // Row i of M from its diagonal on, for every bit i, and then the lanes whose bit is set; off the diagonal entries count twice.
-double code_value(const CodeTopkArgs& args, uint64_t code) {
+inline double code_value(const CodeTopkArgs& args, uint64_t code) {
   const int n = args.members;
   const int h = __builtin_popcountll(code);
   const uint64_t every = n < 64 ? (uint64_t{1} << n) - 1 : ~uint64_t{0};
