@@ -52,4 +52,23 @@ namespace cpu {
 CodesFound code_topk(const CodeTopkArgs& args, int num_threads);
 }  // namespace cpu
 
+// On a GPU, the codes whose |R c|^2 reaches a limit; the selection among them is the caller's. R times a scale is an integer matrix,
+// 256 * rows[0] + rows[1]; its sums over a code are exact and below 2^22 in magnitude, and |R c|^2 is summed in float32, from squares
+// rounded to nearest.
+struct CodeFlagsArgs {
+  const uint64_t* codes;  // [N]
+  int64_t num_codes;      // N
+  int members;            // n, 2 to 64
+  const int8_t* rows;     // [2, 64, 64], zero where row or column is beyond n and below the diagonal
+  const float* limits;    // [65], by h
+  bool largest;           // pass at the limit or above, else at it or below
+  uint8_t* flags;         // [ceil(N / 8)]: bit i of byte j, code 8 j + i passes, or has a bit from n on
+};
+
+#if defined(PYATTR_WITH_CUDA)
+namespace cuda {
+void code_topk(const CodeFlagsArgs& args, CUstream_st* stream);
+}  // namespace cuda
+#endif
+
 }  // namespace pyattr

@@ -27,6 +27,7 @@ PYBIND11_MODULE(_C, m) {
   bind_hadamard_project_cuda(m);
   bind_gaussian_project_cuda(m);
   bind_sparse_project_cuda(m);
+  bind_code_topk_cuda(m);
   bind_patch_mean_cuda(m);
   bind_patch_topk_cuda(m);
 #else

@@ -16,6 +16,7 @@ void bind_rademacher_project_cuda(pybind11::module_& m);
 void bind_hadamard_project_cuda(pybind11::module_& m);
 void bind_gaussian_project_cuda(pybind11::module_& m);
 void bind_sparse_project_cuda(pybind11::module_& m);
+void bind_code_topk_cuda(pybind11::module_& m);
 void bind_patch_mean_cuda(pybind11::module_& m);
 void bind_patch_topk_cuda(pybind11::module_& m);
 #endif

@@ -62,3 +62,31 @@ def tables(factor: Factor) -> Rounded:
         for first in range(0, min((p + 1) * PIECE, 64), LANES)
     ]
     return Rounded(torch.from_numpy(np.stack(planes).astype(np.int16)).clone(), scale, float(error * _MARGIN))
+
+
+def integers(factor: Factor) -> Rounded:
+    """[2, 64, 64] int8 of a GPU: 256 times the first and the second make an integer matrix. See csrc/code_topk.h."""
+    n = len(factor.rows)
+    largest = np.abs(factor.rows).max()
+    scale = float(32000 / largest) if largest > 0 else 1.0
+    whole = np.zeros((64, 64), dtype=np.int64)
+    whole[:n, :n] = np.rint(scale * factor.rows)
+    apart = whole[:n, :n] - scale * factor.rows
+    error = np.linalg.norm(np.maximum(apart.clip(min=0).sum(1), -apart.clip(max=0).sum(1)))
+    high = (whole + 128) >> 8
+    limbs = np.stack([high, whole - 256 * high]).astype(np.int8)
+    return Rounded(torch.from_numpy(limbs).clone(), scale, float(error * _MARGIN))
+
+
+def limits(factor: Factor, rounded: Rounded, worst: float, largest: bool) -> torch.Tensor:  # -> [65] float32
+    """By weight, what a float32 |R c|^2 must reach, or must not exceed, for a code to be as good as ``worst``."""
+    n, margin = len(factor.rows), 1 + 1e-5  # the sum of 64 rounded squares is right to 2^-17
+    found = np.full(65, 0.0 if largest else np.inf)  # a code of all members' bits passes, to be refused
+    forms = worst * (n - np.arange(n)) ** 2.0
+    if largest:
+        reached = rounded.scale * np.sqrt((forms / margin - factor.slack).clip(min=0)) / margin - rounded.error
+        found[:n] = reached.clip(min=0) ** 2 / margin
+    else:
+        reached = rounded.scale * np.sqrt(forms * margin + factor.slack) * margin + rounded.error
+        found[:n] = reached**2 * margin
+    return torch.from_numpy(found.astype(np.float32))

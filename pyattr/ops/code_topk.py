@@ -6,12 +6,14 @@ from .. import backends, threads
 from ..backends import Backend
 from ..reference import code_topk as reference
 from ._arguments import check_integer
-from ._code_filter import factor, tables
-from ._codes import Codes, check_codes, check_gram, refuse_bad, refuse_code
+from ._code_filter import factor, integers, limits, tables
+from ._codes import Codes, check_codes, check_gram, first_bad, refuse_bad, refuse_code
 from ._topk import TopK
 
 
 PIECE = 1 << 20  # codes of another stride that are copied at a time
+FIRST, MOST = 1 << 14, 1 << 25  # codes of the first launch and of the largest
+TOGETHER = 1 << 13  # eights of codes whose exact values are formed together
 
 
 def code_topk(gram, codes, k, *, largest=True, backend=None) -> TopK:
@@ -90,8 +92,81 @@ def _run_cpu(gram: torch.Tensor, codes: Codes, k: int, largest: bool):
     return reference.norms(values, len(gram), exponent), indices
 
 
+def _run_flagged(flag):
+    """A backend made of a kernel that flags the codes that may count.
+
+    Args:
+        flag: ``(codes [N] int64, n, rows, limits, largest, flags)`` writes flags; csrc/code_topk.h says what.
+    """
+
+    def run(gram: torch.Tensor, codes: Codes, k: int, largest: bool):
+        if k == 0:
+            return _run_reference(gram, codes, k, largest)
+        n, device, bits = len(gram), codes.bits.device, codes.bits
+        matrix, exponent = reference.centred_gram(gram)
+        form = factor(matrix)
+        rounded = integers(form)
+        rows, matrix = rounded.integers.to(device), matrix.to(device)
+        best = torch.empty(0, dtype=torch.float64, device=device), torch.empty(0, dtype=torch.int64, device=device)
+        first, step = 0, FIRST
+        while first < len(bits):
+            piece = bits[first : first + step].contiguous()
+            flags = torch.full((-(-len(piece) // 8),), 255, dtype=torch.uint8, device=device)
+            if len(best[0]) == k:
+                bounds = limits(form, rounded, best[0][-1].item(), largest).to(device)
+                flag(piece, n, rows, bounds, largest, flags)
+            for places in _places(flags, len(piece)):
+                best = _take(best, matrix, piece, places, first, k, largest)
+            first, step = first + step, min(4 * step, MOST)
+        return reference.norms(best[0], n, exponent), best[1]
+
+    return run
+
+
+def _places(flags, num_codes: int):
+    """The flagged places, in order, some at a time."""
+    eight = torch.arange(8, device=flags.device)
+    for bytes_ in flags.nonzero()[:, 0].split(TOGETHER):
+        places = (8 * bytes_[:, None] + eight)[((flags[bytes_].int()[:, None] >> eight) & 1).bool()]
+        yield places[places < num_codes]
+
+
+def _take(best, matrix, piece, places, first: int, k: int, largest: bool):
+    """The best with the codes at these places, whose exact values are formed."""
+    codes = piece[places]
+    bad = first_bad(codes, len(matrix))
+    if bad is not None:
+        refuse_code("code_topk", int(codes[bad]), first + int(places[bad]), len(matrix))
+    values = reference.relative_squares(matrix, codes)
+    return reference.merge(best, values, first + places, k, largest)
+
+
+def _flag_cuda(codes, n, rows, bounds, largest, flags):
+    stream = torch.cuda.current_stream(codes.device).cuda_stream
+    backends.extension().code_topk_cuda(
+        codes.data_ptr(), len(codes), n, rows.data_ptr(), bounds.data_ptr(), largest, flags.data_ptr(),
+        stream, codes.device.index,
+    )  # fmt: skip
+
+
+def _flag_triton(codes, n, rows, bounds, largest, flags):
+    from ..triton_kernels.code_topk import code_topk as launch
+
+    launch(codes, n, rows, bounds, largest, flags)
+
+
 def _on_the_cpu(gram, codes, k, largest):
     return [] if codes.bits.device.type == "cpu" else [f"codes is on {codes.bits.device}, this backend needs cpu"]
+
+
+def _on_a_gpu(name):
+    def reasons(gram, codes, k, largest):
+        wanted = "cpu" if name == "triton" and backends.triton_interpreted() else "cuda"
+        if codes.bits.device.type == wanted:
+            return backends.capability_unsupported(codes.bits.device)
+        return [f"codes is on {codes.bits.device}, this backend needs {wanted}"]
+
+    return reasons
 
 
 backends.register(
@@ -99,5 +174,7 @@ backends.register(
     [
         Backend("reference", _run_reference, backends.always, lambda *_: []),
         Backend("cpu", _run_cpu, backends.cpu_unavailable("code_topk_cpu"), _on_the_cpu),
+        Backend("cuda", _run_flagged(_flag_cuda), backends.cuda_unavailable("code_topk_cuda"), _on_a_gpu("cuda")),
+        Backend("triton", _run_flagged(_flag_triton), backends.triton_unavailable, _on_a_gpu("triton")),
     ],
 )
