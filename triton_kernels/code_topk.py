@@ -54,5 +54,5 @@ def code_topk(codes, members, rows, limits, largest, flags):
     with torch.cuda.device(codes.device) if codes.is_cuda else contextlib.nullcontext():
         code_topk_kernel[(triton.cdiv(len(codes), BLOCK),)](
             codes, len(codes), outside, rows, limits, flags,
-            LARGEST=largest, MEMBERS=32 if members <= 32 else 64, BLOCK=BLOCK, num_warps=4,
+            LARGEST=largest, MEMBERS=32 if members <= 32 else 64, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -101,7 +101,7 @@ inline int64_t passing_codes(const CodeBlock& block, const uint64_t* codes, int6
   }
   if ((any & outside) == 0) return found;
   for (int64_t i = found = 0; i < count; ++i) {
-    if ((codes[i] & outside) != 0) passing[found++] = static_cast<int32_t>(i);
+    if (codes[i] >= ~outside) passing[found++] = static_cast<int32_t>(i);  // of all members, or of none
   }
   return found;
 }

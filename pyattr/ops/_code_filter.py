@@ -57,9 +57,7 @@ def tables(factor: Factor) -> Rounded:
     whole = np.rint(sums)
     error = np.linalg.norm(whole - sums, axis=2).max(1).sum()
     planes = [
-        whole[p, :, first : first + LANES]
-        for p in range(pieces)
-        for first in range(0, min((p + 1) * PIECE, 64), LANES)
+        whole[p, :, first : first + LANES] for p in range(pieces) for first in range(0, min((p + 1) * PIECE, 64), LANES)
     ]
     return Rounded(torch.from_numpy(np.stack(planes).astype(np.int16)).clone(), scale, float(error * _MARGIN))
 

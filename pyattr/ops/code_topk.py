@@ -10,7 +10,6 @@ from ._code_filter import factor, integers, limits, tables
 from ._codes import Codes, check_codes, check_gram, first_bad, refuse_bad, refuse_code
 from ._topk import TopK
 
-
 PIECE = 1 << 20  # codes of another stride that are copied at a time
 FIRST, MOST = 1 << 14, 1 << 25  # codes of the first launch and of the largest
 TOGETHER = 1 << 13  # eights of codes whose exact values are formed together
@@ -36,13 +35,13 @@ def code_topk(gram, codes, k, *, largest=True, backend=None) -> TopK:
         backend: "reference", "cpu", "cuda", "triton", or None for the first usable.
 
     Returns:
-        TopK: ``values`` [k] float64, best first, and ``indices`` [k] int64, equal squares by lowest index; of the kind and on the
-        device of ``codes``, torch tensors on the CPU for a file. Exact: HGH (H centres) is formed without rounding and
-        then rounded to multiples of a power of two, to 2^-48 of its largest entry or less, and sums of those are exact.
+        TopK: ``values`` [k] float64, best first, and ``indices`` [k] int64, equal squares by lowest index; of the kind and
+        on the device of ``codes``, torch tensors on the CPU for a file. Exact: HGH (H centres) is formed without rounding
+        and then rounded to multiples of a power of two, to 2^-48 of its largest entry or less, and sums of those are exact.
         So value^2 is right to n^2 2^-48 of that entry over (n - h)^2, the rest of the arithmetic to 2^-51 of itself, and
-        both arrays have the same bits on every backend and do not depend on threads or chunks. Where the entries of
-        2 n^2 HGH have at most 49 bits, as those of small integers do, nothing is rounded before the square root. A code
-        and its complement with h = n / 2 tie. A form that rounding makes negative counts as 0.
+        both arrays have the same bits on every backend and do not depend on threads, chunks or the SIMD level. Where the
+        entries of 2 n^2 HGH have at most 49 bits, as those of small integers do, nothing is rounded before the last
+        division. A code and its complement with h = n / 2 tie. A form that rounding makes negative counts as 0.
 
     Raises:
         TypeError, ValueError: an argument is not as above; a code has all n bits set, so that no member is left, or one
@@ -50,7 +49,8 @@ def code_topk(gram, codes, k, *, largest=True, backend=None) -> TopK:
         OSError: the file cannot be read.
         BackendError: the backend cannot take these inputs; the reasons are listed.
 
-    Extra memory: 20 MB, beside pages of the file that the system may drop.
+    Extra memory: 20 MB and 64 k bytes for each thread, beside pages of the file that the system may drop; CUDA and Triton,
+    50 MB and 50 k bytes. A Gram matrix of which all codes tie costs time: their exact forms are compared one by one.
 
     Source: Dai and Gifford, "Training data attribution for diffusion models", 2023: ablation of an encoded ensemble and its
     approximation by a Jacobian.

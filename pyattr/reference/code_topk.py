@@ -45,7 +45,7 @@ def relative_squares(matrix, codes):  # [n, n] int64, [B] int64 -> [B] float64
 
 def norms(squares, n, exponent):  # [k] float64 -> [k] float64
     """Influence norms from relative squares; by NumPy, as torch's square root is not always the nearest number."""
-    roots = np.sqrt(squares.cpu().numpy()) / (n * np.sqrt(2))
+    roots = np.sqrt(squares.cpu().numpy() / (2 * n * n))
     return torch.from_numpy(np.ldexp(roots, exponent)).to(squares.device)
 
 
