@@ -20,6 +20,7 @@ PYBIND11_MODULE(_C, m) {
   bind_sparse_project(m);
   bind_layer_sketch(m);
   bind_attention_jvp(m);
+  bind_code_topk(m);
   bind_patch_mean(m);
   bind_patch_topk(m);
 #if defined(PYATTR_WITH_CUDA)
@@ -30,6 +31,7 @@ PYBIND11_MODULE(_C, m) {
   bind_gaussian_project_cuda(m);
   bind_sparse_project_cuda(m);
   bind_attention_jvp_cuda(m);
+  bind_code_topk_cuda(m);
   bind_patch_mean_cuda(m);
   bind_patch_topk_cuda(m);
 #else

@@ -1,6 +1,8 @@
 """The kernels: one function per op, on every backend."""
 
 from .attention_jvp import AttentionJvp, attention_jvp
+from ._topk import TopK
+from .code_topk import code_topk
 from .conv2d_grad_project import conv2d_grad_project
 from .gaussian_project import gaussian_project, normal_matrix
 from .group_norm_silu_jvp import GroupNormJvp, group_norm_silu_jvp
@@ -19,8 +21,10 @@ __all__ = [
     "GroupNormJvp",
     "PatchMean",
     "PatchTopK",
+    "TopK",
     "Winners",
     "attention_jvp",
+    "code_topk",
     "conv2d_grad_project",
     "gaussian_project",
     "group_norm_silu_jvp",
