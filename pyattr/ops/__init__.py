@@ -1,5 +1,6 @@
 """The kernels: one function per op, on every backend."""
 
+from .attention_jvp import AttentionJvp, attention_jvp
 from .conv2d_grad_project import conv2d_grad_project
 from .gaussian_project import gaussian_project, normal_matrix
 from .group_norm_silu_jvp import GroupNormJvp, group_norm_silu_jvp
@@ -14,10 +15,12 @@ from .rademacher_project import rademacher_project, sign_matrix
 from .sparse_project import sketch_entries, sparse_project, sparse_project_transpose
 
 __all__ = [
+    "AttentionJvp",
     "GroupNormJvp",
     "PatchMean",
     "PatchTopK",
     "Winners",
+    "attention_jvp",
     "conv2d_grad_project",
     "gaussian_project",
     "group_norm_silu_jvp",
