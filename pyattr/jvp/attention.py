@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import attention_jvp
-from .dispatch import NoRule, duals, function_rule, rule
 from .dual import Dual, Run
+from .rule import NoRule, duals, function_rule, rule
 
 
 @function_rule(F.scaled_dot_product_attention)

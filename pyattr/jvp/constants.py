@@ -1,7 +1,7 @@
 """Operators whose results do not depend on x, or only in steps: they see the primal and return a plain tensor."""
 
-from .dispatch import rule
 from .dual import Dual, Run
+from .rule import rule
 
 
 @rule(

@@ -1,55 +1,13 @@
 """From torch's functions and operators to their rules."""
 
-import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from .dual import HANDLERS, Dual, Run
-
-RULES: dict[str, Callable] = {}  # operator ("aten::add") -> rule(run, operator, *arguments)
-FUNCTIONS: dict[Callable, Callable] = {}  # torch function -> rule(run, function, *arguments)
-
-
-class NoRule(Exception):
-    """Raised by a rule that does not cover its arguments: torch's own derivative takes over."""
-
-
-def rule(*names: str):
-    """Register a rule of these ATen operators, all overloads that return something new or a view.
-
-    An operator that works in place (``add_``) is computed by the rule of the other one, and then written.
-    """
-
-    def register(function):
-        RULES.update({f"aten::{name}": function for name in names})
-        return function
-
-    return register
-
-
-def function_rule(function: Callable):
-    """Register a rule of a function of torch that torch would otherwise take apart too far."""
-
-    def register(rule):
-        FUNCTIONS[function] = rule
-        return rule
-
-    return register
-
-
-def duals(*trees) -> list[Dual]:
-    """The duals among arguments, also in lists of them."""
-    found = []
-    for tree in trees:
-        if isinstance(tree, Dual):
-            found.append(tree)
-        elif isinstance(tree, (tuple, list)):
-            found += duals(*tree)
-        elif isinstance(tree, dict):
-            found += duals(*tree.values())
-    return found
+from .dual import HANDLERS, Run
+from .fallback import torch_derivative
+from .inplace import write
+from .rule import FUNCTIONS, RULES, NoRule, duals
 
 
 def current_run(func, args: tuple, kwargs: dict) -> Run:
@@ -75,31 +33,14 @@ def call_function(func: Callable, args: tuple, kwargs: dict):
 def call_operator(func, args: tuple, kwargs: dict):
     run = current_run(func, args, kwargs)
     if func._schema.is_mutable:
-        return inplace.write(run, func, args, kwargs)
+        return write(run, func, args, kwargs, call_operator)
     chosen = RULES.get(func._schema.name)
     if chosen is not None:
         try:
             return chosen(run, func, *args, **kwargs)
         except NoRule:
             pass
-    return fallback.torch_derivative(run, func, args, kwargs)
+    return torch_derivative(run, func, args, kwargs)
 
 
 HANDLERS.update(function=call_function, operator=call_operator)
-
-
-@functools.cache
-def functional(func):
-    """The operator that returns what ``func`` writes to its first argument (``add.Tensor`` for ``add_.Tensor``), or None."""
-    namespace, name = func._schema.name.split("::")
-    if not name.endswith("_") or namespace != "aten":
-        return None
-    packet = getattr(torch.ops.aten, name[:-1], None)
-    return getattr(packet, func._overloadname, None)
-
-
-def is_float(value) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-from . import fallback, inplace  # noqa: E402  they call call_operator and is_float

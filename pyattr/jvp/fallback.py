@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.func import jvp, vmap
 from torch.utils import _pytree as pytree
 
-from .dispatch import is_float
 from .dual import Dual, combine
+from .rule import is_float
 from .where import here
 
 _SAID = set()  # operators that have been warned of

@@ -1,15 +1,17 @@
 """Operators that write to an argument."""
 
-import torch
 from torch import Tensor
 
-from .dispatch import call_operator, functional
 from .dual import Dual
+from .rule import functional
 from .where import here
 
 
-def write(run, func, args: tuple, kwargs: dict):
-    """Compute what is to be written by the rule of the operator that returns it, and write it.
+def write(run, func, args: tuple, kwargs: dict, call):
+    """Compute what is to be written with the operator that returns it, and write it.
+
+    Args:
+        call: ``(operator, args, kwargs)`` to the result by its rule.
 
     Raises:
         NotImplementedError: the target is a tensor without tangents, or the write cannot be done here.
@@ -23,7 +25,7 @@ def write(run, func, args: tuple, kwargs: dict):
             f"dual_forward: {name}{here(run)} writes a value that depends on x to a tensor that does not; "
             "have the module make a new tensor instead"
         )
-    result = call_operator(compute, args, kwargs)
+    result = call(compute, args, kwargs)
     if not isinstance(result, Dual):
         result = constant(run, result)
     if result.shape != target.shape:

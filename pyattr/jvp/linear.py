@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import NoRule, duals, function_rule, rule
 from .dual import Dual, Run, combine
+from .rule import NoRule, duals, function_rule, rule
 from .views import aligned, each, moved
 
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..ops import group_norm_silu_jvp
-from .dispatch import NoRule, duals, rule
-from .dual import Dual, Run, combine, empty_stack
+from .dual import Dual, Run, combine
+from .rule import NoRule, duals, rule
 
 
 @dataclass(frozen=True)

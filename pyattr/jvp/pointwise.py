@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .dispatch import NoRule, rule
 from .dual import Dual, Run, combine
 from .fallback import slope
 from .norm import GroupNorm
+from .rule import NoRule, rule
 from .views import aligned, each
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .dispatch import NoRule, duals, rule
 from .dual import Dual, Run, empty_stack
+from .rule import NoRule, duals, rule
 
 
 def moved(axis: int, dims: int) -> int:
