@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import torch
 
-from .. import arrays, backends
+from .. import arrays, backends, threads
 from ..backends import Backend
 from ..reference import group_norm_silu_jvp as reference
 from ._arguments import check_integer
+from ._projection import DTYPES as PRECISIONS
 
 OP = "group_norm_silu_jvp"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -173,4 +174,45 @@ def _run_reference(x, x_dot, residual, residual_dot, num_groups, weight, bias, e
         array.copy_(result)
 
 
-backends.register(OP, [Backend("reference", _run_reference, backends.always, lambda *_: [])])
+def _unsupported(name: str):
+    return lambda x: backends.placement_unsupported(name, x=x)
+
+
+def _compiled_arguments(x, x_dot, residual, residual_dot, num_groups, weight, bias, eps, silu, out):
+    """The arguments of the compiled kernels, and the arrays whose addresses are among them."""
+    weight, bias = (None if a is None else a.to(torch.float32).contiguous() for a in (weight, bias))
+    arrays = [x, x_dot, residual, residual_dot, *out, *[None] * (4 - len(out))]
+    spans = [(0, (0,) * 4) if a is None else (a.data_ptr(), ((0,) * (4 - a.dim()) + a.stride())) for a in arrays]
+    constants = (0 if a is None else a.data_ptr() for a in (weight, bias))
+    return (PRECISIONS[x.dtype], (*x_dot.shape, num_groups), spans, *constants, eps, silu), (weight, bias)
+
+
+def _run_cpu(*problem):
+    arguments, _alive = _compiled_arguments(*problem)
+    backends.extension().group_norm_silu_jvp_cpu(*arguments, threads.usable(torch.get_num_threads()))
+
+
+def _run_cuda(x, *problem):
+    module, device = backends.extension(), x.device
+    arguments, _alive = _compiled_arguments(x, *problem)
+    size = module.group_norm_silu_jvp_cuda_workspace(*arguments)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    module.group_norm_silu_jvp_cuda(*arguments, workspace.data_ptr(), size, stream, device.index)
+
+
+def _run_triton(*problem):
+    from ..triton_kernels.group_norm_silu_jvp import group_norm_silu_jvp as launch
+
+    launch(*problem)
+
+
+backends.register(
+    OP,
+    [
+        Backend("reference", _run_reference, backends.always, lambda *_: []),
+        Backend("cpu", _run_cpu, backends.cpu_unavailable("group_norm_silu_jvp_cpu"), _unsupported("cpu")),
+        Backend("cuda", _run_cuda, backends.cuda_unavailable("group_norm_silu_jvp_cuda"), _unsupported("cuda")),
+        Backend("triton", _run_triton, backends.triton_unavailable, _unsupported("triton")),
+    ],
+)
