@@ -19,6 +19,7 @@ PYBIND11_MODULE(_C, m) {
   bind_gaussian_project(m);
   bind_sparse_project(m);
   bind_layer_sketch(m);
+  bind_attention_jvp(m);
   bind_patch_mean(m);
   bind_patch_topk(m);
 #if defined(PYATTR_WITH_CUDA)
@@ -28,6 +29,7 @@ PYBIND11_MODULE(_C, m) {
   bind_hadamard_project_cuda(m);
   bind_gaussian_project_cuda(m);
   bind_sparse_project_cuda(m);
+  bind_attention_jvp_cuda(m);
   bind_patch_mean_cuda(m);
   bind_patch_topk_cuda(m);
 #else

@@ -9,6 +9,7 @@ void bind_hadamard_project(pybind11::module_& m);
 void bind_gaussian_project(pybind11::module_& m);
 void bind_sparse_project(pybind11::module_& m);
 void bind_layer_sketch(pybind11::module_& m);
+void bind_attention_jvp(pybind11::module_& m);
 void bind_patch_mean(pybind11::module_& m);
 void bind_patch_topk(pybind11::module_& m);
 #if defined(PYATTR_WITH_CUDA)
@@ -17,6 +18,7 @@ void bind_group_norm_silu_jvp_cuda(pybind11::module_& m);
 void bind_hadamard_project_cuda(pybind11::module_& m);
 void bind_gaussian_project_cuda(pybind11::module_& m);
 void bind_sparse_project_cuda(pybind11::module_& m);
+void bind_attention_jvp_cuda(pybind11::module_& m);
 void bind_patch_mean_cuda(pybind11::module_& m);
 void bind_patch_topk_cuda(pybind11::module_& m);
 #endif

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import arrays, backends
+from .. import arrays, backends, threads
 from ..backends import Backend
 from ..reference import attention_jvp as reference
 from ._arguments import check_scale
@@ -177,11 +177,56 @@ _LIBRARY.impl("attention_jvp", _dispatched, "CompositeExplicitAutograd")
 torch.library.register_fake("pyattr::attention_jvp", lambda *arguments: Problem(*arguments[:9]).outputs(), lib=_LIBRARY)
 
 
+# Backends. All take the problem and give y and y_dot.
+
+
 def _run_reference(problem: Problem):
     return tuple(part.to(problem.query.dtype) for part in reference.attention_jvp(*problem))
 
 
+def _addresses(problem: Problem, y, y_dot):
+    """The arguments of the compiled kernels but the last; a primal has a K stride of 0."""
+    query, key, value, *tangents, mask, causal, scale = problem
+    operands = [(t.data_ptr(), (0, *t.stride())) for t in (query, key, value)]
+    operands += [(0, (0,) * 5) if t is None else (t.data_ptr(), t.stride()) for t in tangents]
+    kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2  # pyattr::MaskKind
+    mask_place = (0, 0, (0,) * 4) if mask is None else (mask.data_ptr(), kind, mask.stride())
+    sizes = (problem.num_tangents, *query.shape[:3], key.shape[2], query.shape[3], value.shape[3])
+    return operands, DTYPES[query.dtype], *mask_place, sizes, causal, scale, y.data_ptr(), y_dot.data_ptr()
+
+
+def _run_cpu(problem: Problem):
+    y, y_dot = problem.outputs()
+    backends.extension().attention_jvp_cpu(*_addresses(problem, y, y_dot), threads.usable(torch.get_num_threads()))
+    return y, y_dot
+
+
+def _run_cuda(problem: Problem):
+    y, y_dot = problem.outputs()
+    device = y.device
+    stream = torch.cuda.current_stream(device).cuda_stream
+    backends.extension().attention_jvp_cuda(*_addresses(problem, y, y_dot), stream, device.index)
+    return y, y_dot
+
+
+def _run_triton(problem: Problem):
+    from ..triton_kernels.attention_jvp import attention_jvp as launch
+
+    y, y_dot = problem.outputs()
+    launch(*problem, y, y_dot)
+    return y, y_dot
+
+
+def _unsupported(name: str):
+    return lambda problem: backends.placement_unsupported(name, query=problem.query)
+
+
 backends.register(
     "attention_jvp",
-    [Backend("reference", _run_reference, backends.always, lambda *_: [])],
+    [
+        Backend("reference", _run_reference, backends.always, lambda *_: []),
+        Backend("cpu", _run_cpu, backends.cpu_unavailable("attention_jvp_cpu"), _unsupported("cpu")),
+        Backend("cuda", _run_cuda, backends.cuda_unavailable("attention_jvp_cuda"), _unsupported("cuda")),
+        Backend("triton", _run_triton, backends.triton_unavailable, _unsupported("triton")),
+    ],
 )
