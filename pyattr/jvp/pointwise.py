@@ -157,17 +157,17 @@ def scale(run: Run, func, x: Dual, factor) -> Dual:
 
 
 @rule("add")
-def add(run: Run, func, a, b, *, alpha=1):
+def add(run: Run, func, a, b, alpha=1):
     return _sum(run, func, a, b, alpha)
 
 
 @rule("sub")
-def subtract(run: Run, func, a, b, *, alpha=1):
+def subtract(run: Run, func, a, b, alpha=1):
     return _sum(run, func, a, b, alpha)
 
 
 @rule("rsub")
-def subtract_from(run: Run, func, a, b, *, alpha=1):
+def subtract_from(run: Run, func, a, b, alpha=1):
     return _sum(run, func, a, b, alpha)
 
 
@@ -198,7 +198,13 @@ def _sum(run: Run, func, a, b, alpha):
     tangents = x.tangents
     if factor == 1 and primal.shape == x.shape and primal.dtype == x.dtype:
         return x.shares(primal, tangents)
-    return combine(run, primal, lambda out: torch.mul(aligned(tangents, primal.dim()), factor, out=out))
+
+    def fill(out: Tensor):
+        out.copy_(aligned(tangents, primal.dim()))
+        if factor != 1:
+            out.mul_(factor)
+
+    return combine(run, primal, fill)
 
 
 def _result_type(x: Dual, other) -> torch.dtype:

@@ -117,15 +117,17 @@ CASES = {
     "avg_pool1d": (lambda x: F.avg_pool1d(x, 2), (2, 4, 8)),
     "adaptive_avg_pool_to_one": (lambda x: F.adaptive_avg_pool2d(x.sin(), 1), IMAGE),
     "max_pool2d": (lambda x: F.max_pool2d(x, 3, 2, 1), IMAGE),
-    **{f"pad_{mode}": (lambda x, mode=mode: F.pad(x.exp(), (1, 2, 0, 1), mode=mode), IMAGE) for mode in ("reflect", "replicate", "circular")},
+    **{
+        f"pad_{mode}": (lambda x, mode=mode: F.pad(x.exp(), (1, 2, 0, 1), mode=mode), IMAGE)
+        for mode in ("reflect", "replicate", "circular")
+    },
     "pad": (lambda x: F.pad(x, (0, 1, 0, 1)) + F.pad(x, (1, 0, 0, 1), value=3.0), IMAGE),
     # normalisation
     "layer_norm": (lambda x: F.layer_norm(x, (6,), like(x, 6), like(x, 6)) + F.layer_norm(x, (5, 6)), IMAGE),
     "batch_norm": (lambda x: F.batch_norm(x, like(x, 4), like(x, 4).abs(), like(x, 4), like(x, 4)), IMAGE),
     "instance_norm": (lambda x: F.instance_norm(x, weight=like(x, 4), bias=like(x, 4, seed=2)), IMAGE),
-    "glu": (lambda x: x[:, :2] * F.gelu(x[:, 2:]), IMAGE),
+
 }  # fmt: skip
-NO_RULE = {"glu"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -133,3 +135,156 @@ NO_RULE = {"glu"}
 def test_rule(name, dtype, agrees):
     function, shape = CASES[name]
     agrees(function, torch.randn(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+class TestGroupNorm:
+    """Group normalisation is put off until it is known what follows."""
+
+    def both(self, agrees, plain, function, shape, dtype):
+        """The function gets a group normalisation with these settings: torch's own, and the plain one."""
+        x = torch.randn(shape, dtype=dtype)
+        agrees(lambda x: function(x, F.group_norm), x, plain=lambda x: function(x, plain.group_norm))
+
+    @pytest.mark.parametrize("shape", [(2, 4, 5, 6), (1, 4, 9), (3, 4), (1, 4, 2, 3, 2)], ids=str)
+    def test_with_silu(self, dtype, shape, agrees, plain):
+        self.both(agrees, plain, lambda x, norm: F.silu(norm(x, 2, like(x, 4), like(x, 4, seed=2))), shape, dtype)
+
+    def test_followed_by_other_things(self, dtype, agrees, plain):
+        def function(x, norm):
+            y = norm(x, 2, like(x, 4), like(x, 4, seed=2), 1e-3)
+            return y.sin() + y.flatten(2).mean(-1)[..., None, None] + F.silu(y)
+
+        self.both(agrees, plain, function, IMAGE, dtype)
+
+    @pytest.mark.parametrize("batch", [1, 2])
+    @pytest.mark.parametrize("affine", [False, True])
+    def test_scale_and_shift_of_each_image(self, dtype, batch, affine, agrees, plain):
+        def function(x, norm):
+            weights = (like(x, 4), like(x, 4, seed=2)) if affine else ()
+            y = norm(x, 2, *weights)
+            scale, shift = like(x, batch, 4, 1, 1), like(x, batch, 4, 1, 1, seed=3)
+            return F.silu(y * (1 + scale) + shift) + F.silu(2 * y - 0.5) + F.silu(shift - y / (2 + scale.abs())) + y
+
+        self.both(agrees, plain, function, (batch, 4, 5, 6), dtype)
+
+    def test_scale_of_each_position(self, dtype, agrees, plain):
+        self.both(agrees, plain, lambda x, norm: F.silu(norm(x, 2) * like(x, 5, 6) + like(x, 1, 1, 5, 6)), IMAGE, dtype)
+
+    def test_of_a_shifted_tensor(self, dtype, agrees, plain):
+        self.both(agrees, plain, lambda x, norm: F.silu(norm(x + like(x, 2, 4, 1, 1), 2)) + x, IMAGE, dtype)
+
+    def test_of_transposed_positions(self, dtype, agrees, plain):
+        self.both(
+            agrees, plain, lambda x, norm: norm(x.view(2, 4, 30).transpose(1, 2).transpose(1, 2), 4).exp(), IMAGE, dtype
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+class TestAttention:
+    def both(self, agrees, plain, function, shape, dtype):
+        x = torch.randn(shape, dtype=dtype)
+        agrees(lambda x: function(x, F.scaled_dot_product_attention), x, plain=lambda x: function(x, plain.attention))
+
+    @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (3, 5, 4), (5, 4), (2, 1, 3, 5, 4)], ids=str)
+    def test_of_itself(self, dtype, shape, agrees, plain):
+        self.both(agrees, plain, lambda x, attend: attend(x.sin(), x.exp(), x), shape, dtype)
+
+    def test_with_constant_keys_and_values(self, dtype, agrees, plain):
+        self.both(
+            agrees, plain, lambda x, attend: attend(x, like(x, 2, 3, 7, 4), like(x, 2, 3, 7, 2)), (2, 3, 5, 4), dtype
+        )
+
+    def test_of_a_constant_query_shared_by_all(self, dtype, agrees, plain):
+        self.both(agrees, plain, lambda x, attend: attend(like(x, 1, 3, 6, 4), x, x * 2), (2, 3, 5, 4), dtype)
+
+    def test_masks(self, dtype, agrees, plain):
+        def function(x, attend):
+            allowed = like(x, 2, 1, 5, 5) > -1
+            allowed[..., 0] = True
+            added = like(x, 5, 5).masked_fill(~allowed[0, 0], -torch.inf)
+            return attend(x, x, x, allowed) + attend(x, x, x, added) + attend(x, x, x, is_causal=True, scale=0.3)
+
+        self.both(agrees, plain, function, (2, 3, 5, 4), dtype)
+
+    def test_a_mask_that_depends_on_x(self, dtype, agrees, plain):
+        self.both(agrees, plain, lambda x, attend: attend(x, x, x, (x @ x.mT).tanh()), (2, 3, 5, 4), dtype)
+
+    def test_fewer_heads_of_keys(self, dtype, agrees, plain):
+        def plainly(x):
+            return plain.attention(x, x[:, :2].repeat_interleave(2, 1), x[:, 2:].repeat_interleave(2, 1))
+
+        agrees(
+            lambda x: F.scaled_dot_product_attention(x, x[:, :2], x[:, 2:], enable_gqa=True),
+            torch.randn(2, 4, 5, 4, dtype=dtype),
+            plain=plainly,
+        )
+
+
+shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4)
+
+
+@given(data=st.data())
+def test_sums_and_products_broadcast(data, agrees):
+    """Operands of any ranks and sizes, constant or not, before or after the differentiated one."""
+    full = data.draw(shapes)
+
+    def part(seed):
+        shape = [size if data.draw(st.booleans()) else 1 for size in full]
+        return shape[data.draw(st.integers(0, len(shape) - 1)) :]
+
+    first, second, operation = part(0), part(1), data.draw(st.sampled_from(["add", "sub", "mul", "div"]))
+    kind = data.draw(st.sampled_from(["constant", "constant first", "dual"]))
+    offset = 3.0 if operation == "div" else 0.0
+
+    def function(x):
+        a, b = x, like(x, *second)
+        if kind == "dual":
+            b = x.reshape(-1)[0] * b.abs() if operation == "div" else x.sum() * b
+        if kind == "constant first":
+            a, b = b, a
+        return getattr(torch, operation)(a, b.abs() + offset if operation == "div" else b)
+
+    agrees(function, torch.randn(first, dtype=torch.float64))
+
+
+@given(
+    channels=st.sampled_from([(2, 4, 1), (4, 2, 2), (3, 3, 3)]),
+    size=st.tuples(st.integers(3, 7), st.integers(3, 7)),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 2),
+    transposed=st.booleans(),
+    batch=st.integers(0, 3),
+)
+def test_convolutions(channels, size, kernel, stride, padding, transposed, batch, agrees):
+    inputs, outputs, groups = channels
+    padding = min(padding, kernel - 1)
+
+    def function(x):
+        if transposed:
+            weight = like(x, inputs, outputs // groups, kernel, kernel)
+            return F.conv_transpose2d(x, weight, like(x, outputs), stride, padding, 0, groups)
+        return F.conv2d(
+            x, like(x, outputs, inputs // groups, kernel, kernel), like(x, outputs), stride, padding, 1, groups
+        )
+
+    agrees(function, torch.randn(batch, inputs, *size))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    """Results in the type of x, to its rounding."""
+
+    def function(x):
+        y = F.silu(F.conv2d(x, like(x, 4, 4, 3, 3), like(x, 4), padding=1))
+        y = F.layer_norm(y, (6,)) + y.softmax(-1)
+        return F.linear(F.gelu(y), like(x, 3, 6), like(x, 3)) * 0.5
+
+    x, x_dot = torch.randn(IMAGE).to(dtype), torch.randn(3, *IMAGE).to(dtype)
+    y, y_dot = dual_forward(function, x, x_dot)
+    exact, exact_dot = dual_forward(function, x.double(), x_dot.double())
+    bound = 8 * torch.finfo(dtype).eps
+    assert y.dtype == y_dot.dtype == dtype
+    assert (y - exact).norm() <= bound * exact.norm()
+    assert (y_dot - exact_dot).norm() <= bound * exact_dot.norm()
