@@ -50,7 +50,8 @@ void attention_jvp(const AttentionJvpArgs& args, int num_threads);
 }  // namespace cpu
 #if defined(PYATTR_WITH_CUDA)
 namespace cuda {
-void attention_jvp(const AttentionJvpArgs& args, CUstream_st* stream);
+size_t attention_jvp_workspace(const AttentionJvpArgs& args);
+void attention_jvp(const AttentionJvpArgs& args, void* workspace, CUstream_st* stream);
 }  // namespace cuda
 #endif
 }  // namespace pyattr

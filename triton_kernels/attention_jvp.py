@@ -1,12 +1,14 @@
 """Attention and its tangents in Triton: see ``csrc/attention_jvp.h`` for what they are.
 
-P of some rows is written to memory once (the kernel ``primal``: one product for the scores' maxima and sums, again for P, one for y) and
-read by every tangent: 4 products for each tangent. A tangent's rows are one sweep over the keys, with r = rowsum(P * S_dot) and
-y_dot = (P * S_dot) v + P v_dot - r y. Products of float32 are three of TF32 each, those of q, k and their tangents in 16 bits exact ones;
-P is never rounded to 16 bits. Extra memory: 64 MiB of P, or 64 rows of every head if that is more, and y in float32.
+P of some rows is written to memory once (one product for the scores' maxima and sums, again for P,
+one for y) and read by every tangent: 4 products for each. A tangent's rows are one sweep over the keys, with r =
+rowsum(P * S_dot) and y_dot = (P * S_dot) v + P v_dot - r y. Products of float32 are three of TF32 each, those of q, k
+and their tangents in 16 bits exact ones; P is never rounded to 16 bits. Extra memory: 64 MiB of P, or 64 rows of one
+head if that is more, and their y in float32.
 """
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,6 +16,8 @@ import triton.language as tl
 
 PROBABILITIES = 16 << 20  # floats of P at a time
 MOST_VALUES = 256  # columns of y that a program sums
+MOST_PROGRAMS = 2**31 - 1  # of a launch
+DOT_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 MINUS_ZERO = tl.constexpr(-2147483648)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -41,6 +45,7 @@ def add_products(
     num_keys,
     width,
     BE: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """sums + q k^T."""
@@ -48,12 +53,14 @@ def add_products(
         columns = start + tl.arange(0, BE).to(tl.int64)
         q = tile(query_ptr, rows, num_rows, query_row, columns, width, query_column)
         k = tile(key_ptr, keys, num_keys, key_row, columns, width, key_column)
-        sums = tl.dot(q, tl.trans(k), sums, input_precision=PRECISION)
+        sums = tl.dot(q.to(DOT_TYPE), tl.trans(k.to(DOT_TYPE)), sums, input_precision=PRECISION)
     return sums
 
 
 @triton.jit
-def biased(scores, mask_ptr, mask_row, mask_column, rows, num_rows, keys, num_keys, MASK: tl.constexpr, CAUSAL: tl.constexpr):
+def biased(
+    scores, mask_ptr, mask_row, mask_column, rows, num_rows, keys, num_keys, MASK: tl.constexpr, CAUSAL: tl.constexpr
+):
     """The scores with the mask added, -inf where a pair is forbidden, and which are."""
     inside = (rows[:, None] < num_rows) & (keys[None, :] < num_keys)
     forbidden = keys[None, :] >= num_keys
@@ -70,15 +77,17 @@ def biased(scores, mask_ptr, mask_row, mask_column, rows, num_rows, keys, num_ke
     return tl.where(forbidden, -float("inf"), scores), forbidden
 
 
-@triton.jit(do_not_specialize=["first_row"])
+@triton.jit(do_not_specialize=["first_item", "items", "first_row", "slab_rows"])
 def primal_kernel(
     query_ptr,  # [B, H, L, E]
     key_ptr,  # [B, H, S, E]
     value_ptr,  # [B, H, S, V]
     mask_ptr,  # [B, H, L, S]
-    probabilities_ptr,  # [B H, slab_rows, S] float32: -0.0 where a pair is forbidden
+    probabilities_ptr,  # [items, slab_rows, S] float32: -0.0 where a pair is forbidden
     out_ptr,  # [B, H, L, V] of the inputs' dtype
-    exact_ptr,  # [B H, slab_rows, V] float32
+    exact_ptr,  # [items, slab_rows, V] float32
+    first_item,
+    items,
     first_row,
     slab_rows,
     heads,
@@ -97,12 +106,14 @@ def primal_kernel(
     BS: tl.constexpr,
     BE: tl.constexpr,
     BV: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(slab_rows, BL)
     local = (tl.program_id(0) % blocks).to(tl.int64) * BL + tl.arange(0, BL)
-    item = (tl.program_id(0) // blocks).to(tl.int64)
-    b, h = item // heads, item % heads
+    item = (tl.program_id(0) // blocks).to(tl.int64)  # of the wave
+    head = item + first_item
+    b, h = head // heads, head % heads
     rows = local + first_row
     end = tl.minimum(num_rows, tl.cast(first_row, tl.int64) + slab_rows)
     query_ptr += b * query_batch + h * query_head
@@ -117,7 +128,7 @@ def primal_kernel(
         keys = start + tl.arange(0, BS).to(tl.int64)
         scores = add_products(
             tl.zeros([BL, BS], tl.float32), query_ptr, query_row, query_column, key_ptr, key_row, key_column,
-            rows, end, keys, num_keys, width, BE, PRECISION,
+            rows, end, keys, num_keys, width, BE, DOT_TYPE, PRECISION,
         )  # fmt: skip
         scores, _ = biased(scores * scale, mask_ptr, mask_row, mask_column, rows, end, keys, num_keys, MASK, CAUSAL)
         higher = tl.maximum(most, tl.max(scores, 1))
@@ -133,7 +144,7 @@ def primal_kernel(
         keys = start + tl.arange(0, BS).to(tl.int64)
         scores = add_products(
             tl.zeros([BL, BS], tl.float32), query_ptr, query_row, query_column, key_ptr, key_row, key_column,
-            rows, end, keys, num_keys, width, BE, PRECISION,
+            rows, end, keys, num_keys, width, BE, DOT_TYPE, PRECISION,
         )  # fmt: skip
         scores, forbidden = biased(
             scores * scale, mask_ptr, mask_row, mask_column, rows, end, keys, num_keys, MASK, CAUSAL
@@ -146,12 +157,12 @@ def primal_kernel(
             to = probabilities_ptr + (item * slab_rows + local)[:, None] * num_keys + keys[None, :]
             tl.store(to, p, mask=here[:, None] & (keys[None, :] < num_keys))
     inside = here[:, None] & (columns[None, :] < value_width)
-    to = (item * num_rows + rows)[:, None] * value_width + columns[None, :]
+    to = (head * num_rows + rows)[:, None] * value_width + columns[None, :]
     tl.store(out_ptr + to, y.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(exact_ptr + (item * slab_rows + local)[:, None] * value_width + columns[None, :], y, mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_row"])
+@triton.jit(do_not_specialize=["first_item", "items", "first_row", "slab_rows"])
 def attention_jvp_kernel(
     query_ptr,  # [B, H, L, E]
     key_ptr,  # [B, H, S, E]
@@ -159,12 +170,14 @@ def attention_jvp_kernel(
     query_dot_ptr,  # [K, B, H, L, E]
     key_dot_ptr,  # [K, B, H, S, E]
     value_dot_ptr,  # [K, B, H, S, V]
-    probabilities_ptr,  # [B H, slab_rows, S] float32
-    exact_ptr,  # [B H, slab_rows, V] float32
+    probabilities_ptr,  # [items, slab_rows, S] float32
+    exact_ptr,  # [items, slab_rows, V] float32
     out_ptr,  # [K, B, H, L, V] of the inputs' dtype
+    first_item,
+    items,
     first_row,
     slab_rows,
-    items,  # B H
+    batch,
     heads,
     num_rows,
     num_keys,
@@ -184,13 +197,15 @@ def attention_jvp_kernel(
     BS: tl.constexpr,
     BE: tl.constexpr,
     BV: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(slab_rows, BL)
     local = (tl.program_id(0) % blocks).to(tl.int64) * BL + tl.arange(0, BL)
-    item = (tl.program_id(0) // blocks % items).to(tl.int64)
+    item = (tl.program_id(0) // blocks % items).to(tl.int64)  # of the wave
     k = (tl.program_id(0) // blocks // items).to(tl.int64)
-    b, h = item // heads, item % heads
+    head = item + first_item
+    b, h = head // heads, head % heads
     rows = local + first_row
     end = tl.minimum(num_rows, tl.cast(first_row, tl.int64) + slab_rows)
     here = (local < slab_rows) & (rows < end)
@@ -213,12 +228,12 @@ def attention_jvp_kernel(
             if QUERY_DOT:
                 scores_dot = add_products(
                     scores_dot, query_dot_ptr, query_dot_row, query_dot_column, key_ptr, key_row, key_column,
-                    rows, end, keys, num_keys, width, BE, PRECISION,
+                    rows, end, keys, num_keys, width, BE, DOT_TYPE, PRECISION,
                 )  # fmt: skip
             if KEY_DOT:
                 scores_dot = add_products(
                     scores_dot, query_ptr, query_row, query_column, key_dot_ptr, key_dot_row, key_dot_column,
-                    rows, end, keys, num_keys, width, BE, PRECISION,
+                    rows, end, keys, num_keys, width, BE, DOT_TYPE, PRECISION,
                 )  # fmt: skip
             forbidden = p.to(tl.int32, bitcast=True) == MINUS_ZERO
             weights = p * tl.where(forbidden, 0.0, scores_dot * scale)
@@ -232,12 +247,12 @@ def attention_jvp_kernel(
     if QUERY_DOT or KEY_DOT:
         at = exact_ptr + (item * slab_rows + local)[:, None] * value_width + columns[None, :]
         y_dot -= mean[:, None] * tl.load(at, mask=inside, other=0.0)
-    to = ((k * items + item) * num_rows + rows)[:, None] * value_width + columns[None, :]
+    to = ((k * batch * heads + head) * num_rows + rows)[:, None] * value_width + columns[None, :]
     tl.store(out_ptr + to, y_dot.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def blocks_of(num_rows: int, width: int, value_width: int) -> dict[str, int]:
-    """Tile sizes and warps; they depend on the sizes alone, so that nothing else changes a bit."""
+    """Tile sizes and what else a launch takes; they depend on the sizes alone, so that nothing else changes a bit."""
     values = min(max(triton.next_power_of_2(value_width), 16), MOST_VALUES)
     rows = min(max(triton.next_power_of_2(num_rows), 16), 32 if values > 128 else 64)
     return {
@@ -246,43 +261,66 @@ def blocks_of(num_rows: int, width: int, value_width: int) -> dict[str, int]:
         "BE": min(max(triton.next_power_of_2(width), 16), 64),
         "BV": values,
         "num_warps": 8 if rows * values > 4096 else 4,
+        "enable_fp_fusion": True,
     }
+
+
+class Wave(NamedTuple):
+    """Heads and rows whose P lies in memory together."""
+
+    first_item: int
+    items: int
+    first_row: int
+    rows: int
+
+
+def waves(items: int, num_rows: int, num_keys: int, block: int) -> list[Wave]:
+    """All rows of some heads, or of one head some rows: whole blocks of them."""
+    together = min(max(PROBABILITIES // max(num_rows * num_keys, 1), 1), items)
+    fit = max(PROBABILITIES // max(num_keys, 1) // block, 1) * block
+    rows = num_rows if together > 1 else min(num_rows, fit)
+    return [
+        Wave(item, min(together, items - item), row, min(rows, num_rows - row))
+        for item in range(0, items, together)
+        for row in range(0, num_rows, rows)
+    ]
 
 
 def attention_jvp(query, key, value, query_dot, key_dot, value_dot, mask, causal, scale, y, y_dot):
     """Into y [B, H, L, V] and y_dot [K, B, H, L, V], contiguous; a tangent that is None is one of zeros."""
     batch, heads, num_rows, width = query.shape
-    num_keys, value_width, num_tangents = key.shape[2], value.shape[3], len(y_dot)
-    items = batch * heads
+    num_keys, value_width = value.shape[2:]
     if y.numel() == 0:
         return
     options = blocks_of(num_rows, width, value_width)
-    options["PRECISION"] = "tf32x3" if query.dtype == torch.float32 else "ieee"
+    native = query.is_cuda and query.dtype != torch.float32
+    # Widened, products are the same; Triton's interpreter takes a bfloat16 for its bits.
+    options["DOT_TYPE"] = DOT_TYPES[query.dtype] if native else tl.float32
+    options["PRECISION"] = "ieee" if native else "tf32x3"
     given = {"QUERY_DOT": query_dot is not None, "KEY_DOT": key_dot is not None, "VALUE_DOT": value_dot is not None}
-    # A tangent that is not there is never read.
+    # One that is not there is never read.
     query_dot, key_dot, value_dot = (
-        primal[None] if t is None else t
-        for t, primal in ((query_dot, query), (key_dot, key), (value_dot, value))
+        primal[None] if t is None else t for t, primal in ((query_dot, query), (key_dot, key), (value_dot, value))
     )
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
     mask = query if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    slab_rows = min(num_rows, max(PROBABILITIES // max(items * num_keys, 1) // options["BL"], 1) * options["BL"])
-    probabilities = query.new_empty((items, slab_rows, num_keys), dtype=torch.float32)
-    exact = query.new_empty((items, slab_rows, value_width), dtype=torch.float32)
+    sizes = (heads, num_rows, num_keys, width, value_width, scale)
+    strides = (*query.stride(), *key.stride(), *value.stride())
     value_blocks = triton.cdiv(value_width, options["BV"])
-    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        for first_row in range(0, num_rows, slab_rows):
-            programs = items * triton.cdiv(slab_rows, options["BL"])
-            sizes = (heads, num_rows, num_keys, width, value_width, scale)
-            strides = (*query.stride(), *key.stride(), *value.stride())
+    for wave in waves(batch * heads, num_rows, num_keys, options["BL"]):
+        probabilities = query.new_empty((wave.items, wave.rows, num_keys), dtype=torch.float32)
+        exact = query.new_empty((wave.items, wave.rows, value_width), dtype=torch.float32)
+        programs = wave.items * triton.cdiv(wave.rows, options["BL"])
+        with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
             primal_kernel[(programs, value_blocks)](
-                query, key, value, mask, probabilities, y, exact, first_row, slab_rows, *sizes, *strides,
-                *mask.stride(), MASK=kind, CAUSAL=causal, **options,
+                query, key, value, mask, probabilities, y, exact, *wave, *sizes, *strides, *mask.stride(),
+                MASK=kind, CAUSAL=causal, **options,
             )  # fmt: skip
-            if num_tangents == 0:
-                continue
-            attention_jvp_kernel[(programs * num_tangents, value_blocks)](
-                query, key, value, query_dot, key_dot, value_dot, probabilities, exact, y_dot, first_row, slab_rows,
-                items, *sizes, *strides, *query_dot.stride(), *key_dot.stride(), *value_dot.stride(),
-                **given, **options,
-            )  # fmt: skip
+            together = MOST_PROGRAMS // programs
+            for k in range(0, len(y_dot), together):
+                part = [t[k : k + together] for t in (query_dot, key_dot, value_dot)]
+                out = y_dot[k : k + together]
+                attention_jvp_kernel[(programs * len(out), value_blocks)](
+                    query, key, value, *part, probabilities, exact, out, *wave, batch, *sizes, *strides,
+                    *(stride for t in part for stride in t.stride()), **given, **options,
+                )  # fmt: skip

@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/narrow.h"
 #include "cpu/attention_task.h"
-#include "cpu/narrow.h"
 #include "cpu/registers.h"
 #include "cpu/stage.h"
 

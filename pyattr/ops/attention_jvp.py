@@ -203,9 +203,11 @@ def _run_cpu(problem: Problem):
 
 def _run_cuda(problem: Problem):
     y, y_dot = problem.outputs()
-    device = y.device
+    module, device, arguments = backends.extension(), y.device, _addresses(problem, y, y_dot)
+    size = module.attention_jvp_cuda_workspace(*arguments)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream
-    backends.extension().attention_jvp_cuda(*_addresses(problem, y, y_dot), stream, device.index)
+    module.attention_jvp_cuda(*arguments, workspace.data_ptr(), size, stream, device.index)
     return y, y_dot
 
 
