@@ -29,7 +29,14 @@ def convolution(run: Run, func, x, weight, bias, stride, padding, dilation, tran
     if duals(weight, bias):
         raise NoRule
     settings = stride, padding, dilation, transposed, output_padding, groups
-    stack = folded(x.joined(), lambda a: func(a, weight, None, *settings), weight.dim())
+
+    def convolve(images: Tensor) -> Tensor:
+        if images.device.type == "cpu" and images.dim() == 4 and not transposed:
+            # What oneDNN computes in; what follows keeps it, so the images are laid out once, not at each convolution.
+            images = images.contiguous(memory_format=torch.channels_last)
+        return func(images, weight, None, *settings)
+
+    stack = folded(x.joined(), convolve, weight.dim())
     if bias is not None:
         stack[0].add_(bias.reshape(-1, *[1] * (weight.dim() - 2)))
     return Dual(run, (stack,))

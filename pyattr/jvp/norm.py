@@ -3,11 +3,13 @@
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import group_norm_silu_jvp
+from .. import backends
+from ..ops.group_norm_silu_jvp import OP
 from .dual import Dual, Run, combine
-from .rule import NoRule, duals, rule
+from .rule import NoRule, duals, function_rule, rule
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,26 @@ class GroupNorm:
     bias: Tensor | None
     eps: float
 
-    def compute(self, silu: bool = False) -> tuple[Tensor, Tensor]:
-        x, x_dot, groups = self.x, self.x_dot, self.groups
-        own = any(a is not None and a.dim() == 2 and a.shape[0] > 1 for a in (self.weight, self.bias))
-        weight, bias = (None if a is None else a.reshape(-1) if not own else
-                        a.expand(x.shape[0], x.shape[1]).reshape(-1) for a in (self.weight, self.bias))  # fmt: skip
-        if own:  # one image whose channels are all images' channels has the same groups
-            x, x_dot = x.reshape(1, -1, *x.shape[2:]), x_dot.reshape(len(x_dot), 1, -1, *x.shape[2:])
-            groups *= self.x.shape[0]
-        out = group_norm_silu_jvp(x, x_dot, groups, weight, bias, eps=self.eps, silu=silu)
-        return out.y.reshape(self.x.shape), out.y_dot.reshape(self.x_dot.shape)
+    def compute(self, silu: bool = False) -> tuple[Tensor]:
+        x, x_dot = self.x.flatten(2), self.x_dot.flatten(3)  # [B, C, L], [K, B, C, L]
+        # What the op's public face does, with both results in one stack, which the next library call takes as it is.
+        last = self.x.movedim(1, -1).is_contiguous() and not self.x.is_contiguous()
+        stack = x.new_empty((len(x_dot) + 1, *(x.mT if last else x).shape))
+        stack = stack.mT if last else stack
+        if stack.numel() > 0:
+            run = backends.choose(OP, None, x).run
+            for images, weight, bias in self._alike():
+                out = stack[0, images], stack[1:, images]
+                run(x[images], x_dot[:, images], None, None, self.groups, weight, bias, float(self.eps), silu, out)
+        return (stack.unflatten(3, self.x.shape[2:]) if self.x.dim() > 2 else stack[..., 0],)
+
+    def _alike(self):
+        """The images with their weight and bias: all at once, or one by one where each has its own."""
+        own = [a is not None and a.dim() == 2 and len(a) > 1 for a in (self.weight, self.bias)]
+        for image in range(len(self.x)) if any(own) else [slice(None)]:
+            row = [a if a is None or a.dim() == 1 else a[image if several else 0]
+                   for a, several in zip((self.weight, self.bias), own, strict=True)]  # fmt: skip
+            yield (slice(image, image + 1) if any(own) else image), *row
 
     def with_silu(self, run: Run) -> Dual:
         return Dual(run, self.compute(silu=True))
@@ -72,6 +84,14 @@ class GroupNorm:
         bias = self.x.new_zeros(self.x.shape[1]) if self.bias is None else self.bias
         bias = func(bias, shift, alpha=alpha) if first else func(shift, bias, alpha=alpha)
         return replace(self, bias=bias).deferred(run)
+
+
+@function_rule(F.group_norm)
+def any_group_norm(run: Run, x, num_groups, weight=None, bias=None, eps=1e-5):
+    # Torch would make it contiguous first; the op takes any strides.
+    if not isinstance(x, Dual) or duals(weight, bias) or x.dim() < 2 or x.shape[1] % num_groups:
+        raise NoRule
+    return GroupNorm(x.primal, x.tangents, num_groups, weight, bias, eps).deferred(run)
 
 
 @rule("native_group_norm")
