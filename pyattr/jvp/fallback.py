@@ -1,10 +1,10 @@
-"""Operators without a rule: torch's own forward derivative, one tangent after the other under vmap."""
+"""Operators without a rule: torch's own forward derivative, one tangent after the other."""
 
 import warnings
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import jvp
 from torch.utils import _pytree as pytree
 
 from .dual import Dual, combine
@@ -45,26 +45,20 @@ def torch_derivative(run, func, args: tuple, kwargs: dict):
             warnings.warn(
                 f"dual_forward: {name}{here(run)} has no rule of its own; torch.func.jvp does it, slower", stacklevel=2
             )
-        tangents = _tangents(run, func, floats, primals, [leaves[i].tangents for i in places], results)
-    return pytree.tree_unflatten(
-        [_dual(run, value, tangents.pop(0)) if is_float(value) else value for value in results], form
-    )
-
-
-def _tangents(run, func, floats, primals, tangents, results) -> list[Tensor]:
-    if run.count == 0:
-        return [value.new_zeros((0, *value.shape)) for value in results if is_float(value)]
-    try:
-        return list(vmap(lambda *inputs: jvp(floats, primals, inputs)[1], randomness="same")(*tangents))
-    except (NotImplementedError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise NotImplementedError(
-            f"dual_forward: {func._schema.name}{here(run)} has no rule, and torch cannot differentiate it: {reason}"
-        ) from error
-
-
-def _dual(run, primal: Tensor, tangents: Tensor) -> Dual:
-    return combine(run, primal, lambda out: out.copy_(tangents))
+        results = [combine(run, value, lambda out: None) if is_float(value) else value for value in results]
+        outputs = [value for value in results if isinstance(value, Dual)]
+        try:
+            # One by one: vmap lacks some operators, warns of others, and refuses any that look at values.
+            for k in range(run.count):
+                slopes = jvp(floats, primals, tuple(leaves[i].tangents[k] for i in places))[1]
+                for output, slope in zip(outputs, slopes, strict=True):
+                    output.tangents[k].copy_(slope)
+        except (NotImplementedError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise NotImplementedError(
+                f"dual_forward: {name}{here(run)} has no rule, and torch cannot differentiate it: {reason}"
+            ) from error
+    return pytree.tree_unflatten(results, form)
 
 
 def slope(run, func, primal: Tensor, args: tuple, kwargs: dict) -> Tensor:
