@@ -10,7 +10,6 @@
 #include "common/project_args.h"
 
 #if defined(PYATTR_WITH_CUDA)
-#include <cstddef>
 struct CUstream_st;
 #endif
 
@@ -42,8 +41,7 @@ void group_norm_silu_jvp(const GroupNormSiluJvpArgs& args, int num_threads);
 }  // namespace cpu
 #if defined(PYATTR_WITH_CUDA)
 namespace cuda {
-size_t group_norm_silu_jvp_workspace(const GroupNormSiluJvpArgs& args);
-void group_norm_silu_jvp(const GroupNormSiluJvpArgs& args, void* workspace, CUstream_st* stream);
+void group_norm_silu_jvp(const GroupNormSiluJvpArgs& args, CUstream_st* stream);
 }  // namespace cuda
 #endif
 }  // namespace pyattr

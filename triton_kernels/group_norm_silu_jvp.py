@@ -200,7 +200,7 @@ def group_norm_silu_jvp(x, x_dot, residual, residual_dot, num_groups, weight, bi
             x, residual, x_dot, residual_dot, weight, bias, y, y_dot, *sums, *[None] * (2 - len(sums)),
             num_tangents, share, num_samples, num_groups, channels // num_groups, positions, eps,
             SILU=silu, X_LAST=x_last, DOT_LAST=dot_last, HELD=held, BLOCK=block,
-            num_warps=8 if block > 2048 else 4,
+            num_warps=8 if block > 2048 else 4, enable_fp_fusion=True,
         )  # fmt: skip
 
 

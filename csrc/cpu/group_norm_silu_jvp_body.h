@@ -10,9 +10,9 @@
 #include <cmath>
 #include <cstring>
 
+#include "common/half_precision.h"
 #include "cpu/buffer.h"
 #include "cpu/group_norm_task.h"
-#include "cpu/half_precision.h"
 #include "cpu/registers.h"
 #include "cpu/stage.h"
 

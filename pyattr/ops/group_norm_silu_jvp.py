@@ -53,8 +53,9 @@ def group_norm_silu_jvp(
     Returns:
         GroupNormJvp: ``y`` [B, C, *S] and ``y_dot`` [K, B, C, *S]; with a residual also ``sum`` = s and ``sum_dot`` = s_dot
         (x_dot itself where residual_dot is None), else None. Of the dtype, kind and device of ``x``. Not differentiable. y
-        and sum are channels-last where x is, y_dot and sum_dot where x_dot is, otherwise contiguous. NaN and inf in a group
-        make that group NaN in y and in every y_dot; in a tangent, in that tangent alone. A tangent of zeros gives zeros.
+        and sum are channels-last where x is, y_dot and sum_dot where x_dot is, otherwise contiguous. NaN or inf in a group of s
+        makes that group NaN in y and every y_dot; in a group of s_dot[k] it leaves nothing finite in that of y_dot[k]. A tangent
+        of zeros gives zeros.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -193,12 +194,9 @@ def _run_cpu(*problem):
 
 
 def _run_cuda(x, *problem):
-    module, device = backends.extension(), x.device
     arguments, _alive = _compiled_arguments(x, *problem)
-    size = module.group_norm_silu_jvp_cuda_workspace(*arguments)
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    module.group_norm_silu_jvp_cuda(*arguments, workspace.data_ptr(), size, stream, device.index)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    backends.extension().group_norm_silu_jvp_cuda(*arguments, stream, x.device.index)
 
 
 def _run_triton(*problem):
