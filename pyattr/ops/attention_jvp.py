@@ -81,7 +81,11 @@ def attention_jvp(
         TypeError, ValueError: an argument is not as above.
         BackendError: the backend cannot take these inputs; the reasons are listed.
 
-    Extra memory: reference, 40 bytes for each of B H L S pairs and float64 copies of one tangent's inputs.
+    Extra memory, never K B H L S: CPU, P of 8 MB with float32 copies of its heads' keys and values (at least one
+    head's, and 96 rows), such copies of 4 MB of tangents (at least one of those heads, at most two a thread), and in a
+    thread 128 KB of S_dot (at least 12 rows) and 96 rows of E + V; CUDA and Triton, P of 64 MiB (at least 64 rows of
+    one head) and y of its rows in float32. Reference, 40 bytes for each of B H L S pairs and float64 copies of one
+    tangent's inputs.
 
     Source: forward mode of Vaswani et al., "Attention is all you need", 2017, equation 1.
     """

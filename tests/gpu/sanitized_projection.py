@@ -45,4 +45,15 @@ if __name__ == "__main__":
         options = {"patch_size": patch_size, "sigma": 0.5, "scale": 0.8, "border": border, "backend": "cuda"}
         ops.patch_topk(queries, bank, k=5, lowres=lowres, return_winners=True, **options)
         ops.patch_mean(queries, bank, **options)
+    # Part of a tile and several, every group of columns, all masks, tangents that are not there.
+    sizes = ((1, 1, 1, 1, 1), (3, 70, 130, 20, 40), (2, 9, 65, 130, 300), (1, 130, 5, 3, 100))  # H, L, S, E, V
+    for dtype, (heads, queries, keys, width, values) in itertools.product(
+        (torch.float16, torch.bfloat16, torch.float32), sizes
+    ):
+        shapes = ((queries, width), (keys, width), (keys, values))
+        arrays = [torch.randn(*lead, 2, heads, *s, device="cuda").to(dtype) for lead in ((), (3,)) for s in shapes]
+        mask = torch.randn(queries, keys, device="cuda")
+        for options in ({}, {"mask": mask}, {"mask": mask > 0, "causal": True}):
+            ops.attention_jvp(*arrays, **options, backend="cuda")
+        ops.attention_jvp(*arrays[:3], None, arrays[4], None, backend="cuda")
     torch.cuda.synchronize()

