@@ -29,7 +29,9 @@ class GroupNorm:
     eps: float
 
     def compute(self, silu: bool = False) -> tuple[Tensor]:
-        x, x_dot = self.x.flatten(2), self.x_dot.flatten(3)  # [B, C, L], [K, B, C, L]
+        positions = self.x.shape[2:].numel()
+        x = self.x.reshape(*self.x.shape[:2], positions)  # [B, C, L]
+        x_dot = self.x_dot.reshape(*self.x_dot.shape[:3], positions)  # [K, B, C, L]
         # What the op's public face does, with both results in one stack, which the next library call takes as it is.
         last = self.x.movedim(1, -1).is_contiguous() and not self.x.is_contiguous()
         stack = x.new_empty((len(x_dot) + 1, *(x.mT if last else x).shape))
@@ -39,7 +41,7 @@ class GroupNorm:
             for images, weight, bias in self._alike():
                 out = stack[0, images], stack[1:, images]
                 run(x[images], x_dot[:, images], None, None, self.groups, weight, bias, float(self.eps), silu, out)
-        return (stack.unflatten(3, self.x.shape[2:]) if self.x.dim() > 2 else stack[..., 0],)
+        return (stack.view(len(stack), *self.x.shape),)
 
     def _alike(self):
         """The images with their weight and bias: all at once, or one by one where each has its own."""

@@ -148,7 +148,8 @@ class TestGroupNorm:
 
     @pytest.mark.parametrize("shape", [(2, 4, 5, 6), (1, 4, 9), (3, 4), (1, 4, 2, 3, 2)], ids=str)
     def test_with_silu(self, dtype, shape, agrees, plain):
-        self.both(agrees, plain, lambda x, norm: F.silu(norm(x, 2, like(x, 4), like(x, 4, seed=2))), shape, dtype)
+        groups = 2 if len(shape) > 2 else 1  # of two values without positions, tangents cancel
+        self.both(agrees, plain, lambda x, norm: F.silu(norm(x, groups, like(x, 4), like(x, 4, seed=2))), shape, dtype)
 
     def test_followed_by_other_things(self, dtype, agrees, plain):
         def function(x, norm):
