@@ -1,0 +1,152 @@
+"""A U-Net's output with K = 16 tangents: dual_forward beside torch's two ways, which need a changed copy of the model.
+
+``python -m bench.bench_dual_forward ROW`` runs one contender twice and prints the MiB that the second run took at most.
+"""
+
+import copy
+import ctypes
+import functools
+import sys
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import jvp, vmap
+
+from bench.contenders import Here
+from bench.figures import Goal
+from bench.memory import peak_mib, print_peak
+from pyattr.jvp import dual_forward
+
+TABLE, SEED, TANGENTS, TIMESTEP = "dual_forward", 5, 16, 400
+COLUMN = "U-Net, 3x32x32, B=1, K=16"
+
+
+class ContiguousGroupNorm(nn.GroupNorm):
+    """Torch's, on the inputs of which it has a forward derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x.contiguous(), self.num_groups, self.weight, self.bias, self.eps)
+
+
+@functools.cache
+def unet() -> nn.Module:
+    """8.3 million parameters: residual blocks of 32 to 256 channels, attention at 16 x 16."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(SEED)
+    return UNet2DModel(
+        sample_size=32,
+        block_out_channels=(32, 64, 128, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=32,
+        norm_num_groups=8,
+        layers_per_block=2,
+    ).eval()
+
+
+@functools.cache
+def copied() -> nn.Module:
+    """A copy on which torch's forward mode runs: attention spelled out, and no group norm of strided views."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    model = copy.deepcopy(unet())
+    for part in model.modules():
+        if hasattr(part, "set_processor"):
+            part.set_processor(AttnProcessor())
+        if type(part) is nn.GroupNorm:
+            part.__class__ = ContiguousGroupNorm
+    return model
+
+
+@functools.cache
+def inputs() -> tuple[Tensor, Tensor]:  # [1, 3, 32, 32], [K, 1, 3, 32, 32]
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randn(1, 3, 32, 32, generator=generator), torch.randn(TANGENTS, 1, 3, 32, 32, generator=generator)
+
+
+def ours(x: Tensor, x_dot: Tensor):
+    return dual_forward(unet(), x, x_dot, TIMESTEP)
+
+
+def by_vmap(x: Tensor, x_dot: Tensor):
+    with torch.no_grad():
+        return vmap(lambda t: jvp(lambda x: copied()(x, TIMESTEP).sample, (x,), (t,)), out_dims=(None, 0))(x_dot)
+
+
+def by_copies(x: Tensor, x_dot: Tensor):
+    """As encoded ensembles were published: each tangent with a copy of the primal of its own, in one batch."""
+    with torch.no_grad(), forward_ad.dual_level():
+        batch = forward_ad.make_dual(x.expand(len(x_dot), -1, -1, -1).contiguous(), x_dot[:, 0].contiguous())
+        y, y_dot = forward_ad.unpack_dual(copied()(batch, TIMESTEP).sample)
+    return y[:1], y_dot[:, None]
+
+
+OURS = "pyattr dual_forward"
+VMAP = "torch.func vmap(jvp), copy of the model"
+COPIES = "torch forward_ad on K copies of x, copy of the model"
+ROWS = {OURS: ours, VMAP: by_vmap, COPIES: by_copies}
+
+
+def _lead(below: str):
+    def measured(rate):
+        mine, theirs = rate(OURS, COLUMN), rate(below, COLUMN)
+        return mine / theirs if mine and theirs else None
+
+    return measured
+
+
+GOALS = [
+    Goal(TABLE, "at least twice vmap(torch.func.jvp)", _lead(VMAP), 2),
+    Goal(TABLE, "at least 2.5 times dual numbers on K copies", _lead(COPIES), 2.5),
+]
+
+
+@functools.cache
+def exact() -> tuple[Tensor, Tensor]:
+    """The first and last tangents in float64."""
+    model = copy.deepcopy(copied()).double()
+    for part in model.modules():
+        if hasattr(part, "upcast_softmax"):
+            part.upcast_softmax = part.upcast_attention = False
+    x, x_dot = (tensor.double() for tensor in inputs())
+    with torch.no_grad():
+        results = [jvp(lambda x: model(x, TIMESTEP).sample, (x,), (x_dot[k],)) for k in (0, -1)]
+    return results[0][0], torch.stack([y_dot for _, y_dot in results])
+
+
+def check(answer):
+    for got, want in zip((answer[0], answer[1][[0, -1]]), exact(), strict=True):
+        error = ((got - want).norm() / want.norm()).item()
+        assert error < 1e-5, f"differs from float64 by {error:.2g} of its norm"
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_dual_forward(row, measure):
+    copied()
+    measure(
+        Here(lambda: ROWS[row](*inputs())),
+        check=check,
+        table=TABLE,
+        row=row,
+        column=COLUMN,
+        ours=row == OURS,
+        work=TANGENTS,
+        unit="tangents through the network",
+        bytes=4 * sum(parameter.numel() for parameter in unet().parameters()),
+        extra=peak_mib("bench_dual_forward", row),
+    )
+
+
+def main(row: str):
+    (x, x_dot), _ = inputs(), copied()
+    ROWS[row](x, x_dot)  # what a first call loads, compiles and keeps is not what a call takes
+    ctypes.CDLL(None).malloc_trim(0)  # nor is free memory, which would hide what the next call asks for
+    print_peak(lambda: ROWS[row](x, x_dot))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,136 @@
+"""What a module writes in place is seen through all views, and by nobody else."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pyattr.jvp import dual_forward
+
+
+def add_to_itself(x):
+    y = x.exp()
+    y += x
+    y *= 2
+    y -= 1
+    return y
+
+
+def write_through_a_view(x):
+    y = x.exp()
+    view = y[:, 1]
+    y *= x
+    view += 1
+    y[0].mul_(3)
+    return y * view[:, None]
+
+
+def write_to_the_source_of_a_copy(x):
+    y = x.exp()
+    same, shifted = y / 1.0, y + 1  # these share memory with y until it changes
+    row = y[:, 0]
+    y.mul_(2)
+    row.add_(1)
+    return torch.cat([y, same, shifted], 1) * row[:, None]
+
+
+def write_to_a_copy(x):
+    y = x.exp()
+    same = y / 1.0
+    row = same[:, 0]
+    same.mul_(2)
+    row.sub_(x[:, 0])
+    return torch.cat([y, same], 1)
+
+
+def write_behind_a_put_off_norm(x):
+    y = x.exp()
+    normal = F.instance_norm(y)
+    y += 5
+    y[:, :1] *= x[:, :1]
+    return F.silu(normal) * y
+
+
+def fill_parts(x):
+    y = x.exp()
+    y[:, 0] = 3.0
+    y[:, 1] = x[:, 1].sin()
+    y[0, 2].zero_()
+    y.clamp_(-1, 2)
+    F.relu(y, inplace=True)
+    return y.masked_fill_(y > 1.5, 0.25)
+
+
+def assign_constants(x):
+    y = x.exp()
+    y.copy_(torch.ones(6))
+    return y + x
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        add_to_itself,
+        write_through_a_view,
+        write_to_the_source_of_a_copy,
+        write_to_a_copy,
+        fill_parts,
+        assign_constants,
+    ],
+)
+def test_matches_torch(function, agrees):
+    agrees(function, torch.randn(2, 4, 5, 6, dtype=torch.float64))
+
+
+def test_a_norm_that_was_put_off_reads_what_it_was_given(agrees):
+    def plainly(x):
+        y = x.exp()
+        normal = (y - y.mean((2, 3), keepdim=True)) / (y.var((2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+        y = y + 5
+        y = torch.cat([y[:, :1] * x[:, :1], y[:, 1:]], 1)
+        return F.silu(normal) * y
+
+    agrees(write_behind_a_put_off_norm, torch.randn(1, 4, 5, 6, dtype=torch.float64), plain=plainly)
+
+
+def test_x_is_never_written():
+    x, x_dot = torch.randn(2, 3), torch.randn(4, 2, 3)
+    kept, kept_dot = x.clone(), x_dot.clone()
+
+    def function(x):
+        x *= 2
+        x[:, 0] = 1
+        return x
+
+    y, y_dot = dual_forward(function, x, x_dot)
+    assert torch.equal(x, kept) and torch.equal(x_dot, kept_dot)
+    kept_dot[:, :, 0] = 0
+    assert torch.equal(y[:, 1:], 2 * kept[:, 1:]) and torch.equal(y_dot, 2 * kept_dot)
+
+
+def test_a_plain_target_is_refused():
+    class Collect(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Identity()
+            self.inner.forward = self.collect
+
+        def collect(self, x):
+            out = torch.zeros(2, 3)
+            out[:, 0] = x[:, 0]
+            return out
+
+        def forward(self, x):
+            return self.inner(x)
+
+    with pytest.raises(NotImplementedError) as error:
+        dual_forward(Collect(), torch.randn(2, 3), torch.randn(4, 2, 3))
+    assert str(error.value) == (
+        "dual_forward: aten::copy_ in the module (Collect) writes a value that depends on x to a tensor that does not; "
+        "have the module make a new tensor instead"
+    )
+
+
+def test_an_output_argument_is_refused():
+    with pytest.raises(NotImplementedError) as error:
+        dual_forward(lambda x: torch.sin(x, out=torch.empty(2)), torch.randn(2), torch.randn(1, 2))
+    assert str(error.value) == "dual_forward: aten::sin writes to its arguments in a way that has no rule"
