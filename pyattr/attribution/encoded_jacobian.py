@@ -33,7 +33,7 @@ def jacobian(replay: Replay, tangents_per_pass: int) -> Tensor:
         [Q, C H W, n] float32, of pixels in [0, 1].
     """
     samples, count = replay.samples, len(replay.members)
-    out = torch.empty(len(samples), samples.images[0].numel(), count, **HELD)
+    out = torch.empty(len(samples), samples.images.shape[1:].numel(), count, **HELD)
 
     def make(batch: slice, settings: dict, unfinished: Path | None, told) -> Tensor:
         return _batch(replay, batch, tangents_per_pass, told)

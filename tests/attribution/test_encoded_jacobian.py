@@ -232,6 +232,31 @@ def test_gram_scores_and_search_agree_with_the_jacobian():
         assert torch.equal(items, best.indices[:, :3])
 
 
+def test_search_among_other_codes(tmp_path):
+    made = ensemble(members=6)
+    samples = made.sample(2)
+    codes = np.array([0, 1, 2**5, 0b11111, 0b101], np.uint64)
+    changes = (torch.from_numpy(ablation_weights(codes, 6)) - 1 / 6) @ made.jacobian(samples).double().mT  # [Q, 5, D]
+    expected = changes.norm(dim=2).sort(dim=1, descending=True)
+    np.save(tmp_path / "codes.npy", codes)
+    for given in (codes, torch.from_numpy(codes), tmp_path / "codes.npy"):
+        values, items = made.search(samples, 5, codes=given)
+        torch.testing.assert_close(values, expected.values, atol=0, rtol=1e-5)
+        assert torch.equal(items, expected.indices)
+        assert (items[:, -1] == 0).all() and (values[:, -1] == 0).all()  # an item that no member saw
+
+
+def test_no_queries():
+    made = ensemble()
+    samples = made.sample(1)[:0]
+    assert made.counterfactual(samples, [1, 2]).shape == (0, 2, 1, 4, 4)
+    assert made.jacobian(samples).shape == (0, 16, 4) and made.gram(samples).shape == (0, 4, 4)
+    assert made.scores(samples).shape == (0, 6)
+    assert made.search(samples, 2).indices.shape == (0, 2)
+    for method in ("jacobian", "members", "last_step"):
+        assert made.approximate(samples, [1], method).shape == (0, 1, 1, 4, 4)
+
+
 def test_scores_in_blocks(monkeypatch):
     made = ensemble(members=6, items=10)
     samples = made.sample(2)
