@@ -169,7 +169,8 @@ class EncodedEnsemble(TrainedEnsemble):
             samples: Q, of :meth:`sample`.
             batch_size: samples that go through a member together.
             tangents_per_pass: derivatives that go with them, at most; n are needed.
-            directory: batches are kept there, and an interrupted call goes on from the last.
+            directory: batches are kept there when they are done, and the one at work every half minute (seldomer where that
+                takes long), so that an interrupted call goes on from there.
             progress: stage "jacobian", counts steps of images.
 
         Returns:
