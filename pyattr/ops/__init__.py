@@ -1,7 +1,7 @@
 """The kernels: one function per op, on every backend."""
 
-from .attention_jvp import AttentionJvp, attention_jvp
 from ._topk import TopK
+from .attention_jvp import AttentionJvp, attention_jvp
 from .code_topk import code_topk
 from .conv2d_grad_project import conv2d_grad_project
 from .gaussian_project import gaussian_project, normal_matrix
