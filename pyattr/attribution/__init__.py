@@ -1,9 +1,11 @@
 """Attribution methods: ``fit(train)`` returns self, ``scores(queries)`` returns [Q, N], positive = proponent."""
 
+from . import codes
 from .dtrak import DTRAK
+from .encoded import EncodedEnsemble
 from .nda import NDA
 from .patch_matches import Explanation, Match
 from .patch_tuning import Tuning
 from .trak import QUERY_IDS, TRAK
 
-__all__ = ["DTRAK", "NDA", "QUERY_IDS", "TRAK", "Explanation", "Match", "Tuning"]
+__all__ = ["DTRAK", "NDA", "QUERY_IDS", "TRAK", "EncodedEnsemble", "Explanation", "Match", "Tuning", "codes"]

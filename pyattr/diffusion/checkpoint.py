@@ -48,8 +48,11 @@ def identity(model: nn.Module) -> dict:
     Returns:
         "model": a hash of weights and buffers. "network": :func:`architecture`, or the class and printed arguments of every
         module, since dropout, heads or epsilons leave no trace in the weights. "modules": beside an architecture, a hash of the
-        latter, which sees what was changed since. "frozen": the parameters that take no gradient.
+        latter, which sees what was changed since. "frozen": the parameters that take no gradient. A model made of others says
+        all that itself, by a method of this name.
     """
+    if hasattr(model, "identity"):
+        return model.identity()
     layers = {
         name or "itself": f"{type(module).__name__}({module.extra_repr()})" for name, module in model.named_modules()
     }

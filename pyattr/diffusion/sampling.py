@@ -1,4 +1,4 @@
-"""Generating images by DDIM or DDPM, with every random number kept."""
+"""Generating images step by step, with every random number kept."""
 
 import dataclasses
 import os
@@ -14,9 +14,10 @@ from .images import evaluating, predict_noise, reference_parameter, to_bytes
 from .noise import SAMPLES, noise
 from .progress import Pace, Progress, silent
 from .schedule import Schedule
+from .steps import METHODS
+from .steps import steps as steps_of
 from .storage import DamagedFileError, differences, load_tensors, save_tensors
 
-METHODS = ("ddim", "ddpm")
 RECORDS = ("noise", "trajectory")
 HELD = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 SAVE_SECONDS = 30.0  # between the states of a batch that are kept
@@ -125,13 +126,17 @@ def sample(
     DDPM: with a = abar_t / abar_s,
     x_s = (sqrt(abar_s) (1 - a) x0 + sqrt(a) (1 - abar_s) x_t) / (1 - abar_t) + sqrt((1 - abar_s) / (1 - abar_t) (1 - a)) z.
 
+    Published, by the code of Dai and Gifford, in whose terms a is alpha_t and 1 - a is beta_t when S = T; x0 plays no part, and
+    the last x alone is clipped:
+    x_s = (x_t - (1 - a) / sqrt(1 - abar_t) e) / sqrt(a) + sqrt(a (1 - a)) z.
+
     Args:
         model: predicts the noise, ``model(x_t [B, C, H, W], t [B])``; evaluated in eval mode and left in its own.
         num_images: Q, for the ids 0..Q-1; or
         ids: [Q] distinct integers in [0, 2^63).
         shape: (C, H, W); from ``model.config`` when it is there.
-        method: "ddim" or "ddpm".
-        steps: S; DDPM proper takes S = T.
+        method: "ddim", "ddpm" or "published".
+        steps: S; the latter two proper take S = T.
         eta: DDIM only; 0 is deterministic, 1 adds as much noise as DDPM.
         seed: in [0, 2^32).
         record: "noise" keeps the exogenous noise, "trajectory" every x_t as well.
@@ -150,7 +155,7 @@ def sample(
     and the model's for them.
 
     Source: Song, Meng, Ermon, "Denoising Diffusion Implicit Models", ICLR 2021, equations 12 and 16; Ho et al. 2020,
-    equation 7.
+    equation 7; Dai, Gifford, "Training Data Attribution for Diffusion Models", arXiv 2306.02174, and their code.
     """
     timesteps = check_options(schedule, method=method, steps=steps, eta=eta, seed=seed, batch_size=batch_size)
     if record not in RECORDS:
@@ -175,7 +180,7 @@ def sample(
     if directory is not None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-    sampler = _Sampler(model, schedule, timesteps, settings)
+    sampler = Sampler(model, schedule, timesteps, settings)
     # The batches are copied into the whole as they come, so that they need not all be held twice.
     images = torch.empty(len(ids), *shape, **HELD)
     noises = torch.empty(len(ids), 1 + len(sampler.noisy_steps), *shape, **HELD)
@@ -219,8 +224,8 @@ def check_options(schedule: Schedule, *, method: str, steps: int, eta: float, se
     """
     if method not in METHODS:
         raise ValueError(f"sample: method must be one of {', '.join(METHODS)}, got {method!r}")
-    if not 0 <= eta <= 1 or (eta and method == "ddpm"):
-        raise ValueError(f"sample: eta must lie in [0, 1], and be 0 for ddpm, got {eta}")
+    if not 0 <= eta <= 1 or (eta and method != "ddim"):
+        raise ValueError(f"sample: eta must lie in [0, 1], and be 0 for ddpm and published, got {eta}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"sample: seed must lie in [0, {2**32 - 1}], got {seed}")
     if batch_size < 1:
@@ -254,50 +259,94 @@ def _check_same(path: Path, made_ids: Tensor, ids: Tensor, made: dict, asked: di
         )
 
 
-class _Sampler:
-    """One batch from noise to images. Coefficients are float64 until they meet the image."""
+class Sampler:
+    """A batch at a time from noise to images.
+
+    Args:
+        model: predicts the noise, in the mode it has.
+        timesteps: [S] int64, falling.
+        settings: with the method, eta, clip, record, seed and shape of :func:`sample`; stored with what is made.
+
+    Attributes:
+        steps: what is done at each timestep.
+        like: the parameter whose dtype and device the images take.
+    """
 
     def __init__(self, model: nn.Module, schedule: Schedule, timesteps: Tensor, settings: dict):
         self.model, self.schedule = model, schedule
         self.timesteps, self.settings = timesteps, settings
-        self.stride = schedule.num_timesteps // len(timesteps)
-        stochastic = settings["method"] == "ddpm" or settings["eta"] > 0
-        self.noisy_steps = timesteps[:-1].tolist() if stochastic else []
+        method, eta, clip = (settings[name] for name in ("method", "eta", "clip"))
+        self.steps = steps_of(schedule, timesteps.tolist(), method=method, eta=eta, clip=clip)
+        self.noisy_steps = timesteps[:-1].tolist() if method != "ddim" or eta > 0 else []
         self.like = reference_parameter(model, "sample")
 
-    @torch.no_grad()
+    def times(self, number: int, count: int) -> Tensor:  # -> [B] int64
+        """The timestep of a step, once for each image."""
+        return torch.full((count,), int(self.timesteps[number]), device=self.like.device)
+
+    def place(self, images: Tensor) -> Tensor:
+        """Images or noise on the model's device and in its dtype."""
+        return images.to(self.like.device, self.like.dtype)
+
     def run(self, ids: Tensor, unfinished: Path | None, count: Callable[[int], None]) -> Samples:
-        """A batch; its state goes to the file ``unfinished`` now and then, and is taken up from there.
+        """A batch; see :meth:`walk`.
 
         Args:
-            count: told how many steps of images are done in this batch, but for the last.
+            ids: [B] int64.
         """
+        shape, seed = self.settings["shape"], self.settings["seed"]
         # The label of x_T is T; of the noise added at timestep t it is t.
         labels = torch.tensor([self.schedule.num_timesteps, *self.noisy_steps])
-        shape, seed = self.settings["shape"], self.settings["seed"]
         exogenous = noise(shape, seed=seed, ids=ids[:, None], timesteps=labels, purpose=SAMPLES)  # [B, E, C, H, W]
-        record = self.settings["record"] == "trajectory"
-        x = exogenous[:, 0].to(self.like.device, self.like.dtype)
-        first, trajectory = 0, None
-        if record:
+        trajectory = None
+        if self.settings["record"] == "trajectory":
             trajectory = torch.empty(len(ids), len(self.timesteps) + 1, *shape, **HELD)  # [B, S + 1, C, H, W]
+        x = self.walk(exogenous, slice(None), ids, unfinished, count, trajectory)
+        return Samples(x, ids, exogenous, trajectory, self.timesteps, self.settings)
+
+    @torch.no_grad()
+    def walk(
+        self,
+        exogenous: Tensor,
+        rows: Tensor | slice,
+        ids: Tensor,
+        unfinished: Path | None,
+        count: Callable[[int], None],
+        trajectory: Tensor | None = None,
+        steps: int | None = None,
+    ) -> Tensor:
+        """From the noise to the image; its state goes to the file ``unfinished`` now and then, and is taken up from there.
+
+        Args:
+            exogenous: [R, E, C, H, W].
+            rows: which of them is the noise of which image.
+            ids: [B] int64, what a state is known by.
+            count: told how many steps of images are done in this batch, but for the last.
+            trajectory: [B, S + 1, C, H, W], written to.
+            steps: how many are done; None: all.
+
+        Returns:
+            [B, C, H, W] float32 on the CPU.
+        """
+        x = self.place(exogenous[:, 0][rows])
+        first, steps = 0, len(self.steps) if steps is None else steps
+        if trajectory is not None:
             trajectory[:, 0] = x
         if unfinished is not None:
             first, x = self._resume(unfinished, ids, x, trajectory)
         pace = Pace(SAVE_SECONDS)
         count(first * len(ids))
-        for i, t in enumerate(self.timesteps.tolist()[first:], first):
-            times = torch.full((len(ids),), t, device=x.device)
-            z = exogenous[:, i + 1].to(x) if i + 1 < exogenous.shape[1] else None
-            x = self._step(x, predict_noise(self.model, x, times), t, z)
-            if record:
+        for i in range(first, steps):
+            z = self.place(exogenous[:, i + 1][rows]) if i + 1 < exogenous.shape[1] else None
+            x = self.steps[i].apply(x, predict_noise(self.model, x, self.times(i, len(x))), z)
+            if trajectory is not None:
                 trajectory[:, i + 1] = x
-            if i + 1 < len(self.timesteps):
+            if i + 1 < steps:
                 if unfinished is not None and pace.due():
                     with pace.saving():
                         self._save(unfinished, ids, i + 1, x, trajectory)
                 count((i + 1) * len(ids))
-        return Samples(x.float().cpu(), ids, exogenous, trajectory, self.timesteps, self.settings)
+        return x.float().cpu()
 
     def _save(self, path: Path, ids: Tensor, steps: int, x: Tensor, trajectory: Tensor | None) -> None:
         tensors = {"x": x, "ids": ids}
@@ -315,19 +364,3 @@ class _Sampler:
         if trajectory is not None:
             trajectory[:, : found["steps"] + 1] = tensors["trajectory"]
         return found["steps"], tensors["x"].to(x)
-
-    def _step(self, x: Tensor, e: Tensor, t: int, z: Tensor | None) -> Tensor:  # x, e, z [B, C, H, W]
-        abar_t = float(self.schedule.alphas_cumprod[t])
-        abar_s = float(self.schedule.alphas_cumprod[t - self.stride]) if t >= self.stride else 1.0
-        x0 = (x - (1 - abar_t) ** 0.5 * e) / abar_t**0.5
-        if self.settings["clip"]:
-            x0 = x0.clamp(-1, 1)
-        a = abar_t / abar_s
-        # DDPM's posterior standard deviation; DDIM's sigma at eta = 1 is the same number.
-        spread = ((1 - abar_s) / (1 - abar_t) * (1 - a)) ** 0.5
-        if self.settings["method"] == "ddpm":
-            x = (abar_s**0.5 * (1 - a) * x0 + a**0.5 * (1 - abar_s) * x) / (1 - abar_t)
-        else:
-            spread *= self.settings["eta"]
-            x = abar_s**0.5 * x0 + (1 - abar_s - spread**2) ** 0.5 * e
-        return x if z is None else x + spread * z

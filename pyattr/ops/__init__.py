@@ -1,5 +1,7 @@
 """The kernels: one function per op, on every backend."""
 
+from ._topk import TopK
+from .code_topk import code_topk
 from .conv2d_grad_project import conv2d_grad_project
 from .gaussian_project import gaussian_project, normal_matrix
 from .hadamard_project import hadamard_project
@@ -15,7 +17,9 @@ from .sparse_project import sketch_entries, sparse_project, sparse_project_trans
 __all__ = [
     "PatchMean",
     "PatchTopK",
+    "TopK",
     "Winners",
+    "code_topk",
     "conv2d_grad_project",
     "gaussian_project",
     "hadamard_project",

@@ -1,0 +1,147 @@
+"""What an encoded ensemble makes of samples: counterfactuals, and the two baselines for guessing them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.images import evaluating, predict_noise
+from ..diffusion.progress import Progress
+from ..diffusion.sampling import HELD, Sampler, Samples
+from ..diffusion.schedule import Schedule
+from ..diffusion.storage import differences, load_tensors, save_tensors, tensors_hash
+from .encoded_members import Mixture
+
+METHODS = ("jacobian", "last_step", "members")
+
+
+class Replay:
+    """Samples and the ensemble that made them, to be made again with other weights and the same noise.
+
+    Args:
+        members: n networks.
+        weights: v, [n] float64, of the ensemble that made the samples.
+        samples: Q of them.
+        batch_size: images that go through a network together.
+        directory: where batches are kept as they are done; None keeps nothing.
+        progress: its stages are the kinds of results, counted in steps of images.
+    """
+
+    def __init__(
+        self,
+        members: list[nn.Module],
+        weights: Tensor,
+        samples: Samples,
+        batch_size: int,
+        directory: Path | None,
+        progress: Progress,
+    ):
+        self.members, self.weights, self.samples = members, weights, samples
+        self.batch_size, self.directory, self.progress = batch_size, directory, progress
+        self.mixture = Mixture(members, weights)
+        self.sampler = self.with_model(self.mixture)
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+
+    def with_model(self, model: nn.Module, settings: dict | None = None) -> Sampler:
+        """The samples' own sampler with another model; ``settings`` hold theirs and say what else its states are known by."""
+        made = self.samples.settings if settings is None else settings
+        return Sampler(model, Schedule(**made["schedule"]), self.samples.timesteps, made)
+
+    def batches(
+        self,
+        kind: str,
+        count: int,
+        steps: int,
+        settings: dict,
+        make: Callable[[slice, dict, Path | None, Callable[[int], None]], Tensor],
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Results a batch at a time, from the directory where it has them.
+
+        Args:
+            kind: the name of the files and of the stage of progress.
+            count: how many results.
+            steps: of progress in each.
+            settings: that decide the results, beside the samples.
+            make: of rows, the settings, the file for an unfinished batch, and what to tell of steps done in it.
+        """
+        key = tensors_hash({"images": self.samples.images, "ids": self.samples.ids, "noise": self.samples.noise})
+        settings = {"kind": kind, "samples": key, **self.samples.settings, "batch_size": self.batch_size, **settings}
+        with evaluating(self.mixture):
+            for start in range(0, count, self.batch_size):
+                rows = slice(start, min(start + self.batch_size, count))
+                path = unfinished = None
+                if self.directory is not None:
+                    path, unfinished = (
+                        self.directory / f"{name}-{start:08d}.safetensors" for name in (kind, f"{kind}-unfinished")
+                    )
+                found = path is not None and path.exists()
+                if found:
+                    tensors, made = load_tensors(path)
+                    differ = differences(made, settings)
+                    if differ:
+                        raise ValueError(
+                            f"EncodedEnsemble: directory {self.directory} holds results made otherwise: {differ}; "
+                            "use another directory"
+                        )
+                    result = tensors["result"]
+                else:
+                    result = make(
+                        rows,
+                        settings,
+                        unfinished,
+                        lambda done, before=start: self.progress(before * steps + done, count * steps, kind),
+                    )
+                    if path is not None:
+                        save_tensors(path, {"result": result}, settings)
+                if unfinished is not None:
+                    unfinished.unlink(missing_ok=True)
+                yield rows, result
+                if not found or rows.stop == count:
+                    self.progress(rows.stop * steps, count * steps, kind)
+
+    def reweighted(self, weights: Tensor, kind: str) -> Tensor:  # [M, n] -> [Q, M, C, H, W]
+        """The samples again, once for each row of weights."""
+        queries, rows = len(self.samples), len(weights)
+        out = torch.empty(queries * rows, *self.samples.images.shape[1:], **HELD)
+        steps = len(self.sampler.steps)
+
+        def make(batch: slice, settings: dict, unfinished: Path | None, count) -> Tensor:
+            pairs = torch.arange(batch.start, batch.stop)
+            sampler = self.with_model(Mixture(self.members, weights[pairs % rows]), settings)
+            return sampler.walk(self.samples.noise, pairs // rows, pairs, unfinished, count)
+
+        settings = {"other weights": tensors_hash({"weights": weights})}
+        for batch, images in self.batches(kind, queries * rows, steps, settings, make):
+            out[batch] = images
+        return out.view(queries, rows, *out.shape[1:])
+
+    def last_steps(self, weights: Tensor) -> Tensor:  # [M, n] -> [Q, M, C, H, W]
+        """The samples with other weights at the last step alone: what the paper calls last step predicted noise."""
+        number = len(self.sampler.steps) - 1
+
+        @torch.no_grad()
+        def make(batch: slice, settings: dict, unfinished: Path | None, count) -> Tensor:
+            ids = self.samples.ids[batch]
+            sampler = self.with_model(self.mixture, settings)
+            if self.samples.trajectory is None:
+                x = sampler.walk(self.samples.noise[batch], slice(None), ids, unfinished, count, steps=number)
+            else:
+                x = self.samples.trajectory[batch, number]
+            placed = sampler.place(x)
+            times = sampler.times(number, len(x))
+            predictions = [predict_noise(member, placed, times).float().cpu() for member in self.members]
+            return torch.stack([x, *predictions], 1)  # [B, 1 + n, C, H, W]
+
+        out = torch.empty(len(self.samples), len(weights), *self.samples.images.shape[1:], **HELD)
+        for batch, result in self.batches("last step", len(self.samples), number + 1, {}, make):
+            x, predictions = result[:, :1].double(), result[:, 1:].double()
+            e = torch.einsum("mi,qichw->qmchw", weights, predictions)
+            out[batch] = self.sampler.steps[number].apply(x, e)
+        return out
+
+
+def pixels(columns: Tensor, directions: Tensor) -> Tensor:  # [Q, D, n], [M, n] -> [Q, M, D] float64
+    """The change of an image along directions of the members' weights."""
+    return torch.einsum("qdi,mi->qmd", columns.double(), directions)
