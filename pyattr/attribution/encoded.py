@@ -1,37 +1,27 @@
 """Encoded ensembles: members trained on splits that name each item, so that ablating it means leaving its members out."""
 
-import dataclasses
-import inspect
 import os
-import pickle
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..diffusion.images import as_images
-from ..diffusion.presets import PRESETS
 from ..diffusion.progress import Progress, silent
 from ..diffusion.sampling import Samples, sample
-from ..diffusion.schedule import Schedule
-from ..diffusion.storage import data_hash, differences, load_tensors, save_tensors
-from ..diffusion.train import check_options, train
-from .codes import ablation_weights, as_codes, membership, random_codes
-from .encoded_members import Mixture, Recipe, load, train_members, trained
-from .encoded_samples import Replay
+from ..diffusion.storage import differences
+from ..ops import TopK, code_topk
+from .codes import ablation_weights, as_codes
+from .encoded_jacobian import jacobian
+from .encoded_lists import distinct_top
+from .encoded_members import Mixture
+from .encoded_samples import METHODS, Replay
+from .encoded_training import TrainedEnsemble
 
-RECORD = "ensemble.safetensors"
-_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(train).parameters.items()
-    if name not in ("model", "images", "schedule", "seed", "checkpoint_directory", "progress")
-}
 _BLOCK = 1 << 16  # codes weighed at a time
 
 
-class EncodedEnsemble:
+class EncodedEnsemble(TrainedEnsemble):
     """Counterfactual images without retraining: an ensemble of which some members never saw an item.
 
     Each of N training items has an n-bit code c; member i is trained on the items with bit i set. The ensemble predicts the
@@ -65,185 +55,9 @@ class EncodedEnsemble:
 
     signed = False
 
-    def __init__(
-        self,
-        model: Callable[[], nn.Module] | str,
-        codes=None,
-        *,
-        num_members: int,
-        weight: int | None = None,
-        schedule: Schedule,
-        directory: str | os.PathLike | None = None,
-        seed: int = 0,
-        **training,
-    ):
-        if isinstance(model, str):
-            if model not in PRESETS:
-                raise ValueError(
-                    f"EncodedEnsemble: model must be a factory or one of {', '.join(PRESETS)}, got {model!r}"
-                )
-        elif isinstance(model, nn.Module) or not callable(model):
-            raise TypeError(f"EncodedEnsemble: model must build a member, got {type(model).__name__}")
-        unknown = sorted(set(training) - set(_DEFAULTS))
-        if unknown:
-            raise TypeError(f"EncodedEnsemble: {unknown[0]} is no option of training")
-        if "steps" not in training:
-            raise TypeError("EncodedEnsemble: steps must be given, the optimiser steps of each member")
-        checked = set(inspect.signature(check_options).parameters) - {"seed"}
-        check_options(**{name: {**_DEFAULTS, **training}[name] for name in checked}, seed=seed)
-        if codes is None:
-            random_codes(0, num_members, weight=weight, seed=seed)  # refuses what it cannot take
-        elif weight is not None:
-            raise ValueError("EncodedEnsemble: weight must be None where codes are given")
-        self.num_members = num_members
-        self.codes = None if codes is None else as_codes(codes, num_members, "EncodedEnsemble")
-        self.directory = None if directory is None else Path(directory)
-        self.recipe = Recipe(model, schedule, training, seed)
-        self.shape: tuple[int, int, int] | None = None  # of an image, once it is known
-        self._weight = weight
-        self._members: dict[int, nn.Module] = {}
-        self._jacobian: tuple[str, Tensor] | None = None
-
-    @classmethod
-    def open(
-        cls, directory: str | os.PathLike, model: Callable[[], nn.Module] | str | None = None
-    ) -> "EncodedEnsemble":
-        """An ensemble from its directory, without its images.
-
-        Args:
-            directory: that of an ensemble on which :meth:`fit` was called.
-            model: what built its members; needed where that was no preset.
-
-        Raises:
-            FileNotFoundError, DamagedFileError: there is no such ensemble, or its bytes changed.
-            ValueError: the model is missing.
-        """
-        tensors, record = load_tensors(Path(directory) / RECORD)
-        if model is None and record["model"] is None:
-            raise ValueError(f"EncodedEnsemble: {directory} does not say how to build its members: give a model")
-        ensemble = cls(
-            record["model"] if model is None else model,
-            tensors["codes"].numpy().view(np.uint64),
-            num_members=record["num_members"],
-            schedule=Schedule(**record["schedule"]),
-            directory=directory,
-            seed=record["seed"],
-            **record["training"],
-        )
-        ensemble.shape = tuple(record["shape"])
-        return ensemble
-
-    def fit(
-        self, images, *, workers: int = 1, members: Iterable[int] | None = None, progress: Progress = silent
-    ) -> "EncodedEnsemble":
-        """Train the members, each on the images whose codes have its bit.
-
-        With a directory, members that are done are not trained again, and one that was interrupted goes on where it was.
-
-        Args:
-            images: [N, C, H, W] uint8, or floating point in [-1, 1].
-            workers: processes that train members side by side, with as many threads each as torch has here; the members are
-                the same bits as from one. The model must then be importable by name, and a directory be given.
-            members: which to train; None: all.
-            progress: stage "train", counts optimiser steps of all these members.
-
-        Returns:
-            self.
-
-        Raises:
-            ValueError: an argument is not as above, codes and images do not fit together, or the directory holds another
-                ensemble.
-            RuntimeError: a process failed.
-
-        Extra memory: for each worker its member's images and that of :func:`pyattr.diffusion.train`; workers share a file of
-        all images, which lies in the directory meanwhile.
-        """
-        images = as_images(images, "EncodedEnsemble", "images")
-        if self.codes is None:
-            seed, weight = self.recipe.seed, self._weight
-            self.codes = random_codes(len(images), self.num_members, weight=weight, seed=seed)
-        if len(self.codes) != len(images):
-            raise ValueError(f"EncodedEnsemble: images must be as many as codes, {len(self.codes)}, got {len(images)}")
-        members = list(range(self.num_members)) if members is None else sorted(set(members))
-        for member in members:
-            if not 0 <= member < self.num_members:
-                raise ValueError(f"EncodedEnsemble: members must lie in [0, {self.num_members}), got {member}")
-        if workers < 1:
-            raise ValueError(f"EncodedEnsemble: workers must be at least 1, got {workers}")
-        if workers > 1:
-            self._check_processes()
-        splits = membership(self.codes, self.num_members)
-        empty = [member for member in members if not splits[:, member].any()]
-        if empty:
-            raise ValueError(f"EncodedEnsemble: codes must give each member an image, got none for member {empty[0]}")
-        self.shape, self._jacobian = tuple(images.shape[1:]), None
-        if self.directory is not None:
-            self._record(images)
-        # One of an earlier call may have seen other images.
-        self._members = {i: member for i, member in self._members.items() if i not in members}
-        self._members |= train_members(self.recipe, images, splits, members, self.directory, workers, progress)
-        return self
-
-    def _check_processes(self) -> None:
-        if self.directory is None:
-            raise ValueError("EncodedEnsemble: workers must be 1 without a directory")
-        try:
-            pickle.dumps(self.recipe)
-        except Exception as error:
-            raise ValueError(
-                f"EncodedEnsemble: model must be importable by name where workers are several, got {error}"
-            ) from None
-
-    def _record(self, images: Tensor) -> None:
-        """Write what the ensemble is, or compare it with what is there."""
-        recipe = self.recipe
-        record = {
-            "kind": "encoded ensemble",
-            "num_members": self.num_members,
-            "model": recipe.model if isinstance(recipe.model, str) else None,
-            "schedule": dataclasses.asdict(recipe.schedule),
-            "training": recipe.training,
-            "seed": recipe.seed,
-            "shape": list(self.shape),
-            "images": data_hash(images),
-        }
-        tensors = {"codes": torch.from_numpy(self.codes.view(np.int64))}
-        path = self.directory / RECORD
-        if not path.exists():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            save_tensors(path, tensors, record)
-            return
-        kept, made = load_tensors(path)
-        differ = differences(made, record)
-        if not torch.equal(kept["codes"], tensors["codes"]):
-            differ = differ or "the codes differ"
-        if differ:
-            raise ValueError(
-                f"EncodedEnsemble: directory {self.directory} holds another ensemble: {differ}; use another directory"
-            )
-
-    @property
-    def members(self) -> list[nn.Module]:
-        """The n trained networks, in eval mode; read from the directory when they are first asked for.
-
-        Raises:
-            RuntimeError: :meth:`fit` was not called, or has not trained them all.
-        """
-        if self.shape is None:
-            raise RuntimeError("EncodedEnsemble: fit or open must be called first")
-        missing = [i for i in range(self.num_members) if i not in self._members]
-        untrained = missing
-        if self.directory is not None:
-            steps = self.recipe.training["steps"]
-            untrained = [i for i in missing if not trained(self.directory, i, steps)]
-        if untrained:
-            raise RuntimeError(
-                f"EncodedEnsemble: {len(untrained)} of {self.num_members} members are not trained, "
-                f"the first is member {untrained[0]}: call fit"
-            )
-        for i in missing:
-            self._members[i] = load(self.recipe, self.directory, i, self.shape)
-        return [self._members[i] for i in range(self.num_members)]
+    def __init__(self, model, codes=None, **options):
+        super().__init__(model, codes, **options)
+        self._jacobian: tuple[tuple, Tensor] | None = None  # of which samples, and what
 
     def sample(
         self,
@@ -341,22 +155,209 @@ class EncodedEnsemble:
         images = replay.reweighted(torch.from_numpy(ablation_weights(distinct, self.num_members)), "counterfactual")
         return images[:, torch.from_numpy(places)]
 
+    def jacobian(
+        self,
+        samples: Samples,
+        *,
+        batch_size: int = 8,
+        tangents_per_pass: int = 32,
+        directory: str | os.PathLike | None = None,
+        progress: Progress = silent,
+    ) -> Tensor:
+        """The derivative of each sample with respect to the members' weights; see :mod:`pyattr.attribution.encoded_jacobian`.
+
+        The last one is kept, so that asking again for the same samples is free.
+
+        Args:
+            samples: Q, of :meth:`sample`.
+            batch_size: samples that go through a member together.
+            tangents_per_pass: derivatives that go with them, at most; n are needed.
+            directory: batches are kept there, and an interrupted call goes on from the last.
+            progress: stage "jacobian", counts steps of images.
+
+        Returns:
+            J, [Q, C H W, n] float32, of pixels in [0, 1]: half the derivative of an image in [-1, 1]. The same call gives the
+            same bits; other batches the same to the rounding of the networks.
+
+        Raises:
+            TypeError, ValueError: see :meth:`counterfactual`.
+
+        Extra memory: the result once more where it is kept, 3 (n + 1) batches of images, and what
+        :func:`pyattr.jvp.dual_forward` needs for ``batch_size`` images and their tangents.
+        """
+        replay = self._replay(samples, batch_size, directory, progress)
+        if tangents_per_pass < 1:
+            raise ValueError(f"EncodedEnsemble: tangents_per_pass must be at least 1, got {tangents_per_pass}")
+        key = replay.key, replay.weights.tolist()
+        if directory is None and self._jacobian is not None and self._jacobian[0] == key:
+            return self._jacobian[1]
+        self._jacobian = key, jacobian(replay, tangents_per_pass)
+        return self._jacobian[1]
+
+    def gram(self, samples: Samples, **options) -> Tensor:
+        """``J^T J`` of each sample: all that the influence of any item needs.
+
+        Args:
+            samples, options: of :meth:`jacobian`.
+
+        Returns:
+            [Q, n, n] float64, symmetric, not centred.
+
+        Raises:
+            TypeError, ValueError: see :meth:`jacobian`.
+
+        Extra memory: the Jacobian, and that of one sample in float64.
+        """
+        columns = self.jacobian(samples, **options)
+        out = torch.empty(len(columns), self.num_members, self.num_members, dtype=torch.float64)
+        for gram, J in zip(out, columns, strict=True):
+            torch.mm(J.double().T, J.double(), out=gram)
+        return (out + out.mT) / 2  # a library may sum the two halves in different orders
+
+    def approximate(
+        self,
+        samples: Samples,
+        codes,
+        method: str = "jacobian",
+        *,
+        batch_size: int = 8,
+        directory: str | os.PathLike | None = None,
+        progress: Progress = silent,
+        **options,
+    ) -> Tensor:
+        """Guesses of :meth:`counterfactual`, at a cost that does not grow with their number.
+
+        With y the sample and w = u_{-x} - v: "jacobian": y + J w. "members", the paper's individual models:
+        y + sum_i w_i (y_i - y), where y_i is made by member i alone from the same noise. "last_step", its last step predicted
+        noise: the members that saw the item are left out at the last step alone, before which the whole ensemble is at work.
+
+        Args:
+            samples: Q, of :meth:`sample`; with their trajectory, "last_step" has no steps to walk again.
+            codes: [M], of the items.
+            method: "jacobian", "last_step" or "members".
+            batch_size, directory: see :meth:`jacobian`; what is kept serves any codes.
+            progress: stage "jacobian", "last_step" or "members", counts steps of images.
+            options: ``tangents_per_pass`` of "jacobian".
+
+        Returns:
+            [Q, M, C, H, W] float32, on the samples' scale, where [-1, 1] is black to white; linear guesses may leave it.
+
+        Raises:
+            TypeError, ValueError: see :meth:`counterfactual`.
+
+        Extra memory: the Jacobian, or n images for each sample.
+
+        Source: Dai, Gifford 2023, sections 4 and 5.3.
+        """
+        if method not in METHODS:
+            raise ValueError(f"EncodedEnsemble: method must be one of {', '.join(METHODS)}, got {method!r}")
+        if options and method != "jacobian":
+            raise TypeError(f"EncodedEnsemble: {next(iter(options))} goes with the method jacobian alone")
+        codes = as_codes(codes, self.num_members, "EncodedEnsemble")
+        replay = self._replay(samples, batch_size, directory, progress)
+        weights = torch.from_numpy(ablation_weights(codes, self.num_members))  # [M, n]
+        if method == "last_step":
+            return replay.last_steps(weights)
+        if method == "jacobian":
+            columns = self.jacobian(
+                samples, batch_size=batch_size, directory=directory, progress=progress, **options
+            ).mul(2)  # [Q, D, n] on the scale of [-1, 1]
+        else:
+            alone = replay.reweighted(torch.eye(self.num_members, dtype=torch.float64), "members")
+            columns = (alone - samples.images[:, None]).flatten(2).mT
+        change = torch.empty(len(samples), len(codes), *samples.images.shape[1:], dtype=torch.float32)
+        for out, image, column in zip(change, samples.images, columns, strict=True):
+            out.copy_((image.double().flatten() + (weights - replay.weights) @ column.double().T).view(out.shape))
+        return change
+
+    def scores(self, queries: Samples, **options) -> Tensor:
+        """The influence of every item on each sample: ``|J (u_{-x} - v)|``, in units of pixels in [0, 1].
+
+        Args:
+            queries: Q samples of :meth:`sample`; plain images do not say from what noise they were made.
+            options: of :meth:`jacobian`.
+
+        Returns:
+            [Q, N] float32, none negative.
+
+        Raises:
+            TypeError, ValueError: see :meth:`jacobian`.
+
+        Extra memory: the Jacobian, and 64 MB.
+        """
+        columns, weights = self.jacobian(queries, **options), self._made_with(queries)
+        out = torch.empty(len(queries), len(self.codes), dtype=torch.float32)
+        for row, J in zip(out, columns, strict=True):
+            # |J w| = |R w|, and R is no larger than the Gram while it keeps twice its digits.
+            R = torch.linalg.qr(J.double(), mode="r").R
+            for start in range(0, len(self.codes), _BLOCK):
+                codes = self.codes[start : start + _BLOCK]
+                directions = torch.from_numpy(ablation_weights(codes, self.num_members)) - weights
+                row[start : start + _BLOCK] = torch.linalg.vector_norm(directions @ R.T, dim=1)
+        return out
+
+    def search(self, queries: Samples, k: int, *, largest: bool = True, codes=None, **options) -> TopK:
+        """The k items of most influence on each sample, from a table of the n x n Gram matrix.
+
+        Args:
+            queries: Q samples of :meth:`sample`, made with uniform weights.
+            k: at most N.
+            largest: False: those of least influence.
+            codes: other codes than the ensemble's own, [N] or a file, as :func:`pyattr.ops.code_topk` takes them.
+            options: of :meth:`jacobian`.
+
+        Returns:
+            TopK of [Q, k]: influences, falling, and items; equal ones by lowest index.
+
+        Raises:
+            TypeError, ValueError: see :meth:`jacobian` and :func:`pyattr.ops.code_topk`; or the weights are not uniform.
+
+        Extra memory: the Jacobian, and that of :func:`pyattr.ops.code_topk`.
+        """
+        if not torch.equal(self._made_with(queries), self._weights(None)):
+            raise ValueError("EncodedEnsemble: queries must be made with uniform weights to be searched for")
+        codes = torch.from_numpy(self.codes) if codes is None else codes
+        found = [code_topk(gram, codes, k, largest=largest) for gram in self.gram(queries, **options)]
+        return TopK(*(torch.stack([torch.as_tensor(part) for part in parts]) for parts in zip(*found, strict=True)))
+
+    def distinct_top(self, queries: Samples, m: int, **options) -> TopK:
+        """The m most influential items of each sample, among those that are in the list of no other.
+
+        Args:
+            queries: Q samples of :meth:`sample`.
+            m: at least 1.
+            options: of :meth:`jacobian`.
+
+        Returns:
+            TopK of [Q, m], see :func:`pyattr.attribution.encoded_lists.distinct_top`.
+
+        Raises:
+            TypeError, ValueError: see :meth:`scores`, or fewer than m items are left.
+
+        Extra memory: twice that of the scores.
+        """
+        return distinct_top(self.scores(queries, **options), m)
+
     def _replay(self, samples: Samples, batch_size: int, directory, progress: Progress) -> Replay:
+        weights = self._made_with(samples)
+        if batch_size < 1:
+            raise ValueError(f"EncodedEnsemble: batch_size must be at least 1, got {batch_size}")
+        directory = None if directory is None else Path(directory)
+        return Replay(self.members, weights, samples, batch_size, directory, progress)
+
+    def _made_with(self, samples: Samples) -> Tensor:  # -> [n] float64
+        """The weights that samples were made with, once it is clear that this ensemble made them."""
         if not isinstance(samples, Samples):
             raise TypeError(
                 "EncodedEnsemble: queries must be Samples of this ensemble, which hold the noise that they were made from, "
                 f"got {type(samples).__name__}"
             )
-        if batch_size < 1:
-            raise ValueError(f"EncodedEnsemble: batch_size must be at least 1, got {batch_size}")
         made = samples.settings
-        weights = self._weights(made.get("weights"))
-        differ = differences({name: made.get(name) for name in ("model", "members")}, self._identity(weights))
+        if "weights" not in made:
+            raise ValueError("EncodedEnsemble: queries must be samples of this ensemble, got those of a single model")
+        weights = self._weights(made["weights"])
+        asked = Mixture(self.members, weights).identity()
+        differ = differences({name: made.get(name) for name in asked}, asked)
         if differ:
             raise ValueError(f"EncodedEnsemble: queries must be samples of this ensemble: {differ}")
-        directory = None if directory is None else Path(directory)
-        return Replay(self.members, weights, samples, batch_size, directory, progress)
-
-    def _identity(self, weights: Tensor) -> dict:
-        identity = Mixture(self.members, weights).identity()
-        return {name: identity[name] for name in ("model", "members")}
+        return weights

@@ -40,6 +40,7 @@ class Replay:
         self.members, self.weights, self.samples = members, weights, samples
         self.batch_size, self.directory, self.progress = batch_size, directory, progress
         self.mixture = Mixture(members, weights)
+        self.key = tensors_hash({"images": samples.images, "ids": samples.ids, "noise": samples.noise})
         self.sampler = self.with_model(self.mixture)
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
@@ -66,8 +67,13 @@ class Replay:
             settings: that decide the results, beside the samples.
             make: of rows, the settings, the file for an unfinished batch, and what to tell of steps done in it.
         """
-        key = tensors_hash({"images": self.samples.images, "ids": self.samples.ids, "noise": self.samples.noise})
-        settings = {"kind": kind, "samples": key, **self.samples.settings, "batch_size": self.batch_size, **settings}
+        settings = {
+            "kind": kind,
+            "samples": self.key,
+            **self.samples.settings,
+            "batch_size": self.batch_size,
+            **settings,
+        }
         with evaluating(self.mixture):
             for start in range(0, count, self.batch_size):
                 rows = slice(start, min(start + self.batch_size, count))
@@ -135,13 +141,8 @@ class Replay:
             return torch.stack([x, *predictions], 1)  # [B, 1 + n, C, H, W]
 
         out = torch.empty(len(self.samples), len(weights), *self.samples.images.shape[1:], **HELD)
-        for batch, result in self.batches("last step", len(self.samples), number + 1, {}, make):
+        for batch, result in self.batches("last_step", len(self.samples), number + 1, {}, make):
             x, predictions = result[:, :1].double(), result[:, 1:].double()
             e = torch.einsum("mi,qichw->qmchw", weights, predictions)
             out[batch] = self.sampler.steps[number].apply(x, e)
         return out
-
-
-def pixels(columns: Tensor, directions: Tensor) -> Tensor:  # [Q, D, n], [M, n] -> [Q, M, D] float64
-    """The change of an image along directions of the members' weights."""
-    return torch.einsum("qdi,mi->qmd", columns.double(), directions)

@@ -1,0 +1,209 @@
+"""The members of an encoded ensemble as one thing: its codes, its training, its directory."""
+
+import dataclasses
+import inspect
+import os
+import pickle
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.images import as_images
+from ..diffusion.presets import PRESETS
+from ..diffusion.progress import Progress, silent
+from ..diffusion.schedule import Schedule
+from ..diffusion.storage import data_hash, differences, load_tensors, save_tensors
+from ..diffusion.train import check_options, train
+from .codes import as_codes, membership, random_codes
+from .encoded_members import Recipe, load, train_members, trained
+
+RECORD = "ensemble.safetensors"
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(train).parameters.items()
+    if name not in ("model", "images", "schedule", "seed", "checkpoint_directory", "progress")
+}
+
+
+class TrainedEnsemble:
+    """What :class:`~pyattr.attribution.EncodedEnsemble`, whose arguments these are, can do before it samples."""
+
+    def __init__(
+        self,
+        model: Callable[[], nn.Module] | str,
+        codes=None,
+        *,
+        num_members: int,
+        weight: int | None = None,
+        schedule: Schedule,
+        directory: str | os.PathLike | None = None,
+        seed: int = 0,
+        **training,
+    ):
+        if isinstance(model, str):
+            if model not in PRESETS:
+                raise ValueError(
+                    f"EncodedEnsemble: model must be a factory or one of {', '.join(PRESETS)}, got {model!r}"
+                )
+        elif isinstance(model, nn.Module) or not callable(model):
+            raise TypeError(f"EncodedEnsemble: model must build a member, got {type(model).__name__}")
+        unknown = sorted(set(training) - set(_DEFAULTS))
+        if unknown:
+            raise TypeError(f"EncodedEnsemble: {unknown[0]} is no option of training")
+        if "steps" not in training:
+            raise TypeError("EncodedEnsemble: steps must be given, the optimiser steps of each member")
+        checked = set(inspect.signature(check_options).parameters) - {"seed"}
+        check_options(**{name: {**_DEFAULTS, **training}[name] for name in checked}, seed=seed)
+        if codes is None:
+            random_codes(0, num_members, weight=weight, seed=seed)  # refuses what it cannot take
+        elif weight is not None:
+            raise ValueError("EncodedEnsemble: weight must be None where codes are given")
+        self.num_members = num_members
+        self.codes = None if codes is None else as_codes(codes, num_members, "EncodedEnsemble")
+        self.directory = None if directory is None else Path(directory)
+        self.recipe = Recipe(model, schedule, training, seed)
+        self.shape: tuple[int, int, int] | None = None  # of an image, once it is known
+        self._weight = weight
+        self._members: dict[int, nn.Module] = {}
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike, model: Callable[[], nn.Module] | str | None = None) -> "TrainedEnsemble":
+        """An ensemble from its directory, without its images.
+
+        Args:
+            directory: that of an ensemble on which :meth:`fit` was called.
+            model: what built its members; needed where that was no preset.
+
+        Raises:
+            FileNotFoundError, DamagedFileError: there is no such ensemble, or its bytes changed.
+            ValueError: the model is missing.
+        """
+        tensors, record = load_tensors(Path(directory) / RECORD)
+        if model is None and record["model"] is None:
+            raise ValueError(f"EncodedEnsemble: {directory} does not say how to build its members: give a model")
+        ensemble = cls(
+            record["model"] if model is None else model,
+            tensors["codes"].numpy().view(np.uint64),
+            num_members=record["num_members"],
+            schedule=Schedule(**record["schedule"]),
+            directory=directory,
+            seed=record["seed"],
+            **record["training"],
+        )
+        ensemble.shape = tuple(record["shape"])
+        return ensemble
+
+    def fit(
+        self, images, *, workers: int = 1, members: Iterable[int] | None = None, progress: Progress = silent
+    ) -> "TrainedEnsemble":
+        """Train the members, each on the images whose codes have its bit.
+
+        With a directory, members that are done are not trained again, and one that was interrupted goes on where it was.
+
+        Args:
+            images: [N, C, H, W] uint8, or floating point in [-1, 1].
+            workers: processes that train members side by side, with as many threads each as torch has here; the members are
+                the same bits as from one. The model must then be importable by name, and a directory be given.
+            members: which to train; None: all.
+            progress: stage "train", counts optimiser steps of all these members.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: an argument is not as above, codes and images do not fit together, or the directory holds another
+                ensemble.
+            RuntimeError: a process failed.
+
+        Extra memory: for each worker its member's images and that of :func:`pyattr.diffusion.train`; workers share a file of
+        all images, which lies in the directory meanwhile.
+        """
+        images = as_images(images, "EncodedEnsemble", "images")
+        if self.codes is None:
+            seed, weight = self.recipe.seed, self._weight
+            self.codes = random_codes(len(images), self.num_members, weight=weight, seed=seed)
+        if len(self.codes) != len(images):
+            raise ValueError(f"EncodedEnsemble: images must be as many as codes, {len(self.codes)}, got {len(images)}")
+        members = list(range(self.num_members)) if members is None else sorted(set(members))
+        for member in members:
+            if not 0 <= member < self.num_members:
+                raise ValueError(f"EncodedEnsemble: members must lie in [0, {self.num_members}), got {member}")
+        if workers < 1:
+            raise ValueError(f"EncodedEnsemble: workers must be at least 1, got {workers}")
+        if workers > 1:
+            self._check_processes()
+        splits = membership(self.codes, self.num_members)
+        empty = [member for member in members if not splits[:, member].any()]
+        if empty:
+            raise ValueError(f"EncodedEnsemble: codes must give each member an image, got none for member {empty[0]}")
+        self.shape = tuple(images.shape[1:])
+        if self.directory is not None:
+            self._record(images)
+        # One of an earlier call may have seen other images.
+        self._members = {i: member for i, member in self._members.items() if i not in members}
+        self._members |= train_members(self.recipe, images, splits, members, self.directory, workers, progress)
+        return self
+
+    def _check_processes(self) -> None:
+        if self.directory is None:
+            raise ValueError("EncodedEnsemble: workers must be 1 without a directory")
+        try:
+            pickle.dumps(self.recipe)
+        except Exception as error:
+            raise ValueError(
+                f"EncodedEnsemble: model must be importable by name where workers are several, got {error}"
+            ) from None
+
+    def _record(self, images: Tensor) -> None:
+        """Write what the ensemble is, or compare it with what is there."""
+        recipe = self.recipe
+        record = {
+            "kind": "encoded ensemble",
+            "num_members": self.num_members,
+            "model": recipe.model if isinstance(recipe.model, str) else None,
+            "schedule": dataclasses.asdict(recipe.schedule),
+            "training": recipe.training,
+            "seed": recipe.seed,
+            "shape": list(self.shape),
+            "images": data_hash(images),
+        }
+        tensors = {"codes": torch.from_numpy(self.codes.view(np.int64))}
+        path = self.directory / RECORD
+        if not path.exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            save_tensors(path, tensors, record)
+            return
+        kept, made = load_tensors(path)
+        differ = differences(made, record)
+        if not torch.equal(kept["codes"], tensors["codes"]):
+            differ = differ or "the codes differ"
+        if differ:
+            raise ValueError(
+                f"EncodedEnsemble: directory {self.directory} holds another ensemble: {differ}; use another directory"
+            )
+
+    @property
+    def members(self) -> list[nn.Module]:
+        """The n trained networks, in eval mode; read from the directory when they are first asked for.
+
+        Raises:
+            RuntimeError: :meth:`fit` was not called, or has not trained them all.
+        """
+        if self.shape is None:
+            raise RuntimeError("EncodedEnsemble: fit or open must be called first")
+        missing = [i for i in range(self.num_members) if i not in self._members]
+        untrained = missing
+        if self.directory is not None:
+            steps = self.recipe.training["steps"]
+            untrained = [i for i in missing if not trained(self.directory, i, steps)]
+        if untrained:
+            raise RuntimeError(
+                f"EncodedEnsemble: {len(untrained)} of {self.num_members} members are not trained, "
+                f"the first is member {untrained[0]}: call fit"
+            )
+        for i in missing:
+            self._members[i] = load(self.recipe, self.directory, i, self.shape)
+        return [self._members[i] for i in range(self.num_members)]
