@@ -48,7 +48,7 @@ def write_grid(
         columns: what stands over the columns; none, or one each.
         labels: what stands before the rows; none, or one each.
         marked: (row, column) of images to frame.
-        title: over all; a long one wraps.
+        title: over all, on one line.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -88,6 +88,6 @@ def write_grid(
         corner = (c * (wide + gap) + gap / 2 - 0.5, r * (high + gap) + gap / 2 - 0.5)
         axes.add_patch(rectangle(corner, wide + gap, high + gap, fill=False, edgecolor=MARK, linewidth=1.6))
     if title:
-        axes.set_title(title, fontsize=9, pad=8, wrap=True)
+        axes.set_title(title, fontsize=9, pad=8)
     with whole_file(path) as stream:
         figure.savefig(stream, format="png", dpi=max(LEAST_DPI, wide / INCHES), bbox_inches="tight", pad_inches=0.05)
