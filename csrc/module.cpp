@@ -14,18 +14,22 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   bind_rademacher_project(m);
+  bind_group_norm_silu_jvp(m);
   bind_hadamard_project(m);
   bind_gaussian_project(m);
   bind_sparse_project(m);
   bind_layer_sketch(m);
+  bind_attention_jvp(m);
   bind_patch_mean(m);
   bind_patch_topk(m);
 #if defined(PYATTR_WITH_CUDA)
   m.attr("built_with_cuda") = true;
   bind_rademacher_project_cuda(m);
+  bind_group_norm_silu_jvp_cuda(m);
   bind_hadamard_project_cuda(m);
   bind_gaussian_project_cuda(m);
   bind_sparse_project_cuda(m);
+  bind_attention_jvp_cuda(m);
   bind_patch_mean_cuda(m);
   bind_patch_topk_cuda(m);
 #else

@@ -18,14 +18,8 @@ from torch import Tensor, nn
 
 from ..diffusion.images import predict_noise
 from ..diffusion.sampling import HELD
+from ..jvp import dual_forward
 from .encoded_samples import Replay
-
-
-def dual_forward(module, x, x_dot, times):
-    def f(x):
-        return predict_noise(module, x, times)
-
-    return f(x), torch.func.vmap(lambda d: torch.func.jvp(f, (x,), (d,))[1])(x_dot)
 
 
 def jacobian(replay: Replay, tangents_per_pass: int) -> Tensor:

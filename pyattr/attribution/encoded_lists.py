@@ -31,7 +31,7 @@ def distinct_top(scores: Tensor, m: int) -> TopK:
     while True:
         if len(left) < m:
             raise ValueError(f"distinct_top: m must be at most the {len(left)} items that are left, got {m}")
-        values, places = scores[:, left].sort(1, descending=True, stable=True)
+        values, places = scores[:, left].sort(dim=1, descending=True, stable=True)
         values, lists = values[:, :m], left[places[:, :m]]  # [Q, m]
         items, lists_with = lists.unique(return_counts=True)
         repeated = items[lists_with > 1]

@@ -1,9 +1,11 @@
 """The kernels: one function per op, on every backend."""
 
 from ._topk import TopK
+from .attention_jvp import AttentionJvp, attention_jvp
 from .code_topk import code_topk
 from .conv2d_grad_project import conv2d_grad_project
 from .gaussian_project import gaussian_project, normal_matrix
+from .group_norm_silu_jvp import GroupNormJvp, group_norm_silu_jvp
 from .hadamard_project import hadamard_project
 from .kron_grad_project import kron_grad_project
 from .linear_grad_project import linear_grad_project
@@ -15,13 +17,17 @@ from .rademacher_project import rademacher_project, sign_matrix
 from .sparse_project import sketch_entries, sparse_project, sparse_project_transpose
 
 __all__ = [
+    "AttentionJvp",
+    "GroupNormJvp",
     "PatchMean",
     "PatchTopK",
     "TopK",
     "Winners",
+    "attention_jvp",
     "code_topk",
     "conv2d_grad_project",
     "gaussian_project",
+    "group_norm_silu_jvp",
     "hadamard_project",
     "kron_grad_project",
     "linear_grad_project",

@@ -1,0 +1,8 @@
+#include "cpu/attention_jvp_body.h"
+
+namespace pyattr::cpu {
+const AttentionKernels& attention_kernels_avx2() {
+  static constexpr AttentionKernels kernels = kAttentionKernels;
+  return kernels;
+}
+}  // namespace pyattr::cpu

@@ -1,0 +1,27 @@
+"""Operators whose results do not depend on x, or only in steps: they see the primal and return a plain tensor."""
+
+from .dual import Dual, Run
+from .rule import rule
+
+
+@rule(
+    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
+    *("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full", "fill", "zero", "bernoulli"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "isposinf", "isneginf", "equal", "signbit"),
+    *(
+        "logical_not",
+        "logical_and",
+        "logical_or",
+        "logical_xor",
+        "any",
+        "all",
+        "nonzero",
+        "argmax",
+        "argmin",
+        "argsort",
+    ),
+    *("sign", "floor", "ceil", "round", "trunc", "bucketize", "searchsorted"),
+    *("detach", "_local_scalar_dense", "is_nonzero"),
+)
+def constant(run: Run, func, *args, **kwargs):
+    return func(*(a.primal if isinstance(a, Dual) else a for a in args), **kwargs)

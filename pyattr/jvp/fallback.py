@@ -1,0 +1,74 @@
+"""Operators without a rule: torch's own forward derivative, one tangent after the other under vmap."""
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vmap
+from torch.utils import _pytree as pytree
+
+from .dual import Dual, combine
+from .rule import is_float
+from .where import here
+
+_SAID = set()  # operators that have been warned of
+
+
+def torch_derivative(run, func, args: tuple, kwargs: dict):
+    """The operator's result, with tangents by torch.func.jvp.
+
+    Raises:
+        NotImplementedError: torch has no forward derivative of it.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Dual)]
+    constants = [None if isinstance(leaf, Dual) else leaf for leaf in leaves]
+    primals = tuple(leaves[i].primal for i in places)
+
+    def call(*inputs):
+        filled = list(constants)
+        for place, value in zip(places, inputs, strict=True):
+            filled[place] = value
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        return func(*args, **kwargs)
+
+    def floats(*inputs):
+        return tuple(value for value in pytree.tree_leaves(call(*inputs)) if is_float(value))
+
+    with run.derivatives_on():
+        results, form = pytree.tree_flatten(call(*primals))
+        if not any(map(is_float, results)):
+            return pytree.tree_unflatten(results, form)
+        name = func._schema.name
+        if name not in _SAID:
+            _SAID.add(name)
+            warnings.warn(
+                f"dual_forward: {name}{here(run)} has no rule of its own; torch.func.jvp does it, slower", stacklevel=2
+            )
+        tangents = _tangents(run, func, floats, primals, [leaves[i].tangents for i in places], results)
+    return pytree.tree_unflatten(
+        [_dual(run, value, tangents.pop(0)) if is_float(value) else value for value in results], form
+    )
+
+
+def _tangents(run, func, floats, primals, tangents, results) -> list[Tensor]:
+    if run.count == 0:
+        return [value.new_zeros((0, *value.shape)) for value in results if is_float(value)]
+    try:
+        return list(vmap(lambda *inputs: jvp(floats, primals, inputs)[1], randomness="same")(*tangents))
+    except (NotImplementedError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise NotImplementedError(
+            f"dual_forward: {func._schema.name}{here(run)} has no rule, and torch cannot differentiate it: {reason}"
+        ) from error
+
+
+def _dual(run, primal: Tensor, tangents: Tensor) -> Dual:
+    return combine(run, primal, lambda out: out.copy_(tangents))
+
+
+def slope(run, func, primal: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    """The derivative of a function that works on each element alone, at the primal; float16 and bfloat16 in float32."""
+    wide = primal.float() if primal.dtype in (torch.float16, torch.bfloat16) else primal
+    with run.derivatives_on():
+        return jvp(lambda x: func(x, *args, **kwargs), (wide,), (torch.ones_like(wide),))[1].to(primal.dtype)

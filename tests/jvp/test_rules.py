@@ -1,0 +1,135 @@
+"""Every rule by itself against torch.func.jvp in float64."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyattr.jvp import dual_forward
+
+IMAGE = (2, 4, 5, 6)
+
+
+@functools.cache
+def constant(*shape, seed=1):
+    """The same numbers each time, in float32 and float64; made before vmap, which allows no random numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def like(x, *shape, seed=1):
+    return constant(*shape, seed=seed).to(x.dtype)
+
+
+# name -> (function, shape of x); torch.func.jvp of the function itself is right.
+CASES = {
+    # elements
+    **{f"{f.__name__}": (f, IMAGE) for f in (F.silu, F.gelu, F.relu, torch.sigmoid, torch.tanh, F.mish, F.elu)},
+    **{f"{f.__name__}": (f, IMAGE) for f in (F.softplus, F.leaky_relu, F.hardtanh, F.hardswish, F.selu, F.relu6)},
+    **{f"{f.__name__}": (f, IMAGE) for f in (torch.exp, torch.expm1, torch.sin, torch.cos, torch.erf, torch.abs, torch.neg)},
+    "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), IMAGE),
+    "log_of_square": (lambda x: torch.log(x.square() + 1), IMAGE),
+    "sqrt_rsqrt": (lambda x: (x * x + 1).sqrt() + (x * x + 2).rsqrt(), IMAGE),
+    "power": (lambda x: x**3 + (x.abs() + 1) ** -0.5, IMAGE),
+    "reciprocal": (lambda x: 1 / (2 + x * x) + torch.reciprocal(3 + x.square()), IMAGE),
+    "clamp": (lambda x: x.clamp(-0.5, 0.7), IMAGE),
+    "quick_gelu": (lambda x: x * torch.sigmoid(1.702 * x), IMAGE),
+    # sums and products with constants, numbers and each other
+    "add_constant": (lambda x: x + like(x, 4, 1, 1), IMAGE),
+    "add_bigger_constant": (lambda x: x + like(x, 3, 2, 4, 5, 6), IMAGE),
+    "add_number": (lambda x: x + 2, IMAGE),
+    "number_minus": (lambda x: 1 - x, IMAGE),
+    "constant_minus": (lambda x: like(x, 6) - x, IMAGE),
+    "rsub": (lambda x: torch.rsub(x, 2.0, alpha=3), IMAGE),
+    "sub_alpha": (lambda x: torch.sub(like(x, 6), x, alpha=0.5) + torch.sub(x, like(x, 6), alpha=0.5), IMAGE),
+    "add_alpha": (lambda x: torch.add(like(x, 6), x, alpha=0.5) + torch.add(x, x.sin(), alpha=-2), IMAGE),
+    "multiply_constant": (lambda x: x * like(x, 4, 1, 6), IMAGE),
+    "multiply_bigger_constant": (lambda x: like(x, 3, 1, 1, 1, 1) * x, IMAGE),
+    "divide_by_one": (lambda x: x / 1.0 + x * 1, IMAGE),
+    "divide_constant": (lambda x: x / (2 + like(x, 6).abs()), IMAGE),
+    "divide": (lambda x: x / (1 + x * x), IMAGE),
+    "constant_divided": (lambda x: like(x, 5, 1) / (1 + x * x), IMAGE),
+    "broadcast_product": (lambda x: x.mean(1) * x, (2, 2, 5, 5)),
+    "broadcast_sum": (lambda x: x.mean((0, 1)) + x.exp() - x.mean(-1, keepdim=True), IMAGE),
+    "affine": (lambda x: torch.addcmul(x, x, like(x, 6), value=0.5) + torch.lerp(x, like(x, 6), 0.3), IMAGE),
+    "where": (lambda x: torch.where(x > 0, x * 2, x.exp()) + torch.where(x > 0.5, x, 0.0), IMAGE),
+    "masked_fill": (lambda x: x.masked_fill(like(x, 5, 6) > 0, -3.0), IMAGE),
+    # moving elements
+    "reshape": (lambda x: x.transpose(1, 2).reshape(2, -1, 3).sin(), IMAGE),
+    "view_permute": (lambda x: x.view(2, 4, -1).permute(2, 0, 1).contiguous().view(5, 6, -1).exp(), IMAGE),
+    "flatten_unflatten": (lambda x: x.flatten(1).t().unflatten(0, (4, 30)).sin(), IMAGE),
+    "squeeze": (lambda x: x[:, :1].squeeze(1).unsqueeze(-1).squeeze() + x[:, 0], IMAGE),
+    "indices": (lambda x: x[:, 1:3, ..., None, ::2] * x[0, 2, 1, 3], IMAGE),
+    "index_tensor": (lambda x: x[:, torch.tensor([3, 0, 0])] * x[torch.tensor([1]), torch.tensor([2])], IMAGE),
+    "index_mask": (lambda x: x[:, torch.tensor([True, False, True, False])].exp(), IMAGE),
+    "index_select_gather": (
+        lambda x: x.index_select(2, torch.tensor([4, 1])).gather(3, torch.ones(2, 4, 2, 3, dtype=torch.long)),
+        IMAGE,
+    ),
+    "expand_repeat": (lambda x: x[:, :1].expand(3, -1, 3, -1, -1).sum(0) * x[:1, :3].repeat(2, 1, 1, 1).cos(), IMAGE),
+    "repeat_interleave": (lambda x: x.repeat_interleave(2, 1).exp(), IMAGE),
+    "chunk_split_unbind": (
+        lambda x: x.chunk(2, 1)[0] * x.split([1, 3], 1)[1][:, :2] + x.unbind(1)[3][:, None], IMAGE
+    ),
+    "cat_stack": (lambda x: torch.cat([x, like(x, 2, 1, 5, 6), x.exp()], 1) + torch.stack([x, -x], 1).sum(1)[:, :1], IMAGE),
+    "cat_tensors_alike": (lambda x: torch.cat([x.sin(), x], 1).cos() + torch.cat([x, x], -3), IMAGE),
+    "cat_batches": (lambda x: torch.cat([x, x * x]), IMAGE),
+    "flip_roll": (lambda x: x.flip(-1, 0) * x.roll((1, 2), (1, -1)), IMAGE),
+    "diagonal_unfold": (lambda x: x.diagonal(0, 2, 3).sin().sum(-1) + x.unfold(-1, 3, 2).mean((-1, -2, -3)), IMAGE),
+    "triangles": (lambda x: x.tril() * x.triu().exp(), IMAGE),
+    "pixel_shuffles": (lambda x: F.pixel_shuffle(x, 2).sin() + F.pixel_shuffle(x.cos(), 2), IMAGE),
+    "pixel_unshuffle": (lambda x: F.pixel_unshuffle(x[..., :4, :], 2).sin(), IMAGE),
+    "type": (lambda x: x.to(torch.float64).sin().to(x.dtype) * x.clone(), IMAGE),
+    # sums
+    "mean_sum": (lambda x: x.exp().mean((-1, 2), keepdim=True) * x.sum(1, keepdim=True) + x.mean() + x.sum(), IMAGE),
+    "cumsum": (lambda x: x.cumsum(1) * x, IMAGE),
+    "softmax": (lambda x: x.softmax(-1) + x.log_softmax(1) + x.softmax(0), IMAGE),
+    "rms_norm": (lambda x: F.rms_norm(x, (6,), like(x, 6)), IMAGE),
+    # products of matrices
+    "linear": (lambda x: F.linear(x, like(x, 7, 6), like(x, 7)), IMAGE),
+    "linear_2d": (lambda x: F.linear(x, like(x, 7, 6), like(x, 7)) @ like(x, 7, 2), (3, 6)),
+    "linear_1d": (lambda x: F.linear(x, like(x, 7, 6), like(x, 7)), (6,)),
+    "linear_of_transposed": (lambda x: F.linear(x.transpose(-1, -2), like(x, 7, 5), like(x, 7)), IMAGE),
+    "matmul_left": (lambda x: like(x, 3, 5) @ x, IMAGE),
+    "matmul_both": (lambda x: x @ x.transpose(-1, -2).exp(), IMAGE),
+    "matmul_batches": (lambda x: (like(x, 2, 4, 3, 5) @ x) @ like(x, 2, 4, 6, 2), IMAGE),
+    "mm_both": (lambda x: (x.t() @ x.sin()) @ x.t(), (3, 6)),
+    "addmm": (lambda x: torch.addmm(x[:, :2], x, like(x, 6, 2), beta=0.5, alpha=2), (3, 6)),
+    "baddbmm": (lambda x: torch.baddbmm(like(x, 4, 5, 5), x[0], x[1].transpose(1, 2), beta=2, alpha=0.3), IMAGE),
+    "einsum": (lambda x: torch.einsum("bchw,cd->bdhw", x, like(x, 4, 3)) + torch.einsum("bchw,bchw->b", x, x).sum(), IMAGE),
+    # convolutions and resampling
+    "conv2d": (lambda x: F.conv2d(x, like(x, 3, 4, 3, 3), like(x, 3), stride=2, padding=1), IMAGE),
+    "conv2d_groups": (lambda x: F.conv2d(x, like(x, 6, 2, 3, 2), None, padding=(2, 0), dilation=(1, 2), groups=2), IMAGE),
+    "conv2d_one_image": (lambda x: F.conv2d(x, like(x, 3, 4, 3, 3), like(x, 3)), IMAGE[1:]),
+    "conv_transpose2d": (lambda x: F.conv_transpose2d(x, like(x, 4, 3, 3, 3), like(x, 3), stride=2, output_padding=1), IMAGE),
+    "conv1d": (lambda x: F.conv1d(x, like(x, 3, 4, 3), like(x, 3), padding="same"), (2, 4, 9)),
+    "conv3d": (lambda x: F.conv3d(x, like(x, 3, 4, 2, 2, 2), like(x, 3)), (2, 4, 3, 4, 3)),
+    "conv_after_sum": (lambda x: F.conv2d(x.exp() + like(x, 4, 1, 1), like(x, 3, 4, 3, 3)), IMAGE),
+    **{
+        f"interpolate_{mode}": (lambda x, mode=mode: F.interpolate(x.exp(), scale_factor=2.0, mode=mode), IMAGE)
+        for mode in ("nearest", "nearest-exact", "bilinear", "bicubic", "area")
+    },
+    "interpolate_size": (lambda x: F.interpolate(x, size=(7, 3), mode="bilinear", align_corners=True), IMAGE),
+    "interpolate_1d": (lambda x: F.interpolate(x, scale_factor=2.0, mode="linear"), (2, 4, 9)),
+    "avg_pool2d": (lambda x: F.avg_pool2d(x, 2) + F.adaptive_avg_pool2d(x, (2, 3)).exp(), IMAGE),
+    "avg_pool1d": (lambda x: F.avg_pool1d(x, 2), (2, 4, 8)),
+    "adaptive_avg_pool_to_one": (lambda x: F.adaptive_avg_pool2d(x.sin(), 1), IMAGE),
+    "max_pool2d": (lambda x: F.max_pool2d(x, 3, 2, 1), IMAGE),
+    **{f"pad_{mode}": (lambda x, mode=mode: F.pad(x.exp(), (1, 2, 0, 1), mode=mode), IMAGE) for mode in ("reflect", "replicate", "circular")},
+    "pad": (lambda x: F.pad(x, (0, 1, 0, 1)) + F.pad(x, (1, 0, 0, 1), value=3.0), IMAGE),
+    # normalisation
+    "layer_norm": (lambda x: F.layer_norm(x, (6,), like(x, 6), like(x, 6)) + F.layer_norm(x, (5, 6)), IMAGE),
+    "batch_norm": (lambda x: F.batch_norm(x, like(x, 4), like(x, 4).abs(), like(x, 4), like(x, 4)), IMAGE),
+    "instance_norm": (lambda x: F.instance_norm(x, weight=like(x, 4), bias=like(x, 4, seed=2)), IMAGE),
+    "glu": (lambda x: x[:, :2] * F.gelu(x[:, 2:]), IMAGE),
+}  # fmt: skip
+NO_RULE = {"glu"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", CASES)
+def test_rule(name, dtype, agrees):
+    function, shape = CASES[name]
+    agrees(function, torch.randn(shape, dtype=dtype))
