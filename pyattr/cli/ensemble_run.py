@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import diffusion
 from ..attribution import EncodedEnsemble
-from ..attribution.codes import group_codes, guarantee, random_codes, walsh_codes
+from ..attribution.codes import group_codes, guarantee, membership, random_codes, walsh_codes
 from ..datasets import DataError, ImageDataset
 from ..diffusion.images import to_bytes
 from ..diffusion.sampling import check_options as check_sampling
