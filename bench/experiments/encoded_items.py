@@ -14,6 +14,7 @@ Forty minutes of training and an hour of sampling on one core. All work is kept 
 import numpy as np
 
 from pyattr.attribution.codes import random_codes
+from pyattr.attribution.encoded_lists import distinct_top
 from pyattr.evaluation import agreement, compare, convergence, nested_codes
 from pyattr.report.grid import matplotlib, write_grid
 
@@ -30,7 +31,7 @@ BATCH = 64
 
 def run(args) -> dict:
     """Train, sample, ablate, guess, compare."""
-    (images, labels), _ = digits(args.data)
+    (images, _), _ = digits(args.data)
     codes = random_codes(len(images), MEMBERS)
     items = np.sort(np.random.RandomState(0).permutation(len(images))[:ITEMS])
     count, work = args.samples or SAMPLES, args.work
@@ -61,7 +62,8 @@ def run(args) -> dict:
         )
     agreements = {method: agreement(samples.images, true, guess) for method, guess in guesses.items()}
     settling = convergence((nested + 1) / 2)
-    _lists(args.out, model, samples, images, labels)
+    kept = {"directory": work / "jacobian"}
+    distinct = _lists(args.out, model, samples, images, kept)
     _plots(args.out, agreements, settling)
     changes = ((true - samples.images[:, None]) / 2).flatten(2).norm(dim=2).numpy()  # [Q, M]
     return {
@@ -85,6 +87,7 @@ def run(args) -> dict:
             }
             for method in METHODS[1:]
         },
+        "distinct lists": distinct,
         "convergence, mean L2": {
             "members": list(range(1, MEMBERS + 1)),
             "to the full ensemble": settling.to_full.mean(0),
@@ -93,21 +96,23 @@ def run(args) -> dict:
     }
 
 
-def _lists(out, model, samples, images, labels) -> None:
-    """The most influential digits of some samples, all and those of no other list."""
-    shown = samples[:SHOWN]
-    lists = {
-        "": ("by influence", model.search(shown, TOP)),
-        "_distinct": ("without those that are in several lists", model.distinct_top(shown, TOP)),
-    }
-    generated = as_bytes(shown.images)
-    for ending, (told, found) in lists.items():
+def _lists(out, model, samples, images, kept) -> str:
+    """The most influential digits of some samples, all and those of no other list; what became of the latter."""
+    generated, lists = as_bytes(samples.images), {"": model.search(samples, TOP, **kept)}
+    told = "found"
+    try:
+        lists["_distinct"] = distinct_top(model.scores(samples, **kept)[:SHOWN], TOP)
+    except ValueError as error:  # the iteration may delete too many
+        told = str(error)
+    for ending, found in lists.items():
         write_grid(
             out / f"encoded_items_top{ending}.png",
-            [[generated[q], None, *images[found.indices[q].numpy()]] for q in range(len(shown))],
+            [[generated[q], None, *images[found.indices[q].numpy()]] for q in range(min(SHOWN, len(samples)))],
             columns=["sample", "", *map(str, range(1, TOP + 1))],
-            title=f"The {TOP} training digits of most influence, {told}",
+            title=f"The {TOP} training digits of most influence"
+            + (", those that are in no other list" if ending else ""),
         )
+    return told
 
 
 def _plots(out, agreements, settling) -> None:
