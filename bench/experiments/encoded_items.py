@@ -122,7 +122,11 @@ def _plots(out, agreements, settling) -> None:
     for axes, name, told in ((pearson, "pearson", "of pixels"), (spearman, "spearman", "of sizes")):
         values = [getattr(found, name).ravel() for found in agreements.values()]
         axes.boxplot([v[~np.isnan(v)] for v in values], widths=0.6, flierprops={"markersize": 2})
-        axes.set_xticks(range(1, len(values) + 1), [NAMES[m].replace(" ", "\n", 1) for m in agreements], fontsize=7)
+        axes.set_xticks(
+            range(1, len(values) + 1),
+            [NAMES[m].replace(" predicted", "\npredicted").replace("al m", "al\nm") for m in agreements],
+            fontsize=7,
+        )
         axes.set_title(f"{name.capitalize()}'s correlation {told}", fontsize=9)
     counts = np.arange(1, MEMBERS + 1)
     lines.plot(counts, settling.to_full.mean(0), marker=".", label="to the full ensemble")
@@ -131,7 +135,7 @@ def _plots(out, agreements, settling) -> None:
     lines.set_xlabel("members", fontsize=8)
     lines.legend(fontsize=7)
     for axes in (pearson, spearman, lines):
-        axes.tick_params(axis="y", labelsize=7)
+        axes.tick_params(labelsize=7)
     figure.tight_layout()
     figure.savefig(out / "encoded_items.png", dpi=100)
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .. import diffusion
 from ..attribution import EncodedEnsemble
-from ..attribution.codes import group_codes, guarantee, membership, random_codes, walsh_codes
+from ..attribution.codes import ablation_weights, group_codes, guarantee, membership, random_codes, walsh_codes
 from ..datasets import DataError, ImageDataset
 from ..diffusion.images import to_bytes
+from ..diffusion.progress import silent
 from ..diffusion.sampling import check_options as check_sampling
 from ..diffusion.train import check_options as check_training
 from ..report.grid import matplotlib, write_grid
@@ -160,8 +161,9 @@ def sample(
 def _samples(work: Session, ensemble: EncodedEnsemble, stage: Stage) -> diffusion.Samples:
     """The samples of a stage, made or found."""
     options = {name: value for name, value in stage.settings.items() if name != "model"}
+    told = silent if stage.finished else work.display.progress
     with contextlib.nullcontext() if stage.finished else stage.work():
-        samples = ensemble.sample(directory=stage.folder, progress=work.display.progress, **options)
+        samples = ensemble.sample(directory=stage.folder, progress=told, **options)
         write_images(stage.folder, samples)
     return samples
 
@@ -252,21 +254,26 @@ def search(out: Path, top: int, distinct: bool, batch_size: int, threads: int | 
         work.plan([step])
         work.begin(step)
         samples = _samples(work, ensemble, sampled)
-        options = {"batch_size": batch_size, "directory": stage.folder, "progress": work.display.progress}
         with step.working():
-            ensemble.jacobian(samples, **options)
-        found = ensemble.distinct_top(samples, top, **options) if distinct else ensemble.search(samples, top, **options)
-        scores = ensemble.scores(samples, **options).numpy()
+            # Kept by the ensemble, so that what follows does not ask the models again.
+            columns = ensemble.jacobian(
+                samples, batch_size=batch_size, directory=stage.folder, progress=work.display.progress
+            )  # [Q, D, n]
+        found = ensemble.distinct_top(samples, top) if distinct else ensemble.search(samples, top)
+        scores = ensemble.scores(samples).numpy()
         folder, places = work.workspace.folder, found.indices.numpy()
         write_npz(
             folder / "ensemble-scores.npz",
             {"scores": scores, "top": places, "queries": samples.uint8().numpy(), "ids": np.array(images.ids),
-             "gram": ensemble.gram(samples, **options).numpy()},
+             "gram": ensemble.gram(samples).numpy()},
         )  # fmt: skip
         shown = samples[:SHOWN]
-        # Each without the image of most influence alone: the codes of all are guessed, and the diagonal kept.
-        guesses = ensemble.approximate(samples, ensemble.codes[places[:, 0]], **options)
-        without = to_bytes(guesses[torch.arange(len(samples)), torch.arange(len(samples))]).numpy()
+        # Each without the one image of most influence on it.
+        directions = (
+            ablation_weights(ensemble.codes[places[:SHOWN, 0]], ensemble.num_members) - 1 / ensemble.num_members
+        )
+        changes = torch.einsum("qdi,qi->qd", columns[:SHOWN], torch.from_numpy(directions).float())
+        without = to_bytes(shown.images + 2 * changes.view_as(shown.images)).numpy()  # J is of pixels in [0, 1]
         write_grid(
             folder / "ensemble-search.png",
             [
