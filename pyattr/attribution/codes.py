@@ -198,7 +198,7 @@ def as_codes(codes, num_members: int, op: str) -> np.ndarray:
         if bad.any():
             item = int(bad.argmax())
             raise ValueError(f"{op}: codes must {what}, got {codes[item]:#x} for item {item}")
-    return codes
+    return np.ascontiguousarray(codes)
 
 
 def membership(codes, num_members: int) -> np.ndarray:

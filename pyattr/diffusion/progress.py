@@ -20,7 +20,8 @@ class Progress(Protocol):
             total: units in this stage; the same in every call of one stage.
             stage: "train" (optimiser steps), "sample" (steps of images), "features" or "query features" (images),
                 "eigendecomposition" (1), "patches" and "tuning" (passes of a query over the training images), "matches"
-                (pairs of a query and a training image).
+                (pairs of a query and a training image), "counterfactual", "jacobian", "last_step" and "members" (steps of
+                images).
         """
 
 

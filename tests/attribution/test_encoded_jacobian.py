@@ -8,7 +8,7 @@ from torch import nn
 from pyattr.attribution import EncodedEnsemble
 from pyattr.attribution.codes import ablation_weights
 from pyattr.attribution.encoded_lists import distinct_top
-from pyattr.diffusion import Schedule
+from pyattr.diffusion import Schedule, unet
 
 SCHEDULE = Schedule(6, 1e-2, 0.5)
 IMAGES = torch.randint(0, 256, (10, 1, 4, 4), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
@@ -312,3 +312,22 @@ def test_errors():
     with pytest.raises(ValueError, match="queries must be samples of this ensemble: model was"):
         ensemble(seed=1).scores(samples)
     assert made.approximate(samples, np.array([], np.uint64)).shape == (1, 0, 1, 4, 4)
+
+
+def test_jacobian_of_unmodified_unets():
+    """Attention and group normalisation, along one direction of the image: v -> <u, y(v)> by backpropagation."""
+    made = EncodedEnsemble(
+        lambda: unet("mnist-small", size=8, schedule=SCHEDULE).double(),
+        [1, 2],
+        num_members=2,
+        schedule=SCHEDULE,
+        steps=1,
+    ).fit(nn.functional.pad(IMAGES[:2], (2, 2, 2, 2)))
+    samples = made.sample(2, clip=False)
+    u = torch.randn(2, 64, dtype=torch.float64)
+    weights = torch.full((2,), 0.5, dtype=torch.float64, requires_grad=True)
+    y = by_hand(made.members, weights, samples, "published", 6, clip=False)
+    (expected,) = torch.autograd.grad((u * y.flatten(1)).sum(), weights)
+    torch.testing.assert_close(
+        torch.einsum("qd,qdi->i", u, made.jacobian(samples).double()), expected, atol=0, rtol=1e-5
+    )

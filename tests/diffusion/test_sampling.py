@@ -97,6 +97,40 @@ def test_one_ddim_step_by_hand():
     assert samples.timesteps.tolist() == [1, 0]
 
 
+def test_two_published_steps_by_hand():
+    """T = 2, betas 0.1 and 0.2: alpha 0.8 then 0.9, abar 0.72 then 0.9; a network that always predicts 0.5."""
+    samples = sample(
+        lambda_net(0.5),
+        Schedule(2, 0.1, 0.2),
+        num_images=40,
+        shape=(1, 1, 1),
+        method="published",
+        steps=2,
+        record="trajectory",
+    )
+    assert samples.noise.shape == (40, 2, 1, 1, 1)
+    start, z = samples.noise.unbind(1)
+    between = 0.8**-0.5 * (start - 0.2 / 0.28**0.5 * 0.5) + (0.8 * 0.2) ** 0.5 * z
+    final = 0.9**-0.5 * (between - 0.1 / 0.1**0.5 * 0.5)
+    torch.testing.assert_close(samples.trajectory, torch.stack([start, between, final.clamp(-1, 1)], 1))
+    assert 0 < int((final.abs() > 1).sum()) < 40
+
+
+def test_the_published_sampler_on_fewer_steps_takes_alpha_between_them(tiny_net):
+    model = tiny_net().eval()
+    samples = run(model, method="published", steps=4, clip=False, record="trajectory")
+    assert samples.timesteps.tolist() == [750, 500, 250, 0]
+    abar = Schedule().alphas_cumprod
+    x = samples.noise[:, 0]
+    for i, (t, s) in enumerate(((750, 500), (500, 250), (250, 0), (0, None))):
+        a = float(abar[t] / (1 if s is None else abar[s]))
+        with torch.no_grad():
+            e = model(x, torch.full((3,), t))
+        x = a**-0.5 * (x - (1 - a) / float(1 - abar[t]) ** 0.5 * e)
+        x = x if s is None else x + (a * (1 - a)) ** 0.5 * samples.noise[:, i + 1]
+        torch.testing.assert_close(samples.trajectory[:, i + 1], x)
+
+
 def lambda_net(value):
     class Constant(torch.nn.Module):
         def __init__(self):
@@ -123,7 +157,7 @@ def test_timesteps_of_fifty_steps():
     assert run(lambda_net(0.0), steps=50, num_images=1).timesteps.tolist() == list(range(980, -1, -20))
 
 
-@pytest.mark.parametrize("arguments", [{}, {"method": "ddpm"}, {"eta": 0.5}])
+@pytest.mark.parametrize("arguments", [{}, {"method": "ddpm"}, {"method": "published"}, {"eta": 0.5}])
 def test_an_image_depends_on_its_id_alone(tiny_unet, arguments):
     model = tiny_unet().double()  # an untrained network magnifies rounding a hundredfold on the way to x_0
     whole = run(model, num_images=5, batch_size=5, **arguments)
