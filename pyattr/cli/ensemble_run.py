@@ -262,18 +262,16 @@ def search(out: Path, top: int, distinct: bool, batch_size: int, threads: int | 
         found = ensemble.distinct_top(samples, top) if distinct else ensemble.search(samples, top)
         scores = ensemble.scores(samples).numpy()
         folder, places = work.workspace.folder, found.indices.numpy()
+        # Each without the one image of most influence on it.
+        directions = ablation_weights(ensemble.codes[places[:, 0]], ensemble.num_members) - 1 / ensemble.num_members
+        changes = torch.einsum("qdi,qi->qd", columns, torch.from_numpy(directions).float())
+        without = to_bytes(samples.images + 2 * changes.view_as(samples.images)).numpy()  # J is of pixels in [0, 1]
         write_npz(
             folder / "ensemble-scores.npz",
-            {"scores": scores, "top": places, "queries": samples.uint8().numpy(), "ids": np.array(images.ids),
-             "gram": ensemble.gram(samples).numpy()},
+            {"scores": scores, "top": places, "queries": samples.uint8().numpy(), "without_top": without,
+             "gram": ensemble.gram(samples).numpy(), "ids": np.array(images.ids)},
         )  # fmt: skip
         shown = samples[:SHOWN]
-        # Each without the one image of most influence on it.
-        directions = (
-            ablation_weights(ensemble.codes[places[:SHOWN, 0]], ensemble.num_members) - 1 / ensemble.num_members
-        )
-        changes = torch.einsum("qdi,qi->qd", columns[:SHOWN], torch.from_numpy(directions).float())
-        without = to_bytes(shown.images + 2 * changes.view_as(shown.images)).numpy()  # J is of pixels in [0, 1]
         write_grid(
             folder / "ensemble-search.png",
             [

@@ -73,6 +73,8 @@ def test_the_results_are_those_of_the_library(made, library, arrays):
     np.testing.assert_allclose(ablation["changes"], changes.numpy(), rtol=1e-5)
     np.testing.assert_allclose(scores["scores"], model.scores(samples).numpy(), rtol=1e-3, atol=1e-6)
     assert scores["top"].shape == (3, 4) and scores["gram"].shape == (3, 7, 7)
+    guesses = model.approximate(samples, model.codes[scores["top"][:, 0]])[range(3), range(3)]
+    np.testing.assert_allclose(scores["without_top"], (guesses.clamp(-1, 1).numpy() + 1) * 127.5, atol=0.55)
     for row, top in zip(scores["scores"], scores["top"], strict=True):
         np.testing.assert_allclose(row[top], np.sort(row)[::-1][:4], rtol=1e-5)
 
