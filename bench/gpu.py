@@ -127,7 +127,7 @@ def steps(ops: list[str], wheels: Path | None) -> list[Step]:
     found.append(Step("build", pip, 240, build))
     found.append(Step("GPU tests", [*pytest, "tests/gpu", "-m", "gpu"], 240))
     for op in ops:
-        files = [f"tests/ops/test_{op}{part}.py" for part in ("", "_contract")]
+        files = [f"tests/ops/test_{op}{part}.py" for part in ("", "_contract", "_extremes")]
         found.append(Step(f"tests of {op}", [*pytest, *(file for file in files if (ROOT / file).is_file())], 200))
         figures = [(f"benchmark {op}", op, "cuda or triton or GPU")]
         scaled, sizes = AT_SCALE.get(op, ("", ()))

@@ -23,16 +23,18 @@ struct PatchTopkArgs : PatchArgs {
 
 // The statistics of all N images of a query's U positions, in the images' order and in float64, with M = min over n of m:
 // Z(u) = sum_n sums * exp(-(m - M) / (2 sigma^2)), log_normaliser = log Z - M / (2 sigma^2), and
-// weights[n] += sum over u of tops * exp(-(m - M) / (2 sigma^2)) / Z. `tops` is overwritten.
+// weights[n] += sum over u of tops * exp(-(m - M) / (2 sigma^2)) / Z, and nearest_weights the weight of one patch at M, 1 / Z, which
+// log_normaliser is too coarse to give where M / (2 sigma^2) is large. `tops` is overwritten.
 struct PatchJoinArgs {
-  const float* minima;     // [U, N]
-  const float* sums;       // [U, N]
-  float* tops;             // [U, N]
-  int64_t positions;       // U
-  int64_t num_images;      // N
-  double inverse;          // 1 / (2 sigma^2)
-  double* log_normaliser;  // [U]
-  double* weights;         // [N], added to
+  const float* minima;      // [U, N]
+  const float* sums;        // [U, N]
+  float* tops;              // [U, N]
+  int64_t positions;        // U
+  int64_t num_images;       // N
+  double inverse;           // 1 / (2 sigma^2)
+  double* log_normaliser;   // [U]
+  double* nearest_weights;  // [U]; or null
+  double* weights;          // [N], added to
 };
 
 namespace cpu {

@@ -47,6 +47,16 @@ def register(op: str, backends: Sequence[Backend]) -> None:
     _REGISTRY[op] = tuple(sorted(backends, key=lambda b: NAMES.index(b.name)))
 
 
+def check_name(op: str, source: str, name: str | None) -> None:
+    """Refuse what is not a backend's name, nor None.
+
+    Raises:
+        ValueError: the message names ``source``, the argument or variable that it came from.
+    """
+    if name is not None and name not in NAMES:
+        raise ValueError(f"{op}: {source} must be one of {', '.join(NAMES)}, got {name!r}")
+
+
 def choose(op: str, requested: str | None, *args, **kwargs) -> Backend:
     """The backend that runs ``op`` on these arguments.
 
@@ -57,8 +67,7 @@ def choose(op: str, requested: str | None, *args, **kwargs) -> Backend:
     source = "backend"
     if requested is None and os.environ.get("PYATTR_BACKEND"):
         requested, source = os.environ["PYATTR_BACKEND"], "PYATTR_BACKEND"
-    if requested is not None and requested not in NAMES:
-        raise ValueError(f"{op}: {source} must be one of {', '.join(NAMES)}, got {requested!r}")
+    check_name(op, source, requested)
     if requested not in (None, *(backend.name for backend in _REGISTRY[op])):
         raise BackendError(f"{op}: {source}={requested!r} cannot run, the op has no such backend")
     refusals = []

@@ -17,13 +17,14 @@ void bind_patch_topk(pybind11::module_& m) {
     pyattr::cpu::patch_topk(args, num_threads);
   });
   m.def("patch_join_cpu", [](uintptr_t minima, uintptr_t sums, uintptr_t tops, int64_t positions, int64_t num_images, double inverse,
-                             uintptr_t log_normaliser, uintptr_t weights, int num_threads) {
+                             uintptr_t log_normaliser, uintptr_t nearest_weights, uintptr_t weights, int num_threads) {
     pyattr::bind::require(positions >= 0 && num_images >= 0, "sizes must not be negative");
     const bool given = minima != 0 && sums != 0 && tops != 0 && log_normaliser != 0 && weights != 0;
     pyattr::bind::require(given || positions == 0 || num_images == 0, "an array is a null address");
     const pyattr::PatchJoinArgs args{reinterpret_cast<const float*>(minima), reinterpret_cast<const float*>(sums),
                                      reinterpret_cast<float*>(tops), positions, num_images, inverse,
-                                     reinterpret_cast<double*>(log_normaliser), reinterpret_cast<double*>(weights)};
+                                     reinterpret_cast<double*>(log_normaliser), reinterpret_cast<double*>(nearest_weights),
+                                     reinterpret_cast<double*>(weights)};
     pybind11::gil_scoped_release release;
     pyattr::cpu::patch_join(args, num_threads);
   });

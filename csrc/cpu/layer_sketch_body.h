@@ -9,16 +9,11 @@
 // Order of summation: an entry of G is one chain of fused multiply-adds over the positions; entries join the sums panel by panel of
 // columns, row by row. The same for every level and batch.
 #include <algorithm>
-#include <cmath>
 
 #include "cpu/buffer.h"
 #include "cpu/layer_sketch.h"
 #include "cpu/registers.h"
 #include "cpu/sketch_runs.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace pyattr::cpu {
 namespace {
@@ -35,27 +30,6 @@ constexpr int64_t kBlockColumns = 1024;    // of a row at most
 constexpr int64_t kBlockRows = 24;         // whose gradients are formed before they are added to the sums
 constexpr int64_t kMostRows = 2040;        // whose errors are gathered at a time: 2 MB
 constexpr int64_t kSlabPositions = 32;     // of all samples that share the sketch's tables, where one has few
-
-inline lanes_t multiply_add(lanes_t a, lanes_t b, lanes_t c) {
-#if defined(__AVX512F__)
-  return (lanes_t)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__)
-  return (lanes_t)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  for (int i = 0; i < kRegisterLanes; ++i) c[i] = std::fma(a[i], b[i], c[i]);  // the same bits, without the speed
-  return c;
-#endif
-}
-
-inline lanes_t in_all_lanes(float x) {
-#if defined(__AVX512F__)
-  return (lanes_t)_mm512_set1_ps(x);
-#elif defined(__AVX2__)
-  return (lanes_t)_mm256_set1_ps(x);
-#else
-  return lanes_t{x, x, x, x};
-#endif
-}
 
 // tile[row * stride + column] (+)= sum over l of errs[l][row] * patches[l][column].
 inline void multiply_panels(const float* errs, const float* patches, int64_t count, bool add, float* tile, int64_t stride) {
@@ -76,7 +50,7 @@ inline void multiply_panels(const float* errs, const float* patches, int64_t cou
                                *reinterpret_cast<const lanes_t*>(patches + kRegisterLanes)};
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
-      const lanes_t row = in_all_lanes(errs[i]);
+      const lanes_t row = splat(errs[i]);
       sum[i][0] = multiply_add(row, column[0], sum[i][0]);
       sum[i][1] = multiply_add(row, column[1], sum[i][1]);
     }

@@ -34,6 +34,8 @@ void normalise(const PatchJoinArgs& args, int64_t u) {
   for (int64_t n = 0; n < N; ++n) total += sums[n] * factor(n);
   for (int64_t n = 0; n < N; ++n) tops[n] = static_cast<float>(tops[n] * factor(n) / total);
   args.log_normaliser[u] = std::log(total) - least * args.inverse;
+  // Of nothing in sight 0 / 0.
+  if (args.nearest_weights) args.nearest_weights[u] = (least < std::numeric_limits<float>::max() ? 1.0 : 0.0) / total;
 }
 
 }  // namespace

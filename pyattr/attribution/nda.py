@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import math
-import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,15 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..datasets import ImageDataset, load
 from ..diffusion.images import as_images, to_unit
 from ..diffusion.noise import MAX_DRAWS, PATCHES, noise
 from ..diffusion.progress import Progress, silent
 from ..diffusion.sampling import Samples
 from ..diffusion.schedule import Schedule
-from ..diffusion.storage import differences, load_tensors, save_tensors, tensors_hash
+from ..diffusion.storage import tensors_hash
 from ..ops import patch_topk
 from .patch_matches import Explainer, Explanation, Term
+from .patch_options import check_patch_size, integer, nearest_patch_size, number, sequence
+from .patch_tables import load_table, save_table
 from .patch_tuning import Tuning, tune
 
 # At 32 x 32 pixels, for the five default timesteps. The fine one at t = 100 and the evenness of the coarse ones are the
@@ -53,11 +55,11 @@ class NDA:
     Args:
         schedule: of the diffusion; the default is that of the published models.
         timesteps: distinct, counted from 0; None: five, at 1/10, 2/10, ... 5/10 of the schedule.
-        patch_sizes: p on the fine scale, one for all timesteps or one for each; None: 7, 11, 15, 17, 19 at 32 x 32 pixels
-            and the default timesteps, interpolated over t elsewhere and in proportion to the shorter side, to the nearest odd
-            number and at least 3.
-        coarse_patch_sizes: p on the coarse scale, even; None: 14, 14, 14, 16, 18 likewise, to the nearest even number and at
-            least 4.
+        patch_sizes: p on the fine scale, 1 to 511, one for all timesteps or one for each; None: 7, 11, 15, 17, 19 at 32 x 32
+            pixels and the default timesteps, interpolated over t elsewhere and in proportion to the shorter side, to the
+            nearest odd number from 3 to 511.
+        coarse_patch_sizes: p on the coarse scale, even; None: 14, 14, 14, 16, 18 likewise, to the nearest even number from 4
+            to 510.
         alpha: weight of the fine scale in [0, 1], one or one for each timestep; 1 leaves the coarse scale out, 0 the fine one.
         k: weights of an image that count at each position; at least the number of positions means all.
         num_noises: draws of the noise, over which the score is averaged.
@@ -98,34 +100,30 @@ class NDA:
         backend: str | None = None,
         progress: Progress = silent,
     ):
+        if not isinstance(schedule, (Schedule, type(None))):
+            raise TypeError(f"NDA: schedule must be a Schedule, got {type(schedule).__name__}")
         self.schedule = Schedule() if schedule is None else schedule
         last = self.schedule.num_timesteps
         timesteps = (
-            [last * i // 10 for i in range(1, 6)]
-            if timesteps is None
-            else [_integer("timesteps", t) for t in timesteps]
+            [last * i // 10 for i in range(1, 6)] if timesteps is None else sequence("timesteps", timesteps, integer)
         )
         if not timesteps or len(set(timesteps)) < len(timesteps) or not all(0 <= t < last for t in timesteps):
             raise ValueError(f"NDA: timesteps must be distinct and lie in [0, {last}), got {timesteps}")
         self.timesteps = timesteps
-        self.patch_sizes = None if patch_sizes is None else self._each(patch_sizes, "patch_sizes", _integer)
+        self.patch_sizes = None if patch_sizes is None else self._each(patch_sizes, "patch_sizes", integer)
         self.coarse_patch_sizes = (
-            None if coarse_patch_sizes is None else self._each(coarse_patch_sizes, "coarse_patch_sizes", _integer)
+            None if coarse_patch_sizes is None else self._each(coarse_patch_sizes, "coarse_patch_sizes", integer)
         )
-        self.alpha = self._each(alpha, "alpha", lambda _, value: float(value))
-        for name, sizes, step in (
-            ("patch_sizes", self.patch_sizes, 1),
-            ("coarse_patch_sizes", self.coarse_patch_sizes, 2),
-        ):
-            for size in sizes or ():
-                if size < step or size % step:
-                    kind = "positive" if step == 1 else "positive and even"
-                    raise ValueError(f"NDA: {name} must be {kind}, got {size}")
+        self.alpha = self._each(alpha, "alpha", number)
+        for size in self.patch_sizes or ():
+            check_patch_size("patch_sizes", size, coarse=False)
+        for size in self.coarse_patch_sizes or ():
+            check_patch_size("coarse_patch_sizes", size, coarse=True)
         for value in self.alpha:
             if not 0 <= value <= 1:
                 raise ValueError(f"NDA: alpha must lie in [0, 1], got {value}")
         k, num_noises, noise_seed = (
-            _integer(*option) for option in (("k", k), ("num_noises", num_noises), ("noise_seed", noise_seed))
+            integer(*option) for option in (("k", k), ("num_noises", num_noises), ("noise_seed", noise_seed))
         )
         for name, value, limit in (("k", k, math.inf), ("num_noises", num_noises, MAX_DRAWS)):
             if not 1 <= value <= limit:
@@ -136,6 +134,7 @@ class NDA:
             raise ValueError(f"NDA: noise_seed must lie in [0, {2**32 - 1}], got {noise_seed}")
         if border not in ("class", "zero"):
             raise ValueError(f"NDA: border must be class or zero, got {border!r}")
+        backends.check_name("NDA", "backend", backend)
         self.k, self.num_noises, self.noise_seed, self.border = k, num_noises, noise_seed, border
         self.backend, self.progress = backend, progress
         self.directory = None if directory is None else Path(directory)
@@ -145,9 +144,9 @@ class NDA:
 
     def _each(self, values, name: str, kind: Callable) -> list:
         """One value for each timestep."""
-        if not isinstance(values, Iterable):
+        if isinstance(values, (str, bytes)) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
             return [kind(name, values)] * len(self.timesteps)
-        values = [kind(name, value) for value in values]
+        values = sequence(name, values, kind)
         if len(values) != len(self.timesteps):
             raise ValueError(
                 f"NDA: {name} must be one number or one for each of {len(self.timesteps)} timesteps, got {len(values)}"
@@ -178,6 +177,8 @@ class NDA:
         self.shape = tuple(self._bank.shape)
         if self.shape[0] == 0:
             raise ValueError("NDA: train must hold at least one image, got none")
+        if 0 in self.shape:
+            raise ValueError(f"NDA: train must be images of at least one pixel, got shape {list(self.shape)}")
         self._data = None
         if self.directory is not None:
             self._data = _hash([self._bank] if isinstance(self._bank, Tensor) else self._bank)
@@ -187,22 +188,37 @@ class NDA:
     def settle(self) -> None:
         """Terms of the options, for images of this size."""
         side = min(self.shape[-2:])
-        fine = self.patch_sizes or [self._default_size(FINE, t, side, 1) for t in self.timesteps]
-        coarse = self.coarse_patch_sizes or [self._default_size(COARSE, t, side, 0) for t in self.timesteps]
+        fine = self.patch_sizes or [self._default_size(FINE, t, side, coarse=False) for t in self.timesteps]
+        coarse = self.coarse_patch_sizes or [self._default_size(COARSE, t, side, coarse=True) for t in self.timesteps]
         share = 1 / len(self.timesteps)
         pairs = [
             [Term(t, p, False, share * a), Term(t, r, True, share * (1 - a))]
             for t, p, r, a in zip(self.timesteps, fine, coarse, self.alpha, strict=True)
         ]
         self.terms = [term for pair in pairs for term in pair if term.weight > 0]
+        for term in self.terms:
+            self.check_size(term)
         self._normalisers = {}
 
-    def _default_size(self, known: tuple[int, ...], timestep: int, side: int, parity: int) -> int:
-        """A row of :data:`FINE` or :data:`COARSE` between its timesteps, in proportion to the side, odd (1) or even (0)."""
+    def check_size(self, term: Term) -> None:
+        """Refuse a term that images of this size have no window for.
+
+        Raises:
+            ValueError: its windows are of even side, and the images of a single row or column.
+        """
+        height, width = self.shape[-2:]
+        if term.patch_size % 2 == 0 and min(height, width) < 2:
+            what = (
+                "the coarse scale, which alpha=1 leaves out" if term.coarse else f"patches of {term.patch_size} pixels"
+            )
+            raise ValueError(f"NDA: train must be images of at least 2 x 2 pixels for {what}, got {height} x {width}")
+
+    def _default_size(self, known: tuple[int, ...], timestep: int, side: int, coarse: bool) -> int:
+        """A row of :data:`FINE` or :data:`COARSE` between its timesteps, in proportion to the side."""
         place = min(max(10 * timestep / self.schedule.num_timesteps - 1, 0), len(known) - 1)
         low = min(int(place), len(known) - 2)
         size = (known[low] + (place - low) * (known[low + 1] - known[low])) * side / _SIDE
-        return max(4 - parity, 2 * math.floor((size - parity) / 2 + 0.5) + parity)
+        return nearest_patch_size(size, coarse)
 
     def scores(self, queries) -> Tensor:
         """Scores of all training images for each query; none is negative, and large = proponent.
@@ -230,9 +246,9 @@ class NDA:
             return out
         passes = [(term, draw) for term in self.terms for draw in range(self.num_noises)]
         kept: list[list[Tensor]] = [[] for _ in images]
-        for number, (term, draw) in enumerate(passes):
+        for place, (term, draw) in enumerate(passes):
             weights, normaliser = self.table(
-                images, term, draw, self.counter("patches", number, len(passes), len(images))
+                images, term, draw, self.counter("patches", place, len(passes), len(images))
             )
             out += weights * (term.weight / self.num_noises)
             for rows, row in zip(kept, normaliser, strict=True):
@@ -250,7 +266,8 @@ class NDA:
             query: [C, H, W], as in :meth:`scores`. One of those last scored costs no pass over the training images.
             image: n, its number among them.
             pairs: how many pairs of regions to find, at most.
-            side: of the regions, in pixels; None: the odd number nearest to 2/7 of the shorter side.
+            side: of the regions, in pixels, at most the longer side of the images; None: the odd number nearest to 2/7 of the
+                shorter one.
 
         Returns:
             :class:`~pyattr.attribution.patch_matches.Explanation`. Either map adds up to the image's score, for any k: to 1e-4
@@ -260,7 +277,7 @@ class NDA:
         Raises:
             RuntimeError: :meth:`fit` was not called.
             IndexError: there is no such image.
-            ValueError: an argument is not as above.
+            TypeError, ValueError: an argument is not as above.
 
         Extra memory: about 40 (H W)^2 bytes; a query not scored last is scored first, and its normalisers stay too.
         """
@@ -268,7 +285,12 @@ class NDA:
         images = self.images_of(query)
         if len(images) != 1:
             raise ValueError(f"NDA: query must be one image [C, H, W], got {len(images)}")
-        total = self.shape[0]
+        image, pairs, total = integer("image", image), integer("pairs", pairs), self.shape[0]
+        if pairs < 0:
+            raise ValueError(f"NDA: pairs must not be negative, got {pairs}")
+        longest = max(self.shape[-2:])
+        if side is not None and not 1 <= integer("side", side) <= longest:
+            raise ValueError(f"NDA: side must lie in [1, {longest}], got {side}")
         if not 0 <= image < total:
             raise IndexError(f"NDA: image must lie in [0, {total}), got {image}")
         key = _key(images[0])
@@ -335,18 +357,14 @@ class NDA:
         if self.directory is not None:
             record = {"kind": "patch scores", "queries": tensors_hash({"images": images}), **self.record(term, draw)}
             folder = self.directory / f"queries-{record['queries'][:16]}"
-            folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{term}-k{self.k}-{draw}.safetensors"
-            if path.exists():
-                tensors, found = load_tensors(path)
-                differ = differences(found, record)
-                if differ:
-                    raise ValueError(f"NDA: {path} was made otherwise: {differ}; use another directory or delete it")
+            found = load_table(path, record)
+            if found is not None:
                 count(len(images))
-                return tensors["weights"], tensors["log_normaliser"]
+                return found["weights"], found["log_normaliser"]
         table = self.compute(images, term, draw, count)
         if path is not None:
-            save_tensors(path, dict(zip(("weights", "log_normaliser"), table, strict=True)), record)
+            save_table(path, dict(zip(("weights", "log_normaliser"), table, strict=True)), record)
         return table
 
     def compute(self, images: Tensor, term: Term, draw: int, count: Callable[[int], None]) -> tuple[Tensor, Tensor]:
@@ -418,13 +436,6 @@ class _Stream:
                 return chunk[index : index + 1]
             index -= len(chunk)
         raise ValueError("NDA: train holds fewer images than when it was first walked through")
-
-
-def _integer(name: str, value) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"NDA: {name} must be integers, got {value!r}") from None
 
 
 def _hash(chunks: Iterable[Tensor]) -> str:

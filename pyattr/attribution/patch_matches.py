@@ -114,17 +114,9 @@ class Explainer:
                 target[i : i + rows, j : j + columns] += values / (len(lower) * len(right))
 
     def explanation(self, pairs: int, side: int | None) -> Explanation:
-        """What has been added up, and at most ``pairs`` pairs of regions of ``side`` pixels.
-
-        Raises:
-            ValueError: ``pairs`` is negative or ``side`` not positive.
-        """
-        if pairs < 0:
-            raise ValueError(f"NDA: pairs must not be negative, got {pairs}")
+        """What has been added up, and at most ``pairs`` pairs of regions of ``side`` pixels."""
         if side is None:
             side = 2 * (min(self.image.shape[1:]) // 7) + 1
-        if side < 1:
-            raise ValueError(f"NDA: side must be at least 1, got {side}")
         return Explanation(
             float(self.query_map.sum()),
             self.query_map.float(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +12,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ..diffusion.storage import differences, load_tensors, save_tensors, tensors_hash
+from .. import arrays
+from ..diffusion.storage import tensors_hash
 from .patch_matches import Term
+from .patch_options import check_patch_size, integer, nearest_patch_size, number, sequence
+from .patch_tables import load_table, save_table
 
 if TYPE_CHECKING:
     from .nda import NDA
@@ -74,7 +76,7 @@ def tune(
         masks: [M, N], 1 where subset m holds image n and 0 elsewhere.
         losses: [M, Q], of the model trained on each subset, for each query; their scale does not matter.
         queries: Q validation images, as for :meth:`NDA.scores`.
-        timesteps: rising; None: those of ``method``.
+        timesteps: rising; None: those of ``method``, in rising order.
         patch_sizes, coarse_patch_sizes: to choose from; None: 3, 5, 7, 11, 15, 21 and 6, 10, 14, 18, 22 at 32 x 32 pixels, in
             proportion to the shorter side elsewhere.
         ks: to choose from.
@@ -85,7 +87,7 @@ def tune(
 
     Raises:
         RuntimeError: the method was not fitted.
-        ValueError: an argument is not as above.
+        TypeError, ValueError: an argument is not as above.
 
     Extra memory: 8 M Q bytes for each (timestep, patch size, scale, k), and that of :meth:`NDA.scores`.
 
@@ -94,26 +96,29 @@ def tune(
     """
     images = method.images_of(queries)
     masks, losses = _checked(masks, losses, method.shape[0], len(images))
-    timesteps = method.timesteps if timesteps is None else [int(t) for t in timesteps]
+    timesteps = sorted(method.timesteps) if timesteps is None else sequence("timesteps", timesteps, integer)
     last = method.schedule.num_timesteps
     if not timesteps or timesteps != sorted(set(timesteps)) or not all(0 <= t < last for t in timesteps):
         raise ValueError(f"NDA: timesteps to choose from must rise and lie in [0, {last}), got {timesteps}")
     side = min(method.shape[-2:])
-    fine = _sizes(patch_sizes, SIZES, side, "patch_sizes", 1)
-    coarse = _sizes(coarse_patch_sizes, COARSE_SIZES, side, "coarse_patch_sizes", 2)
-    ks, alphas = _grid(ks, "ks", lambda k: k >= 1), _grid(alphas, "alphas", lambda a: 0 <= a <= 1)
+    fine = _sizes(patch_sizes, SIZES, side, "patch_sizes", coarse=False)
+    coarse = _sizes(coarse_patch_sizes, COARSE_SIZES, side, "coarse_patch_sizes", coarse=True)
+    ks = _grid(sequence("ks", ks, integer), "ks", lambda k: k >= 1)
+    alphas = _grid(sequence("alphas", alphas, number), "alphas", lambda a: 0 <= a <= 1)
     fine, coarse = fine if max(alphas) > 0 else [], coarse if min(alphas) < 1 else []
 
     kinds = [(p, False) for p in fine] + [(p, True) for p in coarse]
-    tables = list(itertools.product(ks, timesteps, kinds))
+    tables = [(k, Term(t, p, is_coarse, 1.0)) for k, t, (p, is_coarse) in itertools.product(ks, timesteps, kinds)]
+    for _, term in tables:
+        method.check_size(term)
     ranks = stats.rankdata(-losses, axis=0)
     predictions, tried, k_before = {}, {}, method.k
     try:
-        for number, (k, t, (p, is_coarse)) in enumerate(tables):
+        for place, (k, term) in enumerate(tables):
             method.k = k
-            found = _predictions(method, masks, images, Term(t, p, is_coarse, 1.0), number, len(tables))
-            predictions[t, p, is_coarse, k] = found
-            tried[t, p, is_coarse, k] = _lds(found, ranks)
+            found = _predictions(method, masks, images, term, place, len(tables))
+            key = (term.timestep, term.patch_size, term.coarse, k)
+            predictions[key], tried[key] = found, _lds(found, ranks)
     finally:
         method.k = k_before
     chosen = max(
@@ -150,10 +155,10 @@ def _best(predictions, tried, ranks, timesteps, fine, coarse, k, alphas) -> Tuni
     return Tuning(values[count - 1], tuple(timesteps[:count]), fines, coarses, tuple(weights[:count]), k, tried)
 
 
-def _predictions(method: NDA, masks: np.ndarray, images: Tensor, term: Term, number: int, tables: int) -> np.ndarray:
+def _predictions(method: NDA, masks: np.ndarray, images: Tensor, term: Term, place: int, tables: int) -> np.ndarray:
     """``sum_n m_n tau(q, n)`` of one table, averaged over draws of the noise, [M, Q] float64, computed or found."""
     directory, draws, path, record = method.directory, method.num_noises, None, {}
-    counters = [method.counter("tuning", number * draws + draw, tables * draws, len(images)) for draw in range(draws)]
+    counters = [method.counter("tuning", place * draws + draw, tables * draws, len(images)) for draw in range(draws)]
     if directory is not None:
         record = {
             "kind": "patch predictions",
@@ -161,22 +166,17 @@ def _predictions(method: NDA, masks: np.ndarray, images: Tensor, term: Term, num
             "num_noises": draws,
             **method.record(term, 0),
         }
-        folder = Path(directory) / f"tuning-{record['inputs'][:16]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{term}-k{method.k}.safetensors"
-        if path.exists():
-            tensors, found = load_tensors(path)
-            differ = differences(found, record)
-            if differ:
-                raise ValueError(f"NDA: {path} was made otherwise: {differ}; use another directory or delete it")
+        path = directory / f"tuning-{record['inputs'][:16]}" / f"{term}-k{method.k}.safetensors"
+        found = load_table(path, record)
+        if found is not None:
             counters[-1](len(images))
-            return tensors["predictions"].numpy()
+            return found["predictions"].numpy()
     total = np.zeros((len(masks), len(images)))
     for draw, count in enumerate(counters):
         weights, _ = method.compute(images, term, draw, count)
         total += masks @ weights.numpy().T.astype(np.float64) / draws
     if path is not None:
-        save_tensors(path, {"predictions": torch.from_numpy(total)}, record)
+        save_table(path, {"predictions": torch.from_numpy(total)}, record)
     return total
 
 
@@ -193,7 +193,7 @@ def _lds(predictions: np.ndarray, ranks: np.ndarray) -> float:
 
 
 def _checked(masks, losses, images: int, queries: int) -> tuple[np.ndarray, np.ndarray]:
-    masks, losses = (np.asarray(values, np.float64) for values in (masks, losses))
+    masks, losses = _numbers("masks", masks), _numbers("losses", losses)
     if masks.ndim != 2 or masks.shape[1] != images or len(masks) < 2:
         raise ValueError(f"NDA: masks must have shape [M, {images}] with M at least 2, got {list(masks.shape)}")
     if not np.isin(masks, (0, 1)).all():
@@ -207,15 +207,26 @@ def _checked(masks, losses, images: int, queries: int) -> tuple[np.ndarray, np.n
     return masks, losses
 
 
-def _grid(values, name: str, fits) -> list:
-    values = list(values)
+def _numbers(name: str, values) -> np.ndarray:
+    """An array of any library, or nested lists, as float64."""
+    try:
+        if hasattr(values, "dtype"):
+            return arrays.to_torch(values, "NDA", name)[0].detach().to("cpu", torch.float64).numpy()
+        return np.asarray(values, np.float64)
+    except (ValueError, RuntimeError):
+        raise TypeError(f"NDA: {name} must be an array or lists of numbers, got {type(values).__name__}") from None
+
+
+def _grid(values: list, name: str, fits) -> list:
     if not values or not all(map(fits, values)):
         raise ValueError(f"NDA: {name} to choose from must be possible and at least one, got {values}")
     return values
 
 
-def _sizes(given: Sequence[int] | None, known: tuple[int, ...], side: int, name: str, step: int) -> list[int]:
-    if given is not None:
-        return _grid(given, name, lambda p: p >= step and p % step == 0)
-    odd = known[0] % 2
-    return sorted({max(4 - odd, 2 * round((p * side / 32 - odd) / 2) + odd) for p in known})
+def _sizes(given: Sequence[int] | None, known: tuple[int, ...], side: int, name: str, coarse: bool) -> list[int]:
+    if given is None:
+        return sorted({nearest_patch_size(p * side / 32, coarse) for p in known})
+    sizes = _grid(sequence(name, given, integer), name, lambda p: True)
+    for size in sizes:
+        check_patch_size(name, size, coarse)
+    return sizes

@@ -17,7 +17,7 @@ from ..diffusion.images import as_images, reference_parameter
 from ..diffusion.losses import Loss
 from ..diffusion.progress import Progress, silent
 from ..diffusion.sampling import Samples
-from ..diffusion.schedule import Schedule
+from ..diffusion.schedule import Schedule, check_schedule
 from ..diffusion.storage import differences, tensors_hash
 from .kernel import DampedKernel, choose_lambda
 
@@ -93,6 +93,7 @@ class TRAK:
         directory: str | os.PathLike | None = None,
         progress: Progress = silent,
     ):
+        check_schedule(model, schedule, type(self).__name__)
         self.feature_map = FeatureMap(
             schedule=schedule,
             loss=self.default_feature if feature is None else feature,

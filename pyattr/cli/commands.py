@@ -172,7 +172,10 @@ def attribute(
     checkpoint: CheckpointPath = None,
     queries: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Images to attribute, like --data; default: the generated ones."),
+        typer.Option(
+            metavar="SOURCE",
+            help="Images to attribute, like --data and of the same size (--size resizes both); default: the generated ones.",
+        ),
     ] = None,
     method: Annotated[
         list[str],
@@ -217,7 +220,7 @@ def attribute(
     for name in method:
         if name not in METHODS:
             raise typer.BadParameter(f"must be one of {', '.join(METHODS)}, got {name}", param_hint="--method")
-    if data is None and (size or limit):
+    if data is None and (limit or (size and queries is None)):
         raise typer.BadParameter("--size and --limit say how to read it: give it as well", param_hint="--data")
     try:
         memory_bytes = parse_bytes(memory)
@@ -244,7 +247,7 @@ def attribute(
         out,
         None if data is None else _data(data, size, limit, data_root),
         checkpoint,
-        None if queries is None else _data(queries, None, None, data_root),
+        None if queries is None else _data(queries, size, None, data_root),
         options,
         Machine(device, threads),
         top=top,

@@ -212,8 +212,13 @@ def attribute(
     if page:
         report.require()
     with session(out, machine) as work:
-        modelless = not NEEDS_MODEL & {each.method for each in options} and data is not None and queries is not None
+        modelless = not NEEDS_MODEL & {each.method for each in options}
         if modelless and checkpoint is None and _trained(work.workspace) is None:
+            if data is None or queries is None:
+                raise WorkspaceError(
+                    f"no trained model in {out}: give --data and --queries, enough for "
+                    f"{' and '.join(each.method for each in options)}, or run `pyattr train SOURCE --out {out}` first"
+                )
             job = _job_without_model(work, data, queries, options)
         else:
             job = _job(work, data, checkpoint, queries, options)
@@ -257,7 +262,7 @@ def _job_without_model(
     work: Session, data: DataOptions, queries: DataOptions, options: Sequence[ScoreOptions | PatchOptions]
 ) -> _Job:
     images = work.load(data)
-    asked = queries_of_data(work.load(dataclasses.replace(queries, size=_square(images.shape))), images)
+    asked = queries_of_data(work.load(queries), images)
     return _Job(images, asked, [scoring_of(work.workspace, None, images, each) for each in options])
 
 
@@ -294,13 +299,10 @@ def _job(
         asked = queries_of_samples(sampling.run(model, work.display), sampling.stage.key)
         earlier.append(sampling)
     else:
-        asked = queries_of_data(work.load(dataclasses.replace(queries, size=_square(shape))), images)
+        if queries.size is None and data is None:  # read as the training images that nobody named were
+            queries = dataclasses.replace(queries, size=work.workspace.recall("data").get("size"))
+        asked = queries_of_data(work.load(queries), images)
     return _Job(images, asked, scorings, model, earlier, caveats)
-
-
-def _square(shape: tuple[int, int, int]) -> int | None:
-    """The side of square images, to which queries are brought."""
-    return shape[1] if shape[1] == shape[2] else None
 
 
 def _trained(workspace: Workspace) -> Stage | None:

@@ -176,7 +176,7 @@ class GradientScoring(Scoring):
         return [
             (
                 "timesteps",
-                f"{o.num_timesteps} of {self.schedule.num_timesteps:,}, {o.strategy}: {_listed(self.timesteps)}",
+                f"{o.num_timesteps} of {self.schedule.num_timesteps:,}, {o.strategy}: {listed(self.timesteps)}",
             ),
             ("noise", f"{draws(1)} of a training image, {draws(o.query_noises)} of a query"),
             ("projection", f"{o.kind}, to {o.proj_dim:,} numbers, seed {o.seed}"),
@@ -302,7 +302,7 @@ class PatchScoring(Scoring):
             ", ".join(str(term.patch_size) for term in self.terms if term.coarse == scale) for scale in (False, True)
         )
         return [
-            ("timesteps", f"{o.num_timesteps} of {self.schedule.num_timesteps:,}: {_listed(times)}"),
+            ("timesteps", f"{o.num_timesteps} of {self.schedule.num_timesteps:,}: {listed(times)}"),
             ("patches", f"{fine} pixels, in turn; at half the resolution {coarse}"),
             ("counted at each place", f"the {o.k} best places of a training image"),
             ("noise", f"{draws(o.num_noises)}, the same for all, seed {o.seed}"),
@@ -368,8 +368,9 @@ def draws(count: int) -> str:
     return "one noise draw at each" if count == 1 else f"{count:,} noise draws at each"
 
 
-def _listed(times: list[int]) -> str:
-    return ", ".join(map(str, times[:4])) + (f", … {times[-1]}" if len(times) > 4 else "")
+def listed(times: list[int]) -> str:
+    """Timesteps in a line; of more than six the first four and the last."""
+    return ", ".join(map(str, times if len(times) <= 6 else [*times[:4], "…", times[-1]]))
 
 
 def _matches(arrays: dict[str, np.ndarray]) -> tuple[tuple[Matched, ...], ...]:

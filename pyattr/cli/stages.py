@@ -266,11 +266,18 @@ def queries_of_samples(samples: diffusion.Samples, key: str) -> Queries:
 
 
 def queries_of_data(data: ImageDataset, train: ImageDataset) -> Queries:
-    """Images that the user gave."""
+    """Images that the user gave.
+
+    Raises:
+        DataError: they are not of the shape of the training images.
+    """
     if data.shape != train.shape:
+        (channels, *size), (wanted, height, width) = data.shape, train.shape
+        fits = channels == wanted and size != [height, width] and height == width
         raise DataError(
             f"data: queries are {shape_text(data.shape)} and training images {shape_text(train.shape)}: "
-            "they must have the same size and channels"
+            + (f"give --size {height}, or queries" if fits else "give queries")
+            + " of the same size and channels"
         )
     return Queries(data.images, None, data.ids, data.fingerprint(), False)
 

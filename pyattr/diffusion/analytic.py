@@ -18,7 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .. import backends
 from ..ops import patch_mean
+from ..ops._patches import LARGEST_PATCH
 from .images import as_images, evaluating, predict_noise, to_unit
 from .noise import PATCHES, noise
 from .schedule import Schedule
@@ -37,14 +39,15 @@ class ScoreMachine(nn.Module):
 
     "is" is the exact minimiser of the training loss and can only give training images back; the others, which see less, put
     patches together that no training image has together. An instance goes wherever a trained network does:
-    ``sample(machine, schedule, shape=(1, 28, 28), num_images=8)``.
+    ``sample(machine, schedule, shape=(1, 28, 28), num_images=8)``. None of them is differentiable: what they return carries no
+    gradient.
 
     Args:
         images: the training images, [N, C, H, W] uint8, or floating point in [-1, 1] (float64 is rounded to float32).
         schedule: of the diffusion.
         machine: "els" (equivariant local), "bbels" (the same, broken at the border), "ls" (local) or "is" (ideal).
-        patch_sizes: p, odd; a number, or ``{t: p}``, each from its timestep on to the next (the first also before it). None:
-            :func:`default_patch_sizes`. Of no matter to "is".
+        patch_sizes: p, odd, at most 511 but for "ls"; a number, or ``{t: p}``, each from its timestep on to the next (the first
+            also before it). None: :func:`default_patch_sizes`. Of no matter to "is".
         backend: of :func:`pyattr.ops.patch_mean`.
 
     Raises:
@@ -67,12 +70,15 @@ class ScoreMachine(nn.Module):
     ):
         super().__init__()
         images = as_images(images, "ScoreMachine", "images")
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"ScoreMachine: schedule must be a Schedule, got {type(schedule).__name__}")
         if images.numel() == 0:
             raise ValueError(f"ScoreMachine: images must not be empty, got shape {list(images.shape)}")
         if images.dtype == torch.float64:  # which no compiled backend takes
             images = images.float()
         if machine not in MACHINES:
             raise ValueError(f"ScoreMachine: machine must be one of {', '.join(MACHINES)}, got {machine!r}")
+        backends.check_name("ScoreMachine", "backend", backend)
         if patch_sizes is None:
             patch_sizes = default_patch_sizes(schedule, min(images.shape[2:]))
         given = patch_sizes if isinstance(patch_sizes, Mapping) else {0: patch_sizes}
@@ -89,6 +95,8 @@ class ScoreMachine(nn.Module):
                 )
             if size < 1 or size % 2 == 0:
                 raise ValueError(f"ScoreMachine: patch_sizes must be odd and positive, got {size}")
+            if machine in ("els", "bbels") and size > LARGEST_PATCH:
+                raise ValueError(f"ScoreMachine: patch_sizes of {machine} must be at most {LARGEST_PATCH}, got {size}")
             if machine == "els" and size > min(images.shape[2:]):
                 raise ValueError(
                     f"ScoreMachine: patch_sizes of els must not exceed the images' {min(images.shape[2:])} pixels, got {size}"
@@ -106,6 +114,7 @@ class ScoreMachine(nn.Module):
         """p at a timestep."""
         return self.sizes[max((t for t in self.sizes if t <= timestep), default=min(self.sizes))]
 
+    @torch.no_grad()  # patch_mean has no derivative, and the rest of eps alone would be a wrong one
     def forward(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """The noise in an image, as a network would predict it.
 
@@ -114,14 +123,16 @@ class ScoreMachine(nn.Module):
             timesteps: t, [B].
 
         Returns:
-            eps, [B, C, H, W] in the dtype of ``noisy``.
+            eps, [B, C, H, W] in the dtype of ``noisy``; not differentiable.
 
         Raises:
-            ValueError: an argument is not as above.
+            TypeError, ValueError: an argument is not as above.
         """
         shape = list(timesteps.shape) if isinstance(timesteps, Tensor) else timesteps
         if shape != [len(noisy)]:
             raise ValueError(f"ScoreMachine: timesteps must have shape [{len(noisy)}], got {shape}")
+        if timesteps.is_floating_point():
+            raise TypeError(f"ScoreMachine: timesteps must be integers, got {timesteps.dtype}")
         out = torch.empty_like(noisy)
         for t in timesteps.unique().tolist():
             rows = timesteps == t
@@ -130,6 +141,7 @@ class ScoreMachine(nn.Module):
             out[rows] = ((x - scale * self.denoise(x, t)) / sigma).to(noisy.dtype)
         return out
 
+    @torch.no_grad()
     def denoise(self, noisy: Tensor, timestep: int) -> Tensor:
         """The mean of what could be under the noise.
 
@@ -138,11 +150,13 @@ class ScoreMachine(nn.Module):
             timestep: t.
 
         Returns:
-            x0, [B, C, H, W] float32, in the range of the training images.
+            x0, [B, C, H, W] float32, in the range of the training images; not differentiable.
 
         Raises:
-            ValueError: an argument is not as above.
+            TypeError, ValueError: an argument is not as above.
         """
+        if not isinstance(noisy, Tensor):
+            raise TypeError(f"ScoreMachine: noisy must be a tensor, got {type(noisy).__name__}")
         if noisy.dim() != 4 or noisy.shape[1:] != self.images.shape[1:]:
             shape = ", ".join(map(str, self.images.shape[1:]))
             raise ValueError(f"ScoreMachine: noisy must have shape [B, {shape}], got {list(noisy.shape)}")
@@ -155,11 +169,13 @@ class ScoreMachine(nn.Module):
             # As many windows as pixels: the query goes on round its edges.
             half, border = size // 2, "inside"
             noisy = nn.functional.pad(noisy, (half, half, half, half), mode="circular")
+        images = self.images.float() if self.images.dtype == torch.float64 else self.images  # .double() was called
         return patch_mean(
-            noisy, self.images, patch_size=size, sigma=sigma, scale=scale, border=border, backend=self.backend
+            noisy, images, patch_size=size, sigma=sigma, scale=scale, border=border, backend=self.backend
         ).mean.float()
 
     def _levels(self, timestep: int) -> tuple[float, float]:
+        timestep = _timestep(timestep, "ScoreMachine: timestep")
         if not 0 <= timestep < self.schedule.num_timesteps:
             raise ValueError(f"ScoreMachine: timestep must lie in [0, {self.schedule.num_timesteps}), got {timestep}")
         abar = float(self.schedule.alphas_cumprod[timestep])
@@ -190,8 +206,8 @@ class ScoreMachine(nn.Module):
 def default_patch_sizes(schedule: Schedule, side: int) -> dict[int, int]:
     """p where nobody calibrated: from 3 pixels to about half the side as the noise drowns the image.
 
-    ``p = 3 + (side / 2 - 3) (1 - abar_t)``, to the nearest odd number, not above ``side``. What a network looks at grows with
-    the noise in this way; the figures are a rule of thumb, and :func:`calibrate` finds a network's own.
+    ``p = 3 + (side / 2 - 3) (1 - abar_t)``, to the nearest odd number, not above ``side`` or 511. What a network looks at grows
+    with the noise in this way; the figures are a rule of thumb, and :func:`calibrate` finds a network's own.
 
     Args:
         schedule: of the diffusion.
@@ -200,7 +216,7 @@ def default_patch_sizes(schedule: Schedule, side: int) -> dict[int, int]:
     Returns:
         ``{t: p}`` for the timesteps at which p changes.
     """
-    largest = side if side % 2 else max(1, side - 1)
+    largest = min(LARGEST_PATCH, side if side % 2 else max(1, side - 1))
     wanted = 3 + max(0.0, side / 2 - 3) * (1 - schedule.alphas_cumprod)
     sizes: dict[int, int] = {}
     for t, p in enumerate(wanted.tolist()):
@@ -237,19 +253,23 @@ def calibrate(
         ``{t: p}``, as :class:`ScoreMachine` takes it.
 
     Raises:
-        ValueError: an argument is not as above.
+        TypeError, ValueError: an argument is not as above.
 
     Source: Kamb and Ganguli 2025, who calibrate sizes 3 to 17 on the median over 10 images.
     """
     if machine.machine == "is":
         raise ValueError("calibrate: machine must see patches, got is")
-    if num_images < 1 or not len(sizes):
-        raise ValueError(f"calibrate: num_images and sizes must not be empty, got {num_images} and {list(sizes)}")
+    for name, values in (("timesteps", timesteps), ("sizes", sizes)):
+        if not isinstance(values, Iterable):
+            raise TypeError(f"calibrate: {name} must be a sequence, got {values!r}")
+    sizes, timesteps = list(sizes), [_timestep(t, "calibrate: each of timesteps") for t in timesteps]
+    if num_images < 1 or not sizes:
+        raise ValueError(f"calibrate: num_images and sizes must not be empty, got {num_images} and {sizes}")
     chosen = range(0, len(machine.images), max(1, len(machine.images) // num_images))[:num_images]
     clean = to_unit(machine.images[list(chosen)], machine.working)
     found = {}
     with evaluating(model):
-        for t in map(int, timesteps):
+        for t in timesteps:
             machine._levels(t)  # refuses a timestep out of range
             ids = torch.arange(len(clean))
             eps = noise(clean.shape[1:], seed=seed, ids=ids, timesteps=t, purpose=PATCHES).to(clean)
@@ -265,6 +285,13 @@ def calibrate(
                 agreement[size] = float(nn.functional.cosine_similarity(ours.flatten(1), theirs.flatten(1)).median())
             found[t] = max(sizes, key=lambda size: (agreement[size], -size))
     return found
+
+
+def _timestep(value, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
 def _box(values: Tensor, size: int) -> Tensor:  # [n, H, W] -> [n, H, W]

@@ -27,7 +27,7 @@ def as_images(images, op: str, argument: str) -> Tensor:
     if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
         raise TypeError(f"{op}: {argument} must be uint8 or floating point, got {tensor.dtype}")
     if tensor.is_floating_point() and tensor.numel():
-        low, high = (float(v) for v in tensor.aminmax())
+        low, high = (float(v) for v in tensor.detach().aminmax())
         # Rounding in a resize or a network may overshoot the range a little; [0, 255] is what this is to catch.
         if not (-1.001 <= low and high <= 1.001):
             raise ValueError(f"{op}: {argument} must lie in [-1, 1] when floating point, got {low:.4g}..{high:.4g}")

@@ -13,7 +13,7 @@ from .checkpoint import identity
 from .images import evaluating, predict_noise, reference_parameter, to_bytes
 from .noise import SAMPLES, noise
 from .progress import Pace, Progress, silent
-from .schedule import Schedule
+from .schedule import Schedule, check_schedule
 from .steps import METHODS
 from .steps import steps as steps_of
 from .storage import DamagedFileError, differences, load_tensors, save_tensors
@@ -149,7 +149,8 @@ def sample(
         count.
 
     Raises:
-        ValueError: an argument is not as above, or ``directory`` was made with other settings.
+        ValueError: an argument is not as above, the model has a schedule of its own and it is another, or ``directory`` was
+            made with other settings.
 
     Extra memory: the result, the share of it that ``batch_size`` images have once more (twice where there is a directory),
     and the model's for them.
@@ -158,6 +159,7 @@ def sample(
     equation 7; Dai, Gifford, "Training Data Attribution for Diffusion Models", arXiv 2306.02174, and their code.
     """
     timesteps = check_options(schedule, method=method, steps=steps, eta=eta, seed=seed, batch_size=batch_size)
+    check_schedule(model, schedule, "sample")
     if record not in RECORDS:
         raise ValueError(f"sample: record must be one of {', '.join(RECORDS)}, got {record!r}")
     if (num_images is None) == (ids is None):

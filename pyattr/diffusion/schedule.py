@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,18 @@ class Schedule:
         t = timesteps.cpu()
         beta = self.betas[t]
         return beta / (2 * (1 - beta) * (1 - self.alphas_cumprod[t]))
+
+
+def check_schedule(model: nn.Module, schedule: Schedule, op: str) -> None:
+    """Refuse a schedule other than the one that a model computes with, where it has one of its own.
+
+    Args:
+        model: has a ``schedule`` where its prediction depends on abar_t.
+        op: for the error message.
+
+    Raises:
+        ValueError: they differ; the noise would be another than the model takes it for.
+    """
+    own = getattr(model, "schedule", None)
+    if isinstance(own, Schedule) and own != schedule:
+        raise ValueError(f"{op}: schedule must be the model's own, {own}, got {schedule}")

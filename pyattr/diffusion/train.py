@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .checkpoint import architecture, checkpoints, identity, numbered
 from .images import as_images, predict_noise, reference_parameter, to_unit
 from .progress import Pace, Progress, silent
-from .schedule import Schedule
+from .schedule import Schedule, check_schedule
 from .storage import DamagedFileError, data_hash, differences, load_tensors, save_tensors
 
 WEIGHTINGS = ("simple", "velocity")
@@ -119,6 +119,7 @@ def train(
     if not max_grad_norm > 0:
         raise ValueError(f"train: max_grad_norm must be positive, got {max_grad_norm}")
     reference_parameter(model, "train")
+    check_schedule(model, schedule, "train")
     settings = {
         "steps": steps,
         "batch_size": batch_size,

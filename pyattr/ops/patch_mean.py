@@ -46,7 +46,8 @@ def patch_mean(queries, bank, *, patch_size, sigma, scale=1.0, border="class", b
         float64, of the kind and on the device of ``queries``; not differentiable. On the CPU the bits do not depend on
         the thread count, on how the bank is chunked, on the other queries or on the SIMD level. NaN in a query or in
         the bank makes both NaN wherever its patches may match; an infinite pixel matches nothing, but another of its
-        sign, which gives NaN. An empty bank has the mean NaN.
+        sign, which gives NaN. Distances are float32 (float64 in the reference): beyond 3.4e38, which takes pixels some
+        1e19 apart, they are infinite and match nothing. The mean of nothing, as of an empty bank, is NaN.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

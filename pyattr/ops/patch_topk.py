@@ -80,7 +80,9 @@ def patch_topk(
         Of the kind and on the device of ``queries``; not differentiable. On the CPU the bits do not depend on the
         thread count, on how the bank is chunked, on the other queries or on the SIMD level. NaN in a query or in the
         bank makes the normaliser NaN wherever its patches may match, and then all weights of the query; an infinite
-        pixel matches nothing, but another of its sign, which gives NaN.
+        pixel matches nothing, but another of its sign, which gives NaN. Distances are float32 (float64 in the
+        reference): beyond 3.4e38, which takes pixels some 1e19 apart, they are infinite and match nothing. Where
+        nothing at all matches, the normaliser is -inf and the weights are NaN.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -148,8 +150,8 @@ def _run_compiled(statistics, join):
     Args:
         statistics: ``(problem, k, query [C, H, W] float32, images [n, C, H, W], sigma, part, out)`` writes into out =
             (minima, sums, tops, nearest or None), each [U, n] of a wider array; csrc/patch_topk.h says what.
-        join: ``(minima, sums, tops, sigma, weights) -> log_normaliser`` [U] float64 of the whole arrays [U, N], and
-            adds to weights [N] float64.
+        join: ``(minima, sums, tops, sigma, weights, nearest_weights)`` of the whole arrays [U, N] gives log_normaliser
+            [U] float64, adds to weights [N] float64 and writes nearest_weights [U] float64, which may be None.
     """
 
     def run(problem: Problem, k: int, return_winners: bool):
@@ -181,30 +183,28 @@ def _one_query(statistics, join, problem: Problem, k: int, query, sigma: float, 
             if len(images):
                 statistics(problem, k, query, images, sigma, part, out)
             first += len(images)
-        log_normaliser = join(minima, sums, tops, sigma, weights)
-        whole[0][box] = log_normaliser.view(shape)
+        shares = torch.empty(part.positions, dtype=torch.float64, device=device) if return_winners else None
+        whole[0][box] = join(minima, sums, tops, sigma, weights, shares).view(shape)
         if return_winners:
-            found = _winners(minima, nearest, log_normaliser, sigma)
-            for target, values in zip((*where, whole[1]), found, strict=True):
+            for target, values in zip((*where, whole[1]), (*_winners(minima, nearest), shares), strict=True):
                 target[box] = values.view(shape)
     results = [weights, whole[0].flatten()]
     return [*results, *(w.flatten() for w in (*where, whole[1]))] if return_winners else results
 
 
-def _winners(minima, nearest, log_normaliser, sigma: float):  # [U, N], [U, N], [U] -> 3 x [U]
-    """Of each position the nearest image, where in it and with what share, some positions at a time."""
+def _winners(minima, nearest):  # [U, N], [U, N] -> 2 x [U]
+    """Of each position the nearest image, and where in it, some positions at a time."""
     index = torch.arange(minima.shape[1], device=minima.device)
     rows = max(1, (1 << 20) // len(index))
-    images, positions, least = [], [], []
+    images, positions = [], []
     for near, places in zip(minima.split(rows), nearest.split(rows), strict=True):
-        least.append(near.min(1).values)
         # A NaN equals nothing.
-        image = index.where(near == least[-1][:, None], len(index)).min(1).values.clamp(max=len(index) - 1)
+        image = (
+            index.where(near == near.min(1, keepdim=True).values, len(index)).min(1).values.clamp(max=len(index) - 1)
+        )
         images.append(image)
         positions.append(places.gather(1, image[:, None])[:, 0].long())
-    distances = torch.cat(least).double()
-    distances[distances == torch.finfo(torch.float32).max] = torch.inf  # how the kernels write it
-    return torch.cat(images), torch.cat(positions), torch.exp(-distances / (2 * sigma**2) - log_normaliser)
+    return torch.cat(images), torch.cat(positions)
 
 
 def _addresses(problem: Problem, k: int, query, images, sigma: float, part: Part, out):
@@ -218,11 +218,12 @@ def _statistics_cpu(problem, k, query, images, sigma, part, out):
     backends.extension().patch_topk_cpu(*arguments, threads.usable(torch.get_num_threads()))
 
 
-def _join_cpu(minima, sums, tops, sigma, weights):
+def _join_cpu(minima, sums, tops, sigma, weights, nearest_weights):
     log_normaliser = torch.empty(len(minima), dtype=torch.float64)
+    shares = 0 if nearest_weights is None else nearest_weights.data_ptr()
     addresses = (array.data_ptr() for array in (minima, sums, tops))
     backends.extension().patch_join_cpu(
-        *addresses, *minima.shape, 1 / (2 * sigma**2), log_normaliser.data_ptr(), weights.data_ptr(),
+        *addresses, *minima.shape, 1 / (2 * sigma**2), log_normaliser.data_ptr(), shares, weights.data_ptr(),
         threads.usable(torch.get_num_threads()),
     )  # fmt: skip
     return log_normaliser
@@ -243,7 +244,7 @@ def _statistics_triton(problem, k, query, images, sigma, part, out):
     launch(query, images, problem.geometry, problem.scale, sigma, part, k, *out)
 
 
-def _join(minima, sums, tops, sigma, weights):
+def _join(minima, sums, tops, sigma, weights, nearest_weights):
     """The sum over images in torch, some positions at a time."""
     log_normaliser = torch.empty(len(minima), dtype=torch.float64, device=minima.device)
     rows = max(1, (1 << 20) // minima.shape[1])
@@ -254,6 +255,9 @@ def _join(minima, sums, tops, sigma, weights):
         total = (sums[piece].double() * factors).sum(1, keepdim=True)
         log_normaliser[piece] = (total.log() - least / (2 * sigma**2))[:, 0]
         weights += (tops[piece].double() * factors / total).sum(0)
+        if nearest_weights is not None:
+            # The largest float stands for infinity: of nothing in sight 0 / 0.
+            nearest_weights[piece] = ((least < torch.finfo(torch.float32).max) / total)[:, 0]
     return log_normaliser
 
 

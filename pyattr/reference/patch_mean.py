@@ -6,9 +6,7 @@ unscaled. The bank is walked twice: for Z, then for the mean. Everything in floa
 
 import torch
 
-from .patches import distances, slices
-
-IMAGES = 64  # at a time
+from .patches import Softmax, distances, slices
 
 
 def centres(images, patch_size, border):  # [n, C, H, W] -> [n, C, L]
@@ -30,15 +28,14 @@ def patch_mean(queries, bank, patch_size, sigma, scale, border):
 
 def _one_query(query, bank, patch_size, sigma, scale, border):
     def blocks():
-        return distances(query, slices(bank, IMAGES), patch_size, scale, border, lowres=False)
+        return distances(query, slices(bank), patch_size, scale, border, lowres=False)
 
-    parts = {}  # by first position
+    softmax = Softmax(sigma)
     for u, _, d, _ in blocks():
-        total = torch.logsumexp(-d.flatten(1) / (2 * sigma**2), 1)
-        parts[u] = torch.logaddexp(parts[u], total) if u in parts else total
-    log_normaliser = torch.cat([parts[u] for u in sorted(parts)])  # [U]
+        softmax.add(u, d)
+    log_normaliser = softmax.log_normaliser()
     mean = torch.zeros(query.shape[1], len(log_normaliser), dtype=torch.float64, device=query.device)
     for u, _, d, piece in blocks():
-        shares = torch.exp(-d / (2 * sigma**2) - log_normaliser[u : u + len(d), None, None])  # [u, n, L]
+        shares = softmax.shares(u, d)  # [u, n, L]
         mean[:, u : u + len(d)] += torch.einsum("unl,ncl->cu", shares, centres(piece, patch_size, border))
     return mean, log_normaliser

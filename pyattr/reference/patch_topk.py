@@ -7,9 +7,7 @@ bank is walked twice: for Z, then for the weights. Everything in float64.
 
 import torch
 
-from .patches import distances, slices
-
-IMAGES = 64  # at a time
+from .patches import Softmax, distances, slices
 
 
 def patch_topk(queries, bank, patch_size, k, sigma, scale, border, lowres, return_winners):
@@ -28,29 +26,26 @@ def patch_topk(queries, bank, patch_size, k, sigma, scale, border, lowres, retur
 
 def _one_query(query, bank, patch_size, k, sigma, scale, border, lowres, return_winners):
     def blocks():
-        return distances(query, slices(bank, IMAGES), patch_size, scale, border, lowres)
+        return distances(query, slices(bank), patch_size, scale, border, lowres)
 
-    parts, nearest = {}, {}  # by first position
+    softmax, nearest = Softmax(sigma), {}  # the nearest by first position
     for u, first, d, _ in blocks():
-        total = torch.logsumexp(-d.flatten(1) / (2 * sigma**2), 1)
-        parts[u] = torch.logaddexp(parts[u], total) if u in parts else total
+        softmax.add(u, d)
         if return_winners:
             nearest[u] = _nearer(nearest.get(u), d, first)
-    order = sorted(parts)
-    log_normaliser = torch.cat([parts[u] for u in order])  # [U]
     weights = []
     for u, _, d, _ in blocks():
-        shares = torch.exp(-d / (2 * sigma**2) - log_normaliser[u : u + len(d), None, None])  # [u, n, L]
+        shares = softmax.shares(u, d)  # [u, n, L]
         image_sums = shares.topk(min(k, shares.shape[2]), dim=2).values.sum((0, 2))
         if u == 0:
             weights.append(image_sums)
         else:
             weights[-1] += image_sums
-    weights = torch.cat(weights)
+    weights, log_normaliser = torch.cat(weights), softmax.log_normaliser()
     if not return_winners:
         return weights, log_normaliser
-    found = [torch.cat(column) for column in zip(*(nearest[u] for u in order), strict=True)]
-    return weights, log_normaliser, found[1], found[2], torch.exp(-found[0] / (2 * sigma**2) - log_normaliser)
+    found = [(images, places, softmax.shares(u, d)) for u, (d, images, places) in sorted(nearest.items())]
+    return weights, log_normaliser, *(torch.cat(column) for column in zip(*found, strict=True))
 
 
 def _nearer(best, d, first):

@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional
 
 BLOCK = 2**22  # distances held at a time
+IMAGES = 64  # of the bank, likewise
 
 
 def border_cuts(size: int, patch_size: int) -> torch.Tensor:  # -> [L, 2] int64
@@ -38,13 +39,45 @@ def decode(images):  # [n, C, H, W] uint8 or floating point -> float64
     return images.double()
 
 
-def slices(bank, images: int):
-    """The bank in pieces of at most ``images`` images, as float64, with the number of the first."""
+def slices(bank):
+    """The bank in pieces of at most :data:`IMAGES` images, as float64, with the number of the first."""
     first = 0
     for chunk in bank:
-        for piece in chunk.split(images) if len(chunk) else ():
+        for piece in chunk.split(IMAGES) if len(chunk) else ():
             yield first, decode(piece)
             first += len(piece)
+
+
+class Softmax:
+    """The softmax over patches of -d / (2 sigma^2) at each position, taken relative to the least distance so far.
+
+    Relative to nothing, d / (2 sigma^2) and log Z would be subtracted, which leaves no digit where both are large.
+    """
+
+    def __init__(self, sigma: float):
+        self.inverse = 1 / (2 * sigma**2)
+        self.parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # first position -> least [u], total [u]
+
+    def add(self, first: int, d) -> None:  # d [u, ...]
+        """Count the distances of a block of positions in."""
+        flat = d.flatten(1)
+        before, total = self.parts.get(first, (torch.full_like(flat[:, 0], torch.inf), torch.zeros_like(flat[:, 0])))
+        least = torch.minimum(before, flat.amin(1))
+        added = self._relative(flat, least[:, None]).sum(1)
+        self.parts[first] = least, self._relative(before, least) * total + added
+
+    def _relative(self, d, least):
+        """exp(-(d - least) / (2 sigma^2)), 0 of an infinite d."""
+        return torch.exp((least.masked_fill(least == torch.inf, 0) - d) * self.inverse)
+
+    def shares(self, first: int, d):  # [u, ...]
+        """What part of the total falls on each of d, once all are counted in."""
+        least, total = (part.view(-1, *[1] * (d.dim() - 1)) for part in self.parts[first])
+        return self._relative(d, least) / total
+
+    def log_normaliser(self):  # [U]
+        """log Z at every position."""
+        return torch.cat([total.log() - least * self.inverse for _, (least, total) in sorted(self.parts.items())])
 
 
 def distances(query, pieces, patch_size: int, scale: float, border: str, lowres: bool):
@@ -58,7 +91,7 @@ def distances(query, pieces, patch_size: int, scale: float, border: str, lowres:
     allowed = may_match(*query.shape[2:], patch_size).to(x.device) if border == "class" else None
     for first, piece in pieces:
         y = patches(scale * piece, patch_size, border, lowres)  # [n, L, K]
-        rows = max(1, BLOCK // (y.shape[0] * y.shape[1]))
+        rows = max(1, BLOCK // (IMAGES * y.shape[1]))  # the same of every piece, so that blocks of positions meet again
         for u in range(0, len(x), rows):
             # Not by the expansion |a|^2 - 2ab + |b|^2, which cancels.
             d = torch.cdist(x[u : u + rows], y.flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist").square()

@@ -13,6 +13,7 @@ from pyattr.attribution import NDA, nda
 from pyattr.attribution.patch_matches import find_matches
 from pyattr.diffusion import DamagedFileError, Samples, Schedule
 from pyattr.diffusion.noise import PATCHES, noise
+from pyattr.diffusion.storage import load_tensors, save_tensors
 
 SMALL = {"timesteps": [20, 300], "patch_sizes": [3, 5], "coarse_patch_sizes": 4, "k": 3}
 
@@ -150,6 +151,20 @@ def test_images_in_float64_go_to_any_backend(images, queries, backend):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+def test_images_that_carry_a_gradient(images, queries):
+    train, asked = (given.double().div(127.5).sub(1).float() for given in (images, queries))
+    expected = NDA(**SMALL).fit(train).scores(asked)
+    found = NDA(**SMALL).fit(train.requires_grad_()).scores(asked.requires_grad_())
+    assert torch.equal(found, expected) and not found.requires_grad
+
+
+def test_one_option_in_an_array(images, queries):
+    """Of no dimension: one for all timesteps."""
+    given = NDA(**{**SMALL, "patch_sizes": np.array(3), "alpha": torch.tensor(0.25)}).fit(images)
+    assert given.terms == NDA(**{**SMALL, "patch_sizes": 3, "alpha": 0.25}).fit(images).terms
+
+
 def test_no_queries(images, queries):
     assert NDA(**SMALL).fit(images).scores(queries[:0]).shape == (0, 6)
 
@@ -174,6 +189,8 @@ def test_defaults_scale_with_the_image_and_the_schedule():
     # Half way between two of the defaults, and beyond them.
     assert sizes(32, timesteps=[150, 0, 999]) == ([9, 7, 19], [14, 14, 18])
     assert NDA(Schedule(20)).timesteps == [2, 4, 6, 8, 10]
+    # Patches end where those of the kernels do: 19 and 18 pixels in 32 would be 607 and 576 in 1024.
+    assert (sizes(1024)[0][-1], sizes(1024)[1][-1]) == (511, 510)
 
 
 # Explanations
@@ -293,6 +310,18 @@ def test_tables_of_something_else_are_refused(images, queries, tmp_path):
         NDA(**SMALL, directory=tmp_path).fit(images.flip(0)).scores(queries)
 
 
+def test_tables_of_another_version_are_refused(images, queries, tmp_path):
+    NDA(**SMALL, directory=tmp_path).fit(images).scores(queries)
+    path = min(tmp_path.rglob("*.safetensors"))
+    tensors, record = load_tensors(path)
+    assert record.pop("format") == 1
+    for made, version in ((record, "None"), ({**record, "format": 2}, "2")):
+        save_tensors(path, tensors, made)
+        message = f"NDA: {path} has format {version}, of another version of pyattr, and this one reads 1; "
+        with pytest.raises(ValueError, match=re.escape(message + "use another directory or delete it")):
+            NDA(**SMALL, directory=tmp_path).fit(images).scores(queries)
+
+
 # Refusals
 
 
@@ -304,13 +333,16 @@ def test_tables_of_something_else_are_refused(images, queries, tmp_path):
         ({"timesteps": [1000]}, "NDA: timesteps must be distinct and lie in [0, 1000), got [1000]"),
         ({"patch_sizes": [3, 5]}, "NDA: patch_sizes must be one number or one for each of 5 timesteps, got 2"),
         ({"patch_sizes": 0}, "NDA: patch_sizes must be positive, got 0"),
+        ({"patch_sizes": 513}, "NDA: patch_sizes must be at most 511, got 513"),
         ({"coarse_patch_sizes": 7}, "NDA: coarse_patch_sizes must be positive and even, got 7"),
+        ({"coarse_patch_sizes": 512}, "NDA: coarse_patch_sizes must be at most 511, got 512"),
         ({"alpha": 1.5}, "NDA: alpha must lie in [0, 1], got 1.5"),
         ({"alpha": math.nan}, "NDA: alpha must lie in [0, 1], got nan"),
         ({"k": 0}, "NDA: k must be at least 1, got 0"),
         ({"num_noises": 5000}, "NDA: num_noises must be at least 1 and at most 4096, got 5000"),
         ({"noise_seed": -1}, "NDA: noise_seed must lie in [0, 4294967295], got -1"),
         ({"border": "inside"}, "NDA: border must be class or zero, got 'inside'"),
+        ({"backend": "foo"}, "NDA: backend must be one of cuda, triton, cpu, reference, got 'foo'"),
     ],
 )
 def test_options_that_cannot_be(options, message):
@@ -318,12 +350,22 @@ def test_options_that_cannot_be(options, message):
         NDA(**options)
 
 
-@pytest.mark.parametrize("option", ["patch_sizes", "coarse_patch_sizes", "k", "num_noises", "noise_seed"])
-def test_options_that_are_no_integers(option):
-    with pytest.raises(TypeError, match=rf"^NDA: {option} must be integers, got 2\.5$"):
-        NDA(**{option: 2.5})
-    with pytest.raises(TypeError, match=r"^NDA: timesteps must be integers, got 2\.5$"):
-        NDA(timesteps=[1, 2.5])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({name: 2.5}, f"NDA: {name} must be an integer, got 2.5")
+          for name in ("patch_sizes", "coarse_patch_sizes", "k", "num_noises", "noise_seed")),
+        ({"timesteps": [1, 2.5]}, "NDA: each of timesteps must be an integer, got 2.5"),
+        ({"timesteps": 100}, "NDA: timesteps must be a sequence, got 100"),
+        ({"timesteps": [9], "patch_sizes": ["3"]}, "NDA: each of patch_sizes must be an integer, got '3'"),
+        ({"alpha": "half"}, "NDA: alpha must be a number, got 'half'"),
+        ({"timesteps": [9], "alpha": [None]}, "NDA: each of alpha must be a number, got None"),
+        ({"schedule": 1000}, "NDA: schedule must be a Schedule, got int"),
+    ],
+)  # fmt: skip
+def test_options_of_another_kind(options, message):
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        NDA(**options)
 
 
 @pytest.mark.parametrize("left", [0, 1, 5])
@@ -356,7 +398,43 @@ def test_images_that_cannot_be(images, queries):
         method.explain(queries, 0)
     with pytest.raises(IndexError, match=r"^NDA: image must lie in \[0, 6\), got 6$"):
         method.explain(queries[0], 6)
+
+
+def test_explanations_that_cannot_be(images, queries, monkeypatch):
+    method = NDA(**SMALL).fit(images)
+    monkeypatch.setattr(NDA, "compute", None)  # refused before the work
     with pytest.raises(ValueError, match=r"^NDA: pairs must not be negative, got -1$"):
         method.explain(queries[0], 0, pairs=-1)
-    with pytest.raises(ValueError, match=r"^NDA: side must be at least 1, got 0$"):
-        method.explain(queries[0], 0, side=0)
+    for side in (0, 7, 10**6):
+        with pytest.raises(ValueError, match=rf"^NDA: side must lie in \[1, 6\], got {side}$"):
+            method.explain(queries[0], 0, side=side)
+    for options in ({"image": 3.0}, {"image": 0, "side": 3.0}, {"image": 0, "pairs": 3.0}):
+        name = list(options)[-1]
+        with pytest.raises(TypeError, match=rf"^NDA: {name} must be an integer, got 3\.0$"):
+            method.explain(queries[0], **options)
+
+
+def test_regions_as_large_as_the_image(images, queries):
+    (match,) = NDA(**SMALL).fit(images).explain(queries[0], torch.tensor(3), side=6).matches
+    assert max(match.size) <= 6 and min(match.size) >= 1
+
+
+def test_images_without_room_for_a_patch():
+    """Every window of even side covers two pixels and more."""
+    pixel, row = torch.zeros(3, 1, 1, 1, dtype=torch.uint8), torch.zeros(3, 1, 1, 9, dtype=torch.uint8)
+    coarse = "the coarse scale, which alpha=1 leaves out"
+    for options, what in (
+        ({}, coarse),
+        ({"alpha": 0.0}, coarse),
+        ({"alpha": 1, "patch_sizes": 6}, "patches of 6 pixels"),
+    ):
+        for images, size in ((pixel, "1 x 1"), (row, "1 x 9")):
+            message = re.escape(f"NDA: train must be images of at least 2 x 2 pixels for {what}, got {size}")
+            with pytest.raises(ValueError, match=f"^{message}$"):
+                NDA(**options).fit(images)
+    scores = NDA(alpha=1).fit(pixel).scores(pixel[:1])
+    np.testing.assert_allclose(scores, [[1 / 3, 1 / 3, 1 / 3]], rtol=1e-6)
+    with pytest.raises(
+        ValueError, match=r"^NDA: train must be images of at least one pixel, got shape \[3, 1, 0, 9\]$"
+    ):
+        NDA().fit(row[:, :, :0])

@@ -130,7 +130,8 @@ def test_default_choices_scale_with_the_image():
         ({"losses": np.full((12, 4), np.nan)}, "NDA: losses must be finite"),
         ({"timesteps": [5, 3]}, "NDA: timesteps to choose from must rise and lie in [0, 1000), got [5, 3]"),
         ({"patch_sizes": []}, "NDA: patch_sizes to choose from must be possible and at least one, got []"),
-        ({"coarse_patch_sizes": [3]}, "NDA: coarse_patch_sizes to choose from must be possible and at least one, got [3]"),
+        ({"patch_sizes": [3, 513]}, "NDA: patch_sizes must be at most 511, got 513"),
+        ({"coarse_patch_sizes": [3]}, "NDA: coarse_patch_sizes must be positive and even, got 3"),
         ({"ks": [0]}, "NDA: ks to choose from must be possible and at least one, got [0]"),
         ({"alphas": [2.0]}, "NDA: alphas to choose from must be possible and at least one, got [2.0]"),
     ],
@@ -139,3 +140,49 @@ def test_refusals(changes, message):
     given = {"masks": MASKS, "losses": np.zeros((12, 4)), "queries": QUERIES, **GRID, **changes}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         NDA().fit(IMAGES).tune(**given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timesteps": [3.7]}, "NDA: each of timesteps must be an integer, got 3.7"),
+        ({"timesteps": 30}, "NDA: timesteps must be a sequence, got 30"),
+        ({"patch_sizes": 3}, "NDA: patch_sizes must be a sequence, got 3"),
+        ({"coarse_patch_sizes": [4.0]}, "NDA: each of coarse_patch_sizes must be an integer, got 4.0"),
+        ({"ks": 10}, "NDA: ks must be a sequence, got 10"),
+        ({"alphas": 0.5}, "NDA: alphas must be a sequence, got 0.5"),
+        ({"alphas": "01"}, "NDA: alphas must be a sequence, got '01'"),
+        ({"losses": [["a"] * 4] * 12}, "NDA: losses must be an array or lists of numbers, got list"),
+        ({"masks": [[1], [0, 1]]}, "NDA: masks must be an array or lists of numbers, got list"),
+    ],
+)
+def test_choices_of_another_kind(changes, message):
+    given = {"masks": MASKS, "losses": np.zeros((12, 4)), "queries": QUERIES, **GRID, **changes}
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        NDA().fit(IMAGES).tune(**given)
+
+
+def test_losses_as_training_leaves_them():
+    """Tensors that carry a gradient, of 16 bits, and masks of booleans."""
+    losses = torch.from_numpy(losses_of(timesteps=[30], patch_sizes=3, alpha=1.0, k=1)).bfloat16()
+    expected = NDA().fit(IMAGES).tune(MASKS, losses.double().numpy(), QUERIES, **GRID)
+    found = NDA().fit(IMAGES).tune(torch.from_numpy(MASKS == 1), losses.requires_grad_(), QUERIES, **GRID)
+    assert found == expected
+
+
+def test_timesteps_of_the_method_in_any_order():
+    losses = losses_of(timesteps=[30], patch_sizes=3, alpha=1.0, k=1)
+    choices = {name: GRID[name] for name in ("patch_sizes", "coarse_patch_sizes", "ks")}
+    falling, rising = (NDA(timesteps=t).fit(IMAGES) for t in ([400, 200, 30], [30, 200, 400]))
+    assert falling.tune(MASKS, losses, QUERIES, **choices) == rising.tune(MASKS, losses, QUERIES, **choices)
+    assert falling.terms == rising.terms
+
+
+def test_images_without_room_for_a_coarse_patch(monkeypatch):
+    pixel = torch.zeros(2, 1, 1, 1, dtype=torch.uint8)
+    method = NDA(timesteps=[30], alpha=1).fit(pixel)
+    given = {"masks": [[0, 1], [1, 0]], "losses": [[1.0], [2.0]], "queries": pixel[:1], "ks": [1]}
+    assert {coarse for _, _, coarse, _ in method.tune(**given, alphas=[1.0]).tried} == {False}
+    monkeypatch.setattr(NDA, "compute", None)
+    with pytest.raises(ValueError, match=r"^NDA: train must be images of at least 2 x 2 pixels for the coarse scale"):
+        method.tune(**given)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pyattr import attribution, diffusion
 from pyattr.cli.options import DataOptions, PatchOptions
-from pyattr.cli.scoring import PatchScoring, pixel_cosine
+from pyattr.cli.scoring import PatchScoring, listed, pixel_cosine
 from pyattr.cli.stages import load_data
 from pyattr.cli.workspace import Workspace
 from pyattr.diffusion.storage import load_tensors
@@ -252,7 +252,11 @@ def test_methods_without_a_model_need_none(images, tmp_path, succeeds, fails, ar
     assert scores["scores"][:, 12:].min() > scores["scores"][:, :12].max()
     told = f"no trained model in {out}: run `pyattr train SOURCE --out {out}` first, or give --checkpoint"
     fails(told, *arguments, "-m", "nda", "-m", "dtrak")
-    fails(told, *arguments[:5], "-m", "nda")  # nor is there any image to attribute
+    told = (
+        f"no trained model in {out}: give --data and --queries, enough for nda and pixels, or run `pyattr train SOURCE "
+    )
+    for given in (arguments[:3], arguments[:5], [*arguments[:3], *arguments[5:7]]):
+        fails(f"{told}--out {out}` first", *given, "-m", "nda", "-m", "pixels")
 
 
 # Queries and models from elsewhere
@@ -282,6 +286,11 @@ def test_no_report(finished, images, tmp_path, monkeypatch, succeeds, fails):
     assert not (tmp_path / "out").exists()  # said before any work
     succeeds(*arguments, "--no-report")
     assert (tmp_path / "out/scores.npz").exists() and not (tmp_path / "out/report.html").exists()
+
+
+def test_timesteps_in_a_line():
+    assert listed([7]) == "7" and listed([100, 200, 300, 400, 500]) == "100, 200, 300, 400, 500"
+    assert listed(list(range(0, 700, 100))) == "0, 100, 200, 300, …, 600"  # a dot stands for what is left out alone
 
 
 def test_pixel_cosine_by_hand():

@@ -16,6 +16,7 @@ from pyattr import attribution, diffusion
 from pyattr.cli.options import DataOptions, TrainOptions
 from pyattr.cli.stages import Training, load_data
 from pyattr.cli.workspace import Workspace
+from pyattr.datasets import load
 from pyattr.diffusion.train import WEIGHTINGS
 
 TRAIN = ["--steps", "3", "--batch-size", "8", "--ema", "0.9", "--threads", "1", "--device", "cpu"]
@@ -72,7 +73,7 @@ def test_what_is_missing_is_said_with_what_to_do(tmp_path, images, finished, fai
     fails(f"the training images of {checkpoint} are not known: give --data",
           "attribute", "--out", out, "--checkpoint", checkpoint, "--queries", images)  # fmt: skip
     np.savez(tmp_path / "colour.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
-    fails("data: queries are 3×8×8 and training images 1×8×8: they must have the same size and channels",
+    fails("data: queries are 3×8×8 and training images 1×8×8: give queries of the same size and channels",
           "attribute", "--out", out, "--checkpoint", checkpoint, "--data", images,
           "--queries", tmp_path / "colour.npz")  # fmt: skip
 
@@ -104,6 +105,33 @@ def test_images_that_the_model_was_not_trained_on(out, images, tmp_path, succeed
     shutil.copy(checkpoint, tmp_path / "other.safetensors")
     fails(f"the training images of {tmp_path}/other.safetensors are not known: give --data",
           *attribute, "--checkpoint", tmp_path / "other.safetensors", *queries)  # fmt: skip
+
+
+def test_queries_of_another_size_are_never_resized_unasked(out, images, tmp_path, succeeds, fails, arrays):
+    np.savez(tmp_path / "large.npz", images=np.arange(2 * 16 * 16).reshape(2, 16, 16).astype(np.uint8))
+    np.savez(tmp_path / "wide.npz", images=np.zeros((3, 8, 12), np.uint8))
+    shapes = "data: queries are 1×16×16 and training images 1×8×8: "
+    told = shapes + "give --size 8, or queries of the same size and channels"
+    queries = ["--queries", tmp_path / "large.npz", "-m", "nda", "--patch-timesteps", 1, "--device", "cpu"]
+    fails(told, "attribute", "--out", out, *queries)  # with a model, and the images that it was trained on
+    fails(told, "attribute", "--out", out, "--data", images, *queries)
+    new = ["attribute", "--out", tmp_path / "new", "--data", images, *queries]  # without a model
+    fails(told, *new)
+    fails("data: queries are 1×16×16 and training images 1×8×12: give queries of the same size and channels",
+          "attribute", "--out", tmp_path / "new", "--data", tmp_path / "wide.npz", *queries)  # fmt: skip
+    expected = load(tmp_path / "large.npz", size=8).images
+    for arguments in (["attribute", "--out", out, *queries], new):
+        succeeds(*arguments, "--size", 8)
+        np.testing.assert_array_equal(arrays(arguments[2] / "scores.npz")["queries"], expected)
+
+
+def test_queries_are_read_as_the_remembered_training_images_were(images, tmp_path, succeeds, arrays):
+    """`train --size` says how; `attribute` without --data keeps to it."""
+    np.savez(tmp_path / "large.npz", images=np.arange(6 * 16 * 16).reshape(6, 16, 16).astype(np.uint8))
+    out, large = tmp_path / "out", tmp_path / "large.npz"
+    succeeds("train", large, "--size", 8, "--out", out, *TRAIN)
+    succeeds("attribute", "--out", out, "--queries", large, "-m", "pixels", "--device", "cpu")
+    np.testing.assert_array_equal(arrays(out / "scores.npz")["queries"], load(large, size=8).images)
 
 
 def test_images_that_the_model_cannot_take(out, tmp_path, fails):

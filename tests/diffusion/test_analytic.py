@@ -82,6 +82,17 @@ def test_images_in_float64_go_to_any_backend(images, noisy, backend):
     torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("backend", testing.usable_backends("patch_mean"))
+def test_a_machine_cast_as_a_module(images, noisy, backend):
+    """Casting reaches the images too, and no compiled backend takes float64."""
+    device = testing.device_of(backend)
+    unit = images.float().div(127.5).sub(1).to(device)
+    built = ScoreMachine(unit, Schedule(), patch_sizes=3, backend=backend)
+    expected = built.denoise(noisy.to(device), 500)
+    found = built.double().denoise(noisy.double().to(device), 500)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
 def test_patches_larger_than_the_image(images, noisy):
     """Where every patch holds the whole image, all but the equivariant machine are the ideal one."""
     ideal = ScoreMachine(images, Schedule(), "is").denoise(noisy, 700)
@@ -137,6 +148,29 @@ def test_a_patch_machine_makes_images_that_no_training_image_is(images):
         assert bool((image == images).all(1).any(0).all()) and not any(torch.equal(image, known) for known in images)
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+def test_no_machine_is_differentiable(machine, images, noisy):
+    """All alike: a gradient of some of them, or of a part of eps, would be taken for the whole."""
+    built = ScoreMachine(images, Schedule(), machine, patch_sizes=3)
+    noisy = noisy.requires_grad_()
+    assert not built.denoise(noisy, 500).requires_grad
+    assert not built(noisy, torch.tensor([500, 3])).requires_grad
+
+
+def test_large_patches_where_no_kernel_compares_them(images, noisy):
+    built = ScoreMachine(images, Schedule(), "ls", patch_sizes=513)
+    whole = ScoreMachine(images, Schedule(), "is").denoise(noisy, 700)
+    torch.testing.assert_close(built.denoise(noisy, 700), whole, rtol=0, atol=1e-5)
+
+
+def test_a_schedule_that_is_not_the_machines_is_refused(images):
+    built = ScoreMachine(images, Schedule(100), patch_sizes=3)
+    message = f"sample: schedule must be the model's own, {Schedule(100)}, got {Schedule()}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        sample(built, Schedule(), shape=(2, 6, 5), num_images=1, steps=2)
+    sample(built, Schedule(100), shape=(2, 6, 5), num_images=1, steps=2)  # an equal one need not be the same
+
+
 def test_samples_know_their_machine(images):
     first, second = (
         sample(
@@ -161,6 +195,7 @@ def test_default_sizes_grow_with_the_noise():
     assert (
         sizes[0] == 3 and max(sizes.values()) == 13 and all(p % 2 for p in sizes.values())
     )  # 14 lies between 13 and 15
+    assert max(default_patch_sizes(Schedule(), 2000).values()) == 511  # the largest that the kernels take
     assert default_patch_sizes(Schedule(), 4) == {0: 3} and default_patch_sizes(Schedule(), 2) == {0: 1}
 
 
@@ -195,6 +230,11 @@ def test_calibration_leaves_the_network_in_its_mode(images):
         ({"patch_sizes": {}}, "ScoreMachine: patch_sizes must name at least one timestep, got none"),
         ({"machine": "els", "patch_sizes": {3: 7}},
          "ScoreMachine: patch_sizes of els must not exceed the images' 5 pixels, got 7"),
+        ({"patch_sizes": {0: 3, 9: 513}}, "ScoreMachine: patch_sizes of bbels must be at most 511, got 513"),
+        ({"machine": "els", "patch_sizes": 513}, "ScoreMachine: patch_sizes of els must be at most 511, got 513"),
+        ({"backend": "foo"}, "ScoreMachine: backend must be one of cuda, triton, cpu, reference, got 'foo'"),
+        ({"machine": "is", "backend": "foo"},
+         "ScoreMachine: backend must be one of cuda, triton, cpu, reference, got 'foo'"),
     ],
 )  # fmt: skip
 def test_refusals(options, message, images):
@@ -229,3 +269,18 @@ def test_inputs_that_do_not_fit(images, noisy):
         calibrate(ScoreMachine(images, Schedule(), "is"), built, [1])
     with pytest.raises(ValueError, match=r"^calibrate: num_images and sizes must not be empty, got 0 and \[3\]$"):
         calibrate(built, built, [1], sizes=[3], num_images=0)
+
+
+def test_inputs_of_another_kind(images, noisy):
+    built = ScoreMachine(images, Schedule(), patch_sizes=3)
+    for use, message in (
+        (lambda: ScoreMachine(images, 1000), "ScoreMachine: schedule must be a Schedule, got int"),
+        (lambda: built.denoise(noisy, 400.5), "ScoreMachine: timestep must be an integer, got 400.5"),
+        (lambda: built.denoise(noisy.numpy(), 400), "ScoreMachine: noisy must be a tensor, got ndarray"),
+        (lambda: built(noisy, torch.tensor([4.0, 5.0])), "ScoreMachine: timesteps must be integers, got torch.float32"),
+        (lambda: calibrate(built, built, [3.7]), "calibrate: each of timesteps must be an integer, got 3.7"),
+        (lambda: calibrate(built, built, 3), "calibrate: timesteps must be a sequence, got 3"),
+        (lambda: calibrate(built, built, [3], sizes=5), "calibrate: sizes must be a sequence, got 5"),
+    ):
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            use()

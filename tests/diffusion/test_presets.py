@@ -1,3 +1,4 @@
+import re
 import sys
 
 import pytest
@@ -6,7 +7,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from pyattr.diffusion import Schedule, unet
+from pyattr.attribution import DTRAK
+from pyattr.diffusion import Schedule, sample, train, unet
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,20 @@ def test_patches_come_back_where_they_were():
     expected = (1 - abar).sqrt() * images
     expected[:, 1, 0::2, 1::2] += (abar.sqrt() * images)[:, 1, 0::2, 1::2]
     torch.testing.assert_close(model(images, t), expected)
+
+
+def test_the_schedule_of_a_network_that_has_one_is_its_only_one():
+    """It turns its velocity into noise by its own abar: with another's noise in the image, both would be off in silence."""
+    own, other = Schedule(100, 1e-3, 0.1), Schedule(100)
+    model, images = unet("mnist-small", size=8, schedule=own), torch.zeros(2, 1, 8, 8)
+    for name, use in (
+        ("sample", lambda schedule: sample(model, schedule, num_images=1, steps=2)),
+        ("DTRAK", lambda schedule: DTRAK(model, schedule)),
+        ("train", lambda schedule: train(model, images, schedule=schedule, steps=1, batch_size=2)),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{name}: schedule must be the model')}'s own, .*, got "):
+            use(other)
+        use(Schedule(100, 1e-3, 0.1))
 
 
 def test_small_network_is_exact_where_its_velocity_is():

@@ -331,3 +331,24 @@ def test_infinities_and_nans(emulated):
     poisoned = found[1].view(6, 6).isnan()
     expected = patch_topk(queries.double(), bank, backend="reference", **options).log_normaliser[0]
     assert torch.equal(poisoned, expected.isnan()) and 0 < poisoned.sum() < 36
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_tiny_sigmas_and_distances_beyond_float32(emulated, dtype):
+    """Patches as far share equally; what is too far to be written matches nothing, and 0 / 0 says that nothing does."""
+    bank = bank_of(dtype, 3, 1, 4, 5)
+    query = queries_of(bank, 1, 0.3)
+    weights, _, _, _, shares = emulated.patch_topk(
+        query, bank, patch_size=3, k=99, sigma=1e-15, scale=0.0, border="zero"
+    )
+    torch.testing.assert_close(weights, torch.full((1, 3), 20 / 3).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(shares, torch.full((1, 20), 1 / 60).double(), rtol=1e-6, atol=0)
+    weights, log_normaliser, _, _, shares = emulated.patch_topk(query + 3e19, bank, patch_size=3, k=2, sigma=1.0)
+    assert weights.isnan().all() and shares.isnan().all() and (log_normaliser == -torch.inf).all()
+    assert emulated.patch_mean(query + 3e19, bank, patch_size=3, sigma=1.0)[0].isnan().all()
+    if dtype == torch.float32:
+        bank[1] = 3e19
+        found = emulated.patch_topk(query, bank, patch_size=3, k=2, sigma=1.0)
+        expected = emulated.patch_topk(query, bank[::2], patch_size=3, k=2, sigma=1.0)
+        assert found[0][0, 1] == 0
+        torch.testing.assert_close(found[0][:, ::2], expected[0], rtol=1e-6, atol=0)

@@ -196,3 +196,19 @@ def test_infinities_and_nans(border):
     expected = patch_topk(queries.double(), bank, backend="reference", **options)
     assert found.weights.isnan().all()
     assert torch.equal(found.log_normaliser.isnan(), expected.log_normaliser.isnan())
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_tiny_sigmas_and_distances_beyond_float32(dtype):
+    bank = bank_of(dtype, 3, 1, 3, 4)
+    query = queries_of(bank, 1, 0.3)
+    options = {"patch_size": 3, "border": "zero", "backend": "triton"}
+    found = patch_topk(query, bank, k=99, sigma=1e-15, scale=0.0, return_winners=True, **options)
+    torch.testing.assert_close(found.weights, torch.full((1, 3), 12 / 3), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.winners.weights, torch.full((1, 3, 4), 1 / 36), rtol=1e-6, atol=0)
+    found = patch_topk(query + 3e19, bank, k=2, sigma=1.0, return_winners=True, **options)
+    assert found.weights.isnan().all() and found.winners.weights.isnan().all()
+    assert (found.log_normaliser == -torch.inf).all()
+    assert patch_mean(query + 3e19, bank, sigma=1.0, **options).mean.isnan().all()
