@@ -145,7 +145,7 @@ def generate(
     out: Out = RUN,
     checkpoint: CheckpointPath = None,
     num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="How many.")] = SAMPLE.num_images,
-    method: Annotated[str, typer.Option(help="ddim or ddpm.")] = SAMPLE.method,
+    method: Annotated[str, typer.Option(help="ddim, ddpm or published.")] = SAMPLE.method,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = SAMPLE.steps,
     eta: Annotated[float, typer.Option(min=0, max=1, help="DDIM: 0 adds no noise, 1 as much as DDPM.")] = SAMPLE.eta,
     seed: Seed = SAMPLE.seed,

@@ -22,6 +22,8 @@ from ..report.page import seconds_text
 UNITS = {
     "train": "steps",
     "sample": "denoising steps",
+    "counterfactual": "denoising steps",
+    "jacobian": "denoising steps",
     "features": "images",
     "query features": "images",
     "scores": "queries",

@@ -50,6 +50,22 @@ class TrainOptions:
     seed: int = 0
 
 
+CODES = ("items", "classes", "walsh")
+
+
+@dataclass(frozen=True)
+class CodeOptions:
+    """Which members of an ensemble see which images; see :mod:`pyattr.attribution.codes`.
+
+    `kind` is "items", a random code for each image, "classes", one for each label, or "walsh", a Walsh code for each label.
+    """
+
+    num_members: int = 16
+    kind: str = "items"
+    weight: int | None = None
+    seed: int = 0
+
+
 @dataclass(frozen=True)
 class SampleOptions:
     """How images are generated; see :func:`pyattr.diffusion.sample`."""

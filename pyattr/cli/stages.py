@@ -71,6 +71,33 @@ class Step:
         return Timing(self.title, record["seconds"], ", ".join(notes))
 
 
+def check_fits(network: str, shape: tuple[int, int, int]) -> None:
+    """Refuse images that a preset cannot halve often enough.
+
+    Raises:
+        WorkspaceError: what size would do.
+    """
+    _, height, width = shape
+    divisor = diffusion.PRESETS[network].divisor if network in diffusion.PRESETS else 1
+    if height != width or height % divisor:
+        fitting = max(divisor, min(height, width) // divisor * divisor)
+        raise WorkspaceError(
+            f"the network {network} needs square images whose side is a multiple of {divisor}, "
+            f"got {height}x{width}: give --size {fitting}"
+        )
+
+
+def write_images(folder: Path, samples: diffusion.Samples) -> None:
+    """Each image as a PNG named by its id, where it does not lie there yet."""
+    for number, pixels in zip(samples.ids.tolist(), samples.uint8().numpy(), strict=True):
+        path = folder / f"image-{number:05d}.png"
+        if path.exists():
+            continue
+        with whole_file(path) as stream:
+            picture = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
+            Image.fromarray(picture).save(stream, "PNG")
+
+
 class Training(Step):
     """Trains a model on the data, or finds it trained.
 
@@ -80,14 +107,7 @@ class Training(Step):
 
     def __init__(self, workspace: Workspace, data: ImageDataset, options: TrainOptions):
         self.data, self.options = data, options
-        _, height, width = data.shape
-        divisor = diffusion.PRESETS[options.network].divisor if options.network in diffusion.PRESETS else 1
-        if height != width or height % divisor:
-            fitting = max(divisor, min(height, width) // divisor * divisor)
-            raise WorkspaceError(
-                f"the network {options.network} needs square images whose side is a multiple of {divisor}, "
-                f"got {height}x{width}: give --size {fitting}"
-            )
+        check_fits(options.network, data.shape)
         check_training(**{name: value for name, value in self._options().items() if name != "flip"})
         with torch.device("meta"):  # only to count, and to fail before the work
             self.parameters = sum(p.numel() for p in self._network().parameters())
@@ -215,13 +235,7 @@ class Sampling(Step):
                 progress=display.progress,
                 **options,
             )
-            for number, pixels in zip(samples.ids.tolist(), samples.uint8().numpy(), strict=True):
-                path = self.stage.folder / f"image-{number:05d}.png"
-                if path.exists():
-                    continue
-                with whole_file(path) as stream:
-                    picture = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
-                    Image.fromarray(picture).save(stream, "PNG")
+            write_images(self.stage.folder, samples)
         return samples
 
 

@@ -124,7 +124,7 @@ def test_a_second_run_computes_nothing(out, images, monkeypatch, succeeds):
     from pyattr.diffusion import features, sampling
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    replaced(monkeypatch, (features.FeatureMap, "batch"), (sampling._Sampler, "run"), (attribution.TRAK, "fit"))
+    replaced(monkeypatch, (features.FeatureMap, "batch"), (sampling.Sampler, "run"), (attribution.TRAK, "fit"))
     monkeypatch.setattr("torch.optim.AdamW.step", None)
     assert "found" in succeeds("train", "--data", images, "--out", out, *TRAIN)
     succeeds("generate", "--out", out, "-n", 3, "--steps", 2, "--device", "cpu")

@@ -1,0 +1,119 @@
+"""What the two experiments with encoded ensembles share: the digits, the small network's training, a classifier, writing."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from pyattr.attribution import EncodedEnsemble
+from pyattr.cli.display import Display
+from pyattr.diffusion import Schedule
+from pyattr.evaluation import Classifier, Comparison, Share
+from pyattr.files import whole_file
+
+# As noisy at its end as 1,000 steps of 1e-4 to 0.02: abar_T is 2e-5 here and 4e-5 there.
+SCHEDULE = Schedule(100, 1e-3, 0.2)
+NETWORK = "mnist-small"
+TRAINING = {
+    "batch_size": 32,
+    "learning_rate": 5e-3,
+    "betas": (0.9, 0.99),
+    "ema": 0.995,
+    "weighting": "velocity",
+}
+EPOCHS = 4  # of the classifier
+
+
+def digits(path: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """The 10,000 test digits, which the ensembles are trained on, and the 60,000 others, for a classifier.
+
+    Args:
+        path: an .npz of test_images and train_images [N, 28, 28] uint8, test_labels and train_labels [N].
+
+    Returns:
+        Images [N, 1, 28, 28] and labels [N] int64 of either.
+    """
+    with np.load(path) as archive:
+        return tuple(
+            (archive[f"{part}_images"][:, None], archive[f"{part}_labels"].astype(np.int64))
+            for part in ("test", "train")
+        )
+
+
+def ensemble(codes: np.ndarray, num_members: int, steps: int, folder: Path) -> EncodedEnsemble:
+    """The ensemble of an experiment, trained or not."""
+    return EncodedEnsemble(
+        NETWORK, codes, num_members=num_members, schedule=SCHEDULE, directory=folder, steps=steps, **TRAINING
+    )
+
+
+def classifier(images: np.ndarray, labels: np.ndarray, path: Path, display: Display) -> Classifier:
+    """Trained on digits that no member saw."""
+    return Classifier(epochs=EPOCHS).fit(images, labels, path=path, progress=display.progress)
+
+
+def accuracy(model: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
+    """The share of digits that it names right."""
+    return float((model.predict(images) == labels).mean())
+
+
+def as_bytes(images: torch.Tensor) -> np.ndarray:
+    """uint8 pixels of images in [-1, 1], as an 8-bit file would hold them."""
+    return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).numpy()
+
+
+def numbers(x) -> object:
+    """JSON of results: dataclasses as dicts, arrays as lists, floats to five digits, NaN as null."""
+    if isinstance(x, Share):
+        return {"percent": numbers(100 * x.value), "of": x.of, "interval": numbers([100 * x.low, 100 * x.high])}
+    if isinstance(x, Comparison):
+        return {"p": numbers(x.p_value), "effect": numbers(x.effect), "counts": list(x.counts)}
+    if isinstance(x, dict):
+        return {name: numbers(value) for name, value in x.items()}
+    if isinstance(x, (list, tuple, np.ndarray)):
+        return [numbers(value) for value in x]
+    if isinstance(x, (float, np.floating)):
+        return None if np.isnan(x) else float(f"{x:.5g}")
+    return int(x) if isinstance(x, np.integer) else x
+
+
+def write_json(path: Path, found: dict) -> None:
+    """Write results, whole or not at all."""
+    with whole_file(path) as stream:
+        stream.write(json.dumps(numbers(found), indent=1).encode() + b"\n")
+
+
+def settings(steps: int, num_members: int) -> dict:
+    """Of an ensemble, for the results."""
+    return {
+        "network": NETWORK,
+        "members": num_members,
+        "steps": steps,
+        "schedule": dataclasses.asdict(SCHEDULE),
+        **TRAINING,
+    }
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """The command line of both experiments, its folders made."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("out", type=Path, help="folder for the results: a .json and .png files")
+    parser.add_argument("--data", type=Path, required=True, help="the .npz of MNIST")
+    parser.add_argument("--work", type=Path, required=True, help="folder for members, samples and other large files")
+    parser.add_argument("--samples", type=int, help="how many digits to generate")
+    parser.add_argument("--workers", type=int, default=1, help="processes that train members")
+    parser.add_argument("--threads", type=int, default=1, help="of torch in each process")
+    found = parser.parse_args()
+    torch.set_num_threads(found.threads)
+    for folder in (found.out, found.work):
+        folder.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def showing() -> Display:
+    """Progress on the terminal, or lines in a log."""
+    return Display(Console())

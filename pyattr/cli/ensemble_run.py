@@ -1,0 +1,342 @@
+"""What the commands of encoded ensembles do, each in its stage of the output folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import diffusion
+from ..attribution import EncodedEnsemble
+from ..attribution.codes import ablation_weights, group_codes, guarantee, membership, random_codes, walsh_codes
+from ..datasets import DataError, ImageDataset
+from ..diffusion.images import to_bytes
+from ..diffusion.progress import silent
+from ..diffusion.sampling import check_options as check_sampling
+from ..diffusion.train import check_options as check_training
+from ..report.grid import matplotlib, write_grid
+from .options import CodeOptions, DataOptions, Machine, TrainOptions
+from .run import Session, session
+from .stages import Step, check_fits, read_npz, write_images, write_npz
+from .workspace import Stage, WorkspaceError
+
+SHOWN = 20  # generated images in a picture
+MEMORY = ("ensemble codes", "ensemble", "ensemble samples")  # in the order in which they build on each other
+COMMANDS = ("encode SOURCE", "train", "sample")  # that make them
+
+
+def encode(out: Path, data: DataOptions, options: CodeOptions) -> None:
+    """Give each image a code, in an output folder."""
+    with session(out, Machine("cpu")) as work:
+        images = work.load(data)
+        codes = _codes(images, options)
+        splits = membership(codes, options.num_members).sum(0)
+        if not splits.all():
+            raise WorkspaceError(
+                f"member {int((splits == 0).argmax())} would see no image at all: give fewer --num-members, or more images"
+            )
+        settings = {"data": images.fingerprint(), **dataclasses.asdict(options)}
+        stage = work.workspace.stage("ensemble-codes", settings)
+        step = Step("Encoding", f"{len(images):,} images for {options.num_members} members", stage, 16 * len(images))
+        work.plan([step])
+        with step.working():
+            write_npz(stage.folder / "codes.npz", {"codes": codes, "ids": np.array(images.ids)})
+        work.workspace.remember(MEMORY[0], {"stage": stage.key, "data": dataclasses.asdict(data)})
+        work.display.say(
+            f"done; {len(np.unique(codes)):,} codes, members see {splits.min():,} to {splits.max():,} of {len(images):,} images"
+        )
+        if not guarantee(codes, options.num_members):
+            work.display.say("taking some images away leaves no member that saw certain others: train more members")
+        work.display.say(f"codes  {stage.folder / 'codes.npz'}")
+
+
+def _codes(images: ImageDataset, options: CodeOptions) -> np.ndarray:
+    n, weight, seed = options.num_members, options.weight, options.seed
+    if options.kind == "items":
+        return random_codes(len(images), n, weight=weight, seed=seed)
+    if images.labels is None:
+        raise DataError(
+            f"data: --codes {options.kind} needs labels, and {images.name} has none: put the images of each class into a "
+            "folder of its own, or take --codes items"
+        )
+    if options.kind == "classes":
+        return group_codes(images.labels, n, weight=weight, seed=seed)
+    if weight is not None:
+        raise WorkspaceError("--weight goes with random codes: leave it out, or take --codes classes")
+    return walsh_codes(images.labels, n)
+
+
+def train(out: Path, options: TrainOptions, timesteps: int, workers: int, threads: int | None) -> None:
+    """Train the members of the folder's codes."""
+    with session(out, Machine("cpu", threads)) as work:
+        images, codes, encoded = _encoded(work)
+        check_fits(options.network, images.shape)
+        training = {
+            name: value
+            for name, value in dataclasses.asdict(options).items()
+            if name not in ("network", "dropout", "seed")
+        }
+        check_training(seed=options.seed, **{name: value for name, value in training.items() if name != "flip"})
+        # As noisy at the end as the usual 1,000 timesteps of 1e-4 to 0.02.
+        schedule = diffusion.Schedule(timesteps, 0.1 / timesteps, 20 / timesteps)
+        members = encoded.settings["num_members"]
+        with torch.device("meta"):  # only to count, and to fail before the work
+            network = diffusion.unet(options.network, channels=images.shape[0], size=images.shape[1])
+        parameters = sum(p.numel() for p in network.parameters())
+        settings = {
+            "codes": encoded.key,
+            "schedule": dataclasses.asdict(schedule),
+            "network": options.network,
+            "seed": options.seed,
+            **training,
+        }
+        stage = work.workspace.stage("ensemble", settings)
+        step = Step(
+            "Training",
+            f"{members} members of {options.network} ({parameters:,} parameters each), {options.steps:,} steps of "
+            f"{options.batch_size} images each",
+            stage,
+            # Weights, two moments and perhaps an average of each, and of those at work what is being written.
+            4 * parameters * (3 if options.ema is None else 4) * (members + 2 * workers),
+        )
+        work.plan([step])
+        work.begin(step)
+        if not stage.finished:
+            with stage.work() as notes:
+                ensemble = EncodedEnsemble(
+                    options.network,
+                    codes,
+                    num_members=members,
+                    schedule=schedule,
+                    directory=stage.folder,
+                    seed=options.seed,
+                    **training,
+                )
+                ensemble.fit(torch.from_numpy(images.images), workers=workers, progress=work.display.progress)
+                notes["parameters"] = parameters
+        work.workspace.remember(MEMORY[1], {"stage": stage.key})
+        work.display.say(f"done; members  {stage.folder}")
+
+
+def sample(
+    out: Path,
+    num_images: int,
+    method: str,
+    steps: int | None,
+    eta: float,
+    seed: int,
+    batch_size: int,
+    threads: int | None,
+) -> None:
+    """Generate images from the folder's ensemble."""
+    matplotlib()
+    with session(out, Machine("cpu", threads)) as work:
+        trained, ensemble = _ensemble(work)
+        schedule = ensemble.recipe.schedule
+        steps = steps or (min(50, schedule.num_timesteps) if method == "ddim" else schedule.num_timesteps)
+        options = {"method": method, "steps": steps, "eta": eta, "seed": seed, "batch_size": batch_size}
+        check_sampling(schedule, **options)
+        stage = work.workspace.stage("ensemble-samples", {"model": trained.key, "num_images": num_images, **options})
+        numbers = num_images * int(np.prod(ensemble.shape))
+        step = Step(
+            "Generating", f"{num_images} images by {method} in {steps} steps", stage, 2 * 4 * numbers * (1 + steps)
+        )
+        work.plan([step])
+        work.begin(step)
+        samples = _samples(work, ensemble, stage)
+        work.workspace.remember(MEMORY[2], {"stage": stage.key})
+        picture = work.workspace.folder / "ensemble-samples.png"
+        shown, across = samples.uint8().numpy()[: 10 * SHOWN], 10
+        write_grid(picture, [list(shown[i : i + across]) for i in range(0, len(shown), across)])
+        work.display.say(f"done; images   {stage.folder}")
+        work.display.say(f"picture  {picture}")
+
+
+def _samples(work: Session, ensemble: EncodedEnsemble, stage: Stage) -> diffusion.Samples:
+    """The samples of a stage, made or found."""
+    options = {name: value for name, value in stage.settings.items() if name != "model"}
+    told = silent if stage.finished else work.display.progress
+    with contextlib.nullcontext() if stage.finished else stage.work():
+        samples = ensemble.sample(directory=stage.folder, progress=told, **options)
+        write_images(stage.folder, samples)
+    return samples
+
+
+def ablate(out: Path, items: Sequence[str], labels: Sequence[str], batch_size: int, threads: int | None) -> None:
+    """Make the folder's samples again without images or classes."""
+    matplotlib()
+    with session(out, Machine("cpu", threads)) as work:
+        images, codes, encoded = _encoded(work)
+        sampled, ensemble = _sampled(work)
+        names, chosen = _chosen(images, codes, encoded.settings["kind"], items, labels)
+        stage = work.workspace.stage(
+            "ensemble-ablation", {"samples": sampled.key, "codes": [int(c) for c in chosen], "batch_size": batch_size}
+        )
+        queries, distinct = sampled.settings["num_images"], len(np.unique(chosen))
+        step = Step(
+            "Ablating",
+            f"{queries} images, each without {len(names)} in turn",
+            stage,
+            2 * 4 * queries * (distinct + len(names)) * int(np.prod(ensemble.shape)),
+        )
+        work.plan([step])
+        work.begin(step)
+        samples = _samples(work, ensemble, sampled)
+        with step.working():
+            made = ensemble.counterfactual(
+                samples, chosen, batch_size=batch_size, directory=stage.folder, progress=work.display.progress
+            )
+        changes = _norms(made, samples)  # [Q, M]
+        folder = work.workspace.folder
+        write_npz(
+            folder / "ensemble-ablation.npz",
+            {"counterfactuals": to_bytes(made).numpy(), "samples": samples.uint8().numpy(), "changes": changes,
+             "names": np.array(names)},
+        )  # fmt: skip
+        pictures, before = to_bytes(made[:SHOWN]).numpy(), samples.uint8().numpy()
+        width = min(len(names), SHOWN)
+        write_grid(
+            folder / "ensemble-ablation.png",
+            [[image, *row[:width]] for image, row in zip(before, pictures, strict=False)],
+            columns=["sample", *(f"no {_short(name)}" for name in names[:width])],
+            labels=[str(number) for number in samples.ids[:SHOWN].tolist()],
+            marked=[(q, 1 + int(row[:width].argmax())) for q, row in enumerate(changes[:SHOWN])],
+            title="Framed: the largest change",
+        )
+        work.display.say(f"done; numbers  {folder / 'ensemble-ablation.npz'}")
+        work.display.say(f"picture  {folder / 'ensemble-ablation.png'}")
+
+
+def _chosen(
+    images: ImageDataset, codes: np.ndarray, kind: str, items: Sequence[str], labels: Sequence[str]
+) -> tuple[list[str], np.ndarray]:
+    """What is to be ablated: names, and codes [M] uint64."""
+    places = {name: place for place, name in enumerate(images.ids)}
+    for name in items:
+        if name not in places:
+            raise DataError(f"data: no training image is named {name}: names look like {images.ids[0]}")
+    if kind == "items":
+        if labels or not items:
+            raise WorkspaceError(
+                "every member saw some images of each class: give --item NAME, or encode again with --codes classes or walsh"
+            )
+        return list(items), codes[[places[name] for name in items]]
+    classes = list(labels) if labels or items else list(images.class_names)
+    for name in classes:
+        if name not in images.class_names:
+            raise DataError(f"data: no class is named {name}: there are {', '.join(images.class_names)}")
+    rows = [int((images.labels == images.class_names.index(name)).argmax()) for name in classes]
+    return [*classes, *items], codes[[*rows, *(places[name] for name in items)]]
+
+
+def search(out: Path, top: int, distinct: bool, batch_size: int, threads: int | None) -> None:
+    """Find the most influential training images of the folder's samples."""
+    matplotlib()
+    with session(out, Machine("cpu", threads)) as work:
+        images, _, _ = _encoded(work)
+        sampled, ensemble = _sampled(work)
+        if top > len(images):
+            raise WorkspaceError(f"--top must be at most the number of training images, {len(images)}, got {top}")
+        stage = work.workspace.stage("ensemble-jacobian", {"samples": sampled.key, "batch_size": batch_size})
+        queries = sampled.settings["num_images"]
+        step = Step(
+            "Derivatives",
+            f"of {queries} images with respect to {ensemble.num_members} members",
+            stage,
+            8 * queries * ensemble.num_members * int(np.prod(ensemble.shape)),
+        )
+        work.plan([step])
+        work.begin(step)
+        samples = _samples(work, ensemble, sampled)
+        with step.working():
+            # Kept by the ensemble, so that what follows does not ask the models again.
+            columns = ensemble.jacobian(
+                samples, batch_size=batch_size, directory=stage.folder, progress=work.display.progress
+            )  # [Q, D, n]
+        found = ensemble.distinct_top(samples, top) if distinct else ensemble.search(samples, top)
+        scores = ensemble.scores(samples).numpy()
+        folder, places = work.workspace.folder, found.indices.numpy()
+        # Each without the one image of most influence on it.
+        directions = ablation_weights(ensemble.codes[places[:, 0]], ensemble.num_members) - 1 / ensemble.num_members
+        changes = torch.einsum("qdi,qi->qd", columns, torch.from_numpy(directions).float())
+        without = to_bytes(samples.images + 2 * changes.view_as(samples.images)).numpy()  # J is of pixels in [0, 1]
+        write_npz(
+            folder / "ensemble-scores.npz",
+            {"scores": scores, "top": places, "queries": samples.uint8().numpy(), "without_top": without,
+             "gram": ensemble.gram(samples).numpy(), "ids": np.array(images.ids)},
+        )  # fmt: skip
+        shown = samples[:SHOWN]
+        write_grid(
+            folder / "ensemble-search.png",
+            [
+                [before, after, None, *images.images[row]]
+                for before, after, row in zip(shown.uint8().numpy(), without, places, strict=False)
+            ],
+            columns=["sample", "no 1", "", *(str(k + 1) for k in range(top))],
+            labels=[str(number) for number in shown.ids.tolist()],
+            title=f"The {top} training images of most influence"
+            + (", without those in several lists" if distinct else ""),
+        )
+        work.display.say(f"done; scores  {folder / 'ensemble-scores.npz'}")
+        work.display.say(f"picture  {folder / 'ensemble-search.png'}")
+
+
+def _norms(made: Tensor, samples: diffusion.Samples) -> np.ndarray:  # [Q, M, C, H, W] -> [Q, M] float32
+    """How far images moved, in L2 of pixels in [0, 1]."""
+    return ((made - samples.images[:, None]) / 2).flatten(2).norm(dim=2).numpy()
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 12 else f"…{name[-11:]}"
+
+
+def _recalled(work: Session, which: int) -> tuple[Stage, dict[str, Any]]:
+    """A stage that an earlier command finished, and what it remembered."""
+    told = work.workspace.recall(MEMORY[which])
+    stage = work.workspace.existing(told.get("stage", "."))
+    if stage is None:
+        folder = work.workspace.folder
+        what = ("codes", "trained ensemble", "images of an ensemble")[which]
+        raise WorkspaceError(f"no {what} in {folder}: run `pyattr ensemble {COMMANDS[which]} --out {folder}` first")
+    return stage, told
+
+
+def _encoded(work: Session) -> tuple[ImageDataset, np.ndarray, Stage]:
+    """The images, their codes [N] uint64, and the stage that made these."""
+    stage, told = _recalled(work, 0)
+    images = work.load(DataOptions(**told["data"]))
+    if images.fingerprint() != stage.settings["data"]:
+        raise WorkspaceError(
+            f"{told['data']['source']} has changed since its images were encoded: put them back, or encode again"
+        )
+    return images, read_npz(stage.folder / "codes.npz")["codes"], stage
+
+
+def _ensemble(work: Session) -> tuple[Stage, EncodedEnsemble]:
+    """The ensemble of the folder's codes, and the stage that trained it."""
+    codes, _ = _recalled(work, 0)
+    stage, _ = _recalled(work, 1)
+    if stage.settings["codes"] != codes.key:
+        folder = work.workspace.folder
+        raise WorkspaceError(
+            f"the ensemble in {folder} was trained on other codes: run `pyattr ensemble train --out {folder}` first"
+        )
+    return stage, EncodedEnsemble.open(stage.folder)
+
+
+def _sampled(work: Session) -> tuple[Stage, EncodedEnsemble]:
+    """The ensemble, and the stage that made its samples."""
+    trained, ensemble = _ensemble(work)
+    stage, _ = _recalled(work, 2)
+    if stage.settings["model"] != trained.key:
+        folder = work.workspace.folder
+        raise WorkspaceError(
+            f"the images in {folder} are of another ensemble: run `pyattr ensemble sample --out {folder}` first"
+        )
+    return stage, ensemble
