@@ -19,7 +19,7 @@
 namespace pyattr::cpu {
 namespace {
 
-using reg = register_t<kRegisterLanes>;
+using reg = whole_register_t;
 typedef int32_t ireg __attribute__((vector_size(4 * kRegisterLanes)));
 typedef uint32_t ureg __attribute__((vector_size(4 * kRegisterLanes)));  // where bits may run over
 
@@ -32,27 +32,6 @@ constexpr int kTileRows = 6;
 constexpr int64_t kInner = 256;
 constexpr int kSums = 16;  // interleaved sums of a row
 constexpr int kSumRegisters = kSums / kRegisterLanes;
-
-inline reg multiply_add(reg a, reg b, reg c) {
-#if defined(__AVX512F__)
-  return (reg)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__)
-  return (reg)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  for (int i = 0; i < kRegisterLanes; ++i) c[i] = std::fma(a[i], b[i], c[i]);  // the same bits, without the speed
-  return c;
-#endif
-}
-
-inline reg splat(float x) {
-#if defined(__AVX512F__)
-  return (reg)_mm512_set1_ps(x);
-#elif defined(__AVX2__)
-  return (reg)_mm256_set1_ps(x);
-#else
-  return reg{x, x, x, x};
-#endif
-}
 
 inline reg load(const float* from) {
   reg value;

@@ -228,7 +228,14 @@ def test_options_that_are_not_possible_leave_nothing_behind(images, out, tmp_pat
     generate = ["generate", "--out", out, "--device", "cpu"]
     fails("sample: method must be one of ddim, ddpm, published, got 'foo'", *generate, "--method", "foo")
     fails("sample: steps must lie in [1, 1000], got 2000", *generate, "--steps", 2000)
-    fails("sample: eta must lie in [0, 1], and be 0 for ddpm and published, got 0.5", *generate, "--method", "ddpm", "--eta", 0.5)
+    fails(
+        "sample: eta must lie in [0, 1], and be 0 for ddpm and published, got 0.5",
+        *generate,
+        "--method",
+        "ddpm",
+        "--eta",
+        0.5,
+    )
     # Nor are the scores made of the method before the one that cannot be.
     attribute = ["attribute", "--out", out, "--queries", images / "dark", "-m", "pixels", "-m", "dtrak", *SCORE]
     fails(

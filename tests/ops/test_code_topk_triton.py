@@ -35,10 +35,9 @@ def test_under_the_interpreter():
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles_for_a_gpu(members, capability):
     """ptxas comes with Triton; no device is touched."""
+    from pyattr.triton_kernels.code_topk import code_topk_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from pyattr.triton_kernels.code_topk import code_topk_kernel
 
     own = {"LARGEST": True, "MEMBERS": members, "BLOCK": 128}
     signature = {

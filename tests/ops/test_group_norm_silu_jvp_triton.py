@@ -39,10 +39,9 @@ def test_under_the_interpreter():
 @pytest.mark.parametrize("ones", [False, True], ids=["ordinary", "specialised to sizes of 1"])
 def test_compiles_for_a_gpu(held, ones):
     """ptxas comes with Triton; no device is touched."""
+    from pyattr.triton_kernels import group_norm_silu_jvp as kernels
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from pyattr.triton_kernels import group_norm_silu_jvp as kernels
 
     kernel = kernels.group_norm_silu_jvp_kernel
     own = {"SILU": True, "X_LAST": held, "DOT_LAST": ones, "HELD": held, "BLOCK": 1024}
