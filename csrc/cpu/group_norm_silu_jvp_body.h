@@ -66,7 +66,15 @@ inline void finish_stores() {
 #endif
 }
 
-inline wide_reg load_wide(const float* from) { return __builtin_convertvector(load<half_reg>(from), wide_reg); }
+inline wide_reg load_wide(const float* from) {
+#if defined(__AVX512F__)
+  return (wide_reg)_mm512_cvtps_pd(_mm256_loadu_ps(from));
+#elif defined(__AVX2__)
+  return (wide_reg)_mm256_cvtps_pd(_mm_loadu_ps(from));  // which GCC 12 makes of two halves
+#else
+  return __builtin_convertvector(load<half_reg>(from), wide_reg);
+#endif
+}
 
 struct Lanes {
   double lane[kStep] = {};
