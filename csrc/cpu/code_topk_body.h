@@ -89,19 +89,29 @@ inline void block_squares(const int16_t* tables, const uint64_t* codes, int64_t 
 
 #endif
 
+// Limits, comparisons and what passes in a loop each: hardly ever does anything pass.
 template <bool kLargest>
 inline int64_t passing_codes(const CodeBlock& block, const uint64_t* codes, int64_t count, const int32_t* squares, int32_t* passing) {
   const uint64_t outside = block.args.members < 64 ? ~uint64_t{0} << block.args.members : 0;
-  int64_t found = 0;
+  alignas(64) int32_t limits[kCodeBlock];
   uint64_t any = 0;
+#pragma GCC unroll 8
   for (int64_t i = 0; i < count; ++i) {
     any |= codes[i];
-    const int32_t limit = block.limits[__builtin_popcountll(codes[i])];
-    if (__builtin_expect(kLargest ? squares[i] >= limit : squares[i] <= limit, 0)) passing[found++] = static_cast<int32_t>(i);
+    limits[i] = block.limits[__builtin_popcountll(codes[i])];
   }
-  if ((any & outside) == 0) return found;
-  for (int64_t i = found = 0; i < count; ++i) {
-    if (codes[i] >= ~outside) passing[found++] = static_cast<int32_t>(i);  // of all members, or of none
+  const auto passes = [&](int64_t i) { return kLargest ? squares[i] >= limits[i] : squares[i] <= limits[i]; };
+  int32_t some = 0;
+  for (int64_t i = 0; i < count; ++i) some |= passes(i);
+  int64_t found = 0;
+  if ((any & outside) != 0) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (codes[i] >= ~outside) passing[found++] = static_cast<int32_t>(i);  // of all members, or of none
+    }
+  } else if (some != 0) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (passes(i)) passing[found++] = static_cast<int32_t>(i);
+    }
   }
   return found;
 }

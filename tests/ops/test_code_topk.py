@@ -214,6 +214,19 @@ def test_orders_that_never_stop_improving(backend):
 
 
 @everywhere
+@pytest.mark.parametrize("n", [24, 40, 64])
+@pytest.mark.parametrize("largest", [True, False])
+def test_codes_whose_values_are_nearer_than_the_filter_can_tell(backend, n, largest):
+    """Members all but alike in norm and orthogonal, so that all values lie within a few thousandths."""
+    generator = torch.Generator().manual_seed(n)
+    gram = torch.eye(n, dtype=torch.float64) + 1e-4 * torch.randn(n, n, generator=generator, dtype=torch.float64)
+    gram, codes = gram + gram.T, codes_of(n, 20_000)
+    found, every = (search(gram, codes, k, backend, largest=largest) for k in (300, 20_000))
+    assert every.values.max() < 1.01 * every.values.min()
+    assert same(found, TopK(every.values[:300], every.indices[:300]))
+
+
+@everywhere
 @pytest.mark.parametrize("exponent", [-1000, 900])
 def test_any_magnitude(backend, exponent):
     jacobian, codes = jacobian_of(12), codes_of(12, 500)
