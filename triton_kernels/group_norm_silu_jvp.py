@@ -4,7 +4,7 @@ A program owns a group of one sample and some of its tangents. A group that fits
 its tangents; a larger one is read three times and each tangent twice, the primal's values made anew along the way. Tangents are
 cut into programs' shares by (K, B, G) alone, and each is summed by itself: no bits depend on the share.
 
-The mean is taken twice, the second time of what the first left, so that a large common offset does not cost the variance digits.
+The mean is taken twice, the second time of what the first left, so that a large common offset costs the variance no digits.
 """
 
 import triton

@@ -47,7 +47,8 @@ void group_norm_silu_jvp(const GroupNormSiluJvpArgs& args, int num_threads) {
   const int64_t groups = channels_last(args.x_dot) ? ceil_div(kLineChannels, args.group_channels()) : 1;  // of a task
   const int64_t per_sample = ceil_div(G, groups), blocks = args.num_samples * per_sample;
   // With too few groups for the threads, tangents are cut as well; each part then computes the primal for itself.
-  const int64_t parts = blocks == 0 ? 1 : std::clamp<int64_t>(ceil_div(kTasksPerThread * threads, blocks), 1, std::max<int64_t>(K, 1));
+  if (blocks == 0) return;
+  const int64_t parts = std::clamp<int64_t>(ceil_div(kTasksPerThread * threads, blocks), 1, std::max<int64_t>(K, 1));
   const int64_t tangents = ceil_div(K, parts);
   parallel_for(blocks * parts, threads, [&](int64_t index) {
     const int64_t block = index / parts, part = index % parts;

@@ -1,12 +1,12 @@
-// One task of group_norm_silu_jvp, included by one file per SIMD level and compiled with that level's flags. Everything has internal
-// linkage, so that no other file links this code.
+// One task of group_norm_silu_jvp, included by one file per SIMD level and compiled with that level's flags. Everything has
+// internal linkage, so that no other file links this code.
 //
-// A group's xhat and slope = silu'(z) weight / sqrt(var + eps) are computed once and stay in the cache; then each tangent is read twice,
-// the second time from the cache, and its derivative written.
+// A group's xhat and slope = silu'(z) weight / sqrt(var + eps) are computed once and stay in the cache; then each tangent is read
+// twice, the second time from the cache, and its derivative written.
 //
-// Sums, the same at every level: element i goes to lane i mod 32 in float32, the lanes of each 512 elements join float64 lanes, which
-// are halved until one is left. The primal's statistics are float64 throughout, in 32 lanes, the variance about the mean: a constant group
-// has xhat = 0 exactly.
+// Sums, the same at every level: element i goes to lane i mod 32 in float32, the lanes of each 512 elements join float64 lanes,
+// which are halved until one is left. The primal's statistics are float64 throughout, in 32 lanes, the variance about the mean: a
+// constant group has xhat = 0 exactly.
 #include <cmath>
 #include <cstring>
 
@@ -174,7 +174,8 @@ struct Slab {
   }
   void gather(const TangentArray& from, const TangentArray& also, int64_t tangent, float* to) const {
     const auto as = [&](auto zero, auto widen_one) {
-      gather_as<decltype(zero)>(from, offset(from, tangent), also, offset(also, tangent), channels(), args.num_positions, widen_one, to);
+      gather_as<decltype(zero)>(from, offset(from, tangent), also, offset(also, tangent), channels(), args.num_positions, widen_one,
+                                to);
     };
     if (args.dtype == Dtype::float32) as(0.0f, [](float x) { return x; });
     if (args.dtype == Dtype::bfloat16) as(uint16_t{0}, [](uint16_t x) { return widen_bfloat16(x); });

@@ -1,12 +1,13 @@
 // Group normalisation with SiLU and K tangents on CUDA cores: see group_norm_silu_jvp.h for what is computed.
 //
-// A thread block owns a group of one sample and some of its tangents. A group of at most 8192 elements stays in registers, xhat and
-// slope = silu'(z) weight / sqrt(var + eps); each tangent is then read once and its derivative written. A larger group is read again
-// for every tangent, and each tangent twice: from L2, where a group's few hundred KB stay.
+// A thread block owns a group of one sample and some of its tangents. A group of at most 8192 elements stays in registers, xhat
+// and slope = silu'(z) weight / sqrt(var + eps); each tangent is then read once and its derivative written. A larger group is read
+// again for every tangent, and each tangent twice: from L2, where a group's few hundred KB stay.
 //
-// Error. Threads add their own n / threads elements in float32, lanes and warps join them as a tree: sums are within
-// (n / threads + 13) 2^-24 of the sum of magnitudes. The mean is taken twice, the second time of what the first left, so that a large
-// common offset costs the variance no digits. Each tangent is summed by itself: no bits depend on K, B or on how blocks share them.
+// Error. Threads add their own n / threads elements in float32, lanes join them as a tree, warps one after the other: sums are
+// within (n / threads + 21) 2^-24 of the sum of magnitudes. The mean is taken twice, the second time of what the first left, so
+// that a large common offset costs the variance no digits. Each tangent is summed by itself: no bits depend on K, B or on how
+// blocks share them.
 #include "group_norm_silu_jvp.h"
 
 #include <algorithm>
@@ -183,7 +184,8 @@ struct GroupNormItem {
     each([&](int slot, const Place& at) {
       const float t = kHeld > 0 ? held[slot] : load_sum(args.x_dot, args.residual_dot, k, at);
       const float unit = normal(slot, at), factor = kHeld > 0 ? slope[slot] : activate(unit, at).b;
-      store_element<dtype>(args.y_dot, k * args.y_dot.tangent_stride + offset(args.y_dot, at), factor * ((t - t_mean) - unit * along));
+      const float value = factor * ((t - t_mean) - unit * along);
+      store_element<dtype>(args.y_dot, k * args.y_dot.tangent_stride + offset(args.y_dot, at), value);
       if (args.sum_dot.data != nullptr) {
         store_element<dtype>(args.sum_dot, k * args.sum_dot.tangent_stride + offset(args.sum_dot, at), t);
       }
@@ -226,7 +228,8 @@ void launch_group_norm(GroupNormWork work, cudaStream_t stream) {
 void group_norm_silu_jvp(const GroupNormSiluJvpArgs& args, CUstream_st* stream) {
   const int64_t slabs = args.num_samples * args.num_groups, K = args.num_tangents;
   if (slabs == 0 || args.group_size() == 0) return;
-  GroupNormWork work{args, args.group_channels(), args.group_size(), std::max<int64_t>(K * slabs / kGroupNormBlocksWanted, 1), 0, false};
+  const int64_t share = std::max<int64_t>(K * slabs / kGroupNormBlocksWanted, 1);
+  GroupNormWork work{args, args.group_channels(), args.group_size(), share, 0, false};
   work.items = slabs * std::max<int64_t>((K + work.share - 1) / work.share, 1);
   work.channels_fastest = args.x_dot.position_stride != 1 && args.x_dot.channel_stride == 1;
   if (args.dtype == Dtype::float32) launch_group_norm<Dtype::float32>(work, stream);

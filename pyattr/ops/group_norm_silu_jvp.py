@@ -52,16 +52,27 @@ def group_norm_silu_jvp(
 
     Returns:
         GroupNormJvp: ``y`` [B, C, *S] and ``y_dot`` [K, B, C, *S]; with a residual also ``sum`` = s and ``sum_dot`` = s_dot
-        (x_dot itself where residual_dot is None), else None. Of the dtype, kind and device of ``x``. Not differentiable. y
-        and sum are channels-last where x is, y_dot and sum_dot where x_dot is, otherwise contiguous. NaN or inf in a group of s
-        makes that group NaN in y and every y_dot; in a group of s_dot[k] it leaves nothing finite in that of y_dot[k]. A tangent
-        of zeros gives zeros.
+        (x_dot itself where residual_dot is None), else None. Of the dtype, kind and device of ``x``, rounded once, at the end;
+        not differentiable. y and sum are channels-last where x is, y_dot and sum_dot where x_dot is, otherwise contiguous.
+        The bits of y and y_dot[k] do not depend on the other tangents, samples and groups, nor on the run; on the CPU also not
+        on the thread count, the layout or the SIMD level. Sums are float32 of at most 16 elements, joined in float64, on the
+        CPU (the primal's float64 throughout), and float32 on cuda and triton; every backend is tested to 2e-6 of a result's
+        norm, beside the rounding of its dtype. Where a tangent is nearly in the span of 1 and xhat, what is left of it
+        has the error of what cancels: about 1e-6 of ``slope * |s_dot|``.
+        NaN or inf in a group of s makes that group NaN in y and every y_dot; in a group of s_dot[k] it leaves nothing finite in
+        that of y_dot[k]. A tangent of zeros gives zeros.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
         BackendError: the backend cannot take these inputs; the reasons are listed.
 
-    Extra memory: a copy of an input whose spatial axes cannot be walked as one. Reference, about eight times x_dot in float64.
+    Extra memory: a copy of an input whose spatial axes cannot be walked as one. CPU, per thread 12 bytes for each element of a
+    group (channels-last, 8 bytes for each of 16 channels or a group, whichever is more, and 4 for each of a group). CUDA, none.
+    Triton, a copy of an input that is neither contiguous nor channels-last, or otherwise than the output that is like it.
+    Reference, about eight times x_dot in float64.
+
+    Time: on the CPU channels-last costs about three times contiguous, as elements are reordered one by one. Tangents of
+    float32 are written past the caches where all of them take more than 32 MB.
 
     Source: Wu and He, "Group Normalization", 2018, equations 1 to 3; its derivative by the chain rule.
     """

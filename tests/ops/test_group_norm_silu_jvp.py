@@ -324,6 +324,18 @@ def test_bits_do_not_depend_on_threads(shape):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("positions", [4100, 4099])
+def test_tangents_that_no_cache_holds_have_the_same_bits(backend, positions):
+    """The CPU writes more than 32 MB past the caches, where a row's address allows it."""
+    given = problem((1, 2, positions), 1, device=testing.device_of(backend))
+    tangents = torch.randn(1030, 1, 2, positions, device=given["x"].device)
+    y_dot = run(given | {"x_dot": tangents}, 2, backend).y_dot
+    assert y_dot.nbytes > 32 << 20 and not y_dot.isnan().any()
+    some = slice(3, None, 257)
+    assert torch.equal(run(given | {"x_dot": tangents[some]}, 2, backend).y_dot, y_dot[some])
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sums_are_rounded_as_torch_rounds(backend, dtype):
     """Every 16-bit number plus a small, a large, and no other: subnormals, ties, overflow, infinities."""
