@@ -24,10 +24,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def tile(ptr, rows, num_rows, row_stride, columns, num_columns, column_stride):
-    """[rows, columns] with zeros outside; rows and columns int64."""
-    inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
-    return tl.load(ptr + rows[:, None] * row_stride + columns[None, :] * column_stride, mask=inside, other=0.0)
+def tile(ptr, row, num_rows, row_stride, column, num_columns, column_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] from a row and column on, with zeros outside. Only the tile's own offsets are 32 bits wide."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside = (rows[:, None] < num_rows - row) & (columns[None, :] < num_columns - column)
+    ptr += tl.cast(row, tl.int64) * row_stride + tl.cast(column, tl.int64) * column_stride
+    return tl.load(ptr + (rows[:, None] * row_stride + columns[None, :] * column_stride), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -39,41 +41,52 @@ def add_products(
     key_ptr,
     key_row,
     key_column,
-    rows,
+    row,
     num_rows,
-    keys,
+    key,
     num_keys,
     width,
+    BL: tl.constexpr,
+    BS: tl.constexpr,
     BE: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """sums + q k^T."""
     for start in range(0, width, BE):
-        columns = start + tl.arange(0, BE).to(tl.int64)
-        q = tile(query_ptr, rows, num_rows, query_row, columns, width, query_column)
-        k = tile(key_ptr, keys, num_keys, key_row, columns, width, key_column)
+        q = tile(query_ptr, row, num_rows, query_row, start, width, query_column, BL, BE)
+        k = tile(key_ptr, key, num_keys, key_row, start, width, key_column, BS, BE)
         sums = tl.dot(q.to(DOT_TYPE), tl.trans(k.to(DOT_TYPE)), sums, input_precision=PRECISION)
     return sums
 
 
 @triton.jit
 def biased(
-    scores, mask_ptr, mask_row, mask_column, rows, num_rows, keys, num_keys, MASK: tl.constexpr, CAUSAL: tl.constexpr
+    scores,  # [BL, BS]
+    mask_ptr,
+    mask_row,
+    mask_column,
+    row,
+    num_rows,
+    key,
+    num_keys,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BL: tl.constexpr,
+    BS: tl.constexpr,
 ):
     """The scores with the mask added, -inf where a pair is forbidden, and which are."""
-    inside = (rows[:, None] < num_rows) & (keys[None, :] < num_keys)
-    forbidden = keys[None, :] >= num_keys
+    rows, keys = tl.arange(0, BL), tl.arange(0, BS)
+    forbidden = (keys[None, :] >= num_keys - key) | (rows[:, None] < 0)  # none of them, but of the tile's shape
     if CAUSAL:
-        forbidden = forbidden | (keys[None, :] > rows[:, None])
+        forbidden = forbidden | (keys[None, :] + key > rows[:, None] + row)
     if MASK != 0:
-        entries = tl.load(mask_ptr + rows[:, None] * mask_row + keys[None, :] * mask_column, mask=inside, other=0)
+        entries = tile(mask_ptr, row, num_rows, mask_row, key, num_keys, mask_column, BL, BS)
         if MASK == 1:
             forbidden = forbidden | (entries == 0)
         else:
             forbidden = forbidden | (entries == -float("inf"))
             scores += entries
-    forbidden = forbidden | tl.zeros_like(scores).to(tl.int1)
     return tl.where(forbidden, -float("inf"), scores), forbidden
 
 
@@ -110,27 +123,33 @@ def primal_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(slab_rows, BL)
-    local = (tl.program_id(0) % blocks).to(tl.int64) * BL + tl.arange(0, BL)
+    local = tl.program_id(0) % blocks * BL  # row of the wave
     item = (tl.program_id(0) // blocks).to(tl.int64)  # of the wave
     head = item + first_item
     b, h = head // heads, head % heads
-    rows = local + first_row
-    end = tl.minimum(num_rows, tl.cast(first_row, tl.int64) + slab_rows)
+    row, end = local + first_row, first_row + slab_rows
     query_ptr += b * query_batch + h * query_head
     key_ptr += b * key_batch + h * key_head
     value_ptr += b * value_batch + h * value_head
     mask_ptr += b * mask_batch + h * mask_head
-    columns = tl.program_id(1).to(tl.int64) * BV + tl.arange(0, BV)
+    probabilities_ptr += (item * slab_rows + local) * num_keys
+    column = tl.program_id(1) * BV
+    rows, keys, columns = tl.arange(0, BL), tl.arange(0, BS), tl.arange(0, BV)
+    inside = (rows[:, None] < slab_rows - local) & (columns[None, :] < value_width - column)
+    exact_ptr += (item * slab_rows + local) * value_width + column
+    out_ptr += (head * num_rows + row) * value_width + column
+    places = rows[:, None] * value_width + columns[None, :]
 
     most = tl.full([BL], -float("inf"), tl.float32)
     total = tl.zeros([BL], tl.float32)
     for start in range(0, num_keys, BS):
-        keys = start + tl.arange(0, BS).to(tl.int64)
         scores = add_products(
             tl.zeros([BL, BS], tl.float32), query_ptr, query_row, query_column, key_ptr, key_row, key_column,
-            rows, end, keys, num_keys, width, BE, DOT_TYPE, PRECISION,
+            row, end, start, num_keys, width, BL, BS, BE, DOT_TYPE, PRECISION,
         )  # fmt: skip
-        scores, _ = biased(scores * scale, mask_ptr, mask_row, mask_column, rows, end, keys, num_keys, MASK, CAUSAL)
+        scores, _ = biased(
+            scores * scale, mask_ptr, mask_row, mask_column, row, end, start, num_keys, MASK, CAUSAL, BL, BS
+        )
         higher = tl.maximum(most, tl.max(scores, 1))
         base = tl.where(higher == -float("inf"), 0.0, higher)
         total = total * tl.exp2((most - base) * LOG2_E) + tl.sum(tl.exp2((scores - base[:, None]) * LOG2_E), 1)
@@ -139,27 +158,23 @@ def primal_kernel(
     total = tl.where(total == 0, 1.0, total)
 
     y = tl.zeros([BL, BV], tl.float32)
-    here = (local < slab_rows) & (rows < end)
     for start in range(0, num_keys, BS):
-        keys = start + tl.arange(0, BS).to(tl.int64)
         scores = add_products(
             tl.zeros([BL, BS], tl.float32), query_ptr, query_row, query_column, key_ptr, key_row, key_column,
-            rows, end, keys, num_keys, width, BE, DOT_TYPE, PRECISION,
+            row, end, start, num_keys, width, BL, BS, BE, DOT_TYPE, PRECISION,
         )  # fmt: skip
         scores, forbidden = biased(
-            scores * scale, mask_ptr, mask_row, mask_column, rows, end, keys, num_keys, MASK, CAUSAL
+            scores * scale, mask_ptr, mask_row, mask_column, row, end, start, num_keys, MASK, CAUSAL, BL, BS
         )
         p = tl.exp2((scores - base[:, None]) * LOG2_E) / total[:, None]
         p = tl.where(forbidden, -0.0, p)
-        values = tile(value_ptr, keys, num_keys, value_row, columns, value_width, value_column)
+        values = tile(value_ptr, start, num_keys, value_row, column, value_width, value_column, BS, BV)
         y = tl.dot(p, values.to(tl.float32), y, input_precision="tf32x3")
         if tl.program_id(1) == 0:
-            to = probabilities_ptr + (item * slab_rows + local)[:, None] * num_keys + keys[None, :]
-            tl.store(to, p, mask=here[:, None] & (keys[None, :] < num_keys))
-    inside = here[:, None] & (columns[None, :] < value_width)
-    to = (head * num_rows + rows)[:, None] * value_width + columns[None, :]
-    tl.store(out_ptr + to, y.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(exact_ptr + (item * slab_rows + local)[:, None] * value_width + columns[None, :], y, mask=inside)
+            to = probabilities_ptr + start + (rows[:, None] * num_keys + keys[None, :])
+            tl.store(to, p, mask=(rows[:, None] < slab_rows - local) & (keys[None, :] < num_keys - start))
+    tl.store(out_ptr + places, y.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(exact_ptr + places, y, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_item", "items", "first_row", "slab_rows"])
@@ -201,66 +216,74 @@ def attention_jvp_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(slab_rows, BL)
-    local = (tl.program_id(0) % blocks).to(tl.int64) * BL + tl.arange(0, BL)
+    local = tl.program_id(0) % blocks * BL  # row of the wave
     item = (tl.program_id(0) // blocks % items).to(tl.int64)  # of the wave
     k = (tl.program_id(0) // blocks // items).to(tl.int64)
     head = item + first_item
     b, h = head // heads, head % heads
-    rows = local + first_row
-    end = tl.minimum(num_rows, tl.cast(first_row, tl.int64) + slab_rows)
-    here = (local < slab_rows) & (rows < end)
+    row, end = local + first_row, first_row + slab_rows
     query_ptr += b * query_batch + h * query_head
     key_ptr += b * key_batch + h * key_head
     value_ptr += b * value_batch + h * value_head
     query_dot_ptr += k * query_dot_tangent + b * query_dot_batch + h * query_dot_head
     key_dot_ptr += k * key_dot_tangent + b * key_dot_batch + h * key_dot_head
     value_dot_ptr += k * value_dot_tangent + b * value_dot_batch + h * value_dot_head
-    columns = tl.program_id(1).to(tl.int64) * BV + tl.arange(0, BV)
+    probabilities_ptr += (item * slab_rows + local) * num_keys
+    column = tl.program_id(1) * BV
+    rows, keys, columns = tl.arange(0, BL), tl.arange(0, BS), tl.arange(0, BV)
+    inside = (rows[:, None] < slab_rows - local) & (columns[None, :] < value_width - column)
+    exact_ptr += (item * slab_rows + local) * value_width + column
+    out_ptr += ((k * batch * heads + head) * num_rows + row) * value_width + column
+    places = rows[:, None] * value_width + columns[None, :]
 
     y_dot = tl.zeros([BL, BV], tl.float32)
     mean = tl.zeros([BL], tl.float32)
     for start in range(0, num_keys, BS):
-        keys = start + tl.arange(0, BS).to(tl.int64)
-        at = probabilities_ptr + (item * slab_rows + local)[:, None] * num_keys + keys[None, :]
-        p = tl.load(at, mask=here[:, None] & (keys[None, :] < num_keys), other=-0.0)
+        at = probabilities_ptr + start + (rows[:, None] * num_keys + keys[None, :])
+        here = (rows[:, None] < slab_rows - local) & (keys[None, :] < num_keys - start)
+        p = tl.load(at, mask=here, other=-0.0)
         if QUERY_DOT or KEY_DOT:
             scores_dot = tl.zeros([BL, BS], tl.float32)
             if QUERY_DOT:
                 scores_dot = add_products(
                     scores_dot, query_dot_ptr, query_dot_row, query_dot_column, key_ptr, key_row, key_column,
-                    rows, end, keys, num_keys, width, BE, DOT_TYPE, PRECISION,
+                    row, end, start, num_keys, width, BL, BS, BE, DOT_TYPE, PRECISION,
                 )  # fmt: skip
             if KEY_DOT:
                 scores_dot = add_products(
                     scores_dot, query_ptr, query_row, query_column, key_dot_ptr, key_dot_row, key_dot_column,
-                    rows, end, keys, num_keys, width, BE, DOT_TYPE, PRECISION,
+                    row, end, start, num_keys, width, BL, BS, BE, DOT_TYPE, PRECISION,
                 )  # fmt: skip
             forbidden = p.to(tl.int32, bitcast=True) == MINUS_ZERO
             weights = p * tl.where(forbidden, 0.0, scores_dot * scale)
             mean += tl.sum(weights, 1)
-            values = tile(value_ptr, keys, num_keys, value_row, columns, value_width, value_column)
+            values = tile(value_ptr, start, num_keys, value_row, column, value_width, value_column, BS, BV)
             y_dot = tl.dot(weights, values.to(tl.float32), y_dot, input_precision="tf32x3")
         if VALUE_DOT:
-            values_dot = tile(value_dot_ptr, keys, num_keys, value_dot_row, columns, value_width, value_dot_column)
+            values_dot = tile(
+                value_dot_ptr, start, num_keys, value_dot_row, column, value_width, value_dot_column, BS, BV
+            )
             y_dot = tl.dot(p, values_dot.to(tl.float32), y_dot, input_precision="tf32x3")
-    inside = here[:, None] & (columns[None, :] < value_width)
     if QUERY_DOT or KEY_DOT:
-        at = exact_ptr + (item * slab_rows + local)[:, None] * value_width + columns[None, :]
-        y_dot -= mean[:, None] * tl.load(at, mask=inside, other=0.0)
-    to = ((k * batch * heads + head) * num_rows + rows)[:, None] * value_width + columns[None, :]
-    tl.store(out_ptr + to, y_dot.to(out_ptr.dtype.element_ty), mask=inside)
+        y_dot -= mean[:, None] * tl.load(exact_ptr + places, mask=inside, other=0.0)
+    tl.store(out_ptr + places, y_dot.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def blocks_of(num_rows: int, width: int, value_width: int) -> dict[str, int]:
-    """Tile sizes and what else a launch takes; they depend on the sizes alone, so that nothing else changes a bit."""
+    """Tile sizes and what else a launch takes; they depend on the sizes alone, so that nothing else changes a bit.
+
+    Three products of TF32 for each take registers: tiles twice as long in S or E, or loads ahead of their use, spill
+    300 to 3000 bytes a thread on sm_90, these at most 60.
+    """
     values = min(max(triton.next_power_of_2(value_width), 16), MOST_VALUES)
     rows = min(max(triton.next_power_of_2(num_rows), 16), 32 if values > 128 else 64)
     return {
         "BL": rows,
-        "BS": 32 if values > 128 else 64,
-        "BE": min(max(triton.next_power_of_2(width), 16), 64),
+        "BS": 16 if values > 128 else 32,
+        "BE": min(max(triton.next_power_of_2(width), 16), 32),
         "BV": values,
-        "num_warps": 8 if rows * values > 4096 else 4,
+        "num_warps": 8 if rows * values >= 4096 else 4,
+        "num_stages": 1,
         "enable_fp_fusion": True,
     }
 
@@ -302,8 +325,14 @@ def attention_jvp(query, key, value, query_dot, key_dot, value_dot, mask, causal
     query_dot, key_dot, value_dot = (
         primal[None] if t is None else t for t, primal in ((query_dot, query), (key_dot, key), (value_dot, value))
     )
+    # A tile's own offsets are 32 bits wide.
+    query, key, value, query_dot, key_dot, value_dot = (
+        t if max(t.stride()[-2:]) * MOST_VALUES < 2**31 else t.contiguous()
+        for t in (query, key, value, query_dot, key_dot, value_dot)
+    )
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
     mask = query if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    mask = mask if max(mask.stride()[-2:]) * MOST_VALUES < 2**31 else mask.contiguous()
     sizes = (heads, num_rows, num_keys, width, value_width, scale)
     strides = (*query.stride(), *key.stride(), *value.stride())
     value_blocks = triton.cdiv(value_width, options["BV"])

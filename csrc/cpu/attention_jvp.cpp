@@ -26,6 +26,8 @@ constexpr int64_t kPackPanels = 8;           // packed by one thread at a time
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+Aligned<float> floats(int64_t count) { return aligned_array<float>(std::max<int64_t>(count, 1)); }
+
 // Heads [head, head + heads) of B H, queries [first, first + rows) of each.
 struct Wave {
   int64_t head, heads, first, rows;
@@ -48,9 +50,10 @@ class Run {
     if (all_heads == 0 || L == 0 || args_.value_width == 0) return;
     const int64_t head_floats = L * keys_stride_ + key_floats_ + value_floats_;
     const int64_t together = std::clamp(kProbabilities / std::max<int64_t>(head_floats, 1), int64_t{1}, all_heads);
-    const int64_t slab = together > 1 ? L : std::clamp(kProbabilities / std::max<int64_t>(keys_stride_, 1), kMostRows, std::max(L, kMostRows));
-    const auto packed = aligned_array<float>(together * (key_floats_ + value_floats_));
-    const auto probabilities = aligned_array<float>(together * std::min(slab, L) * keys_stride_);
+    const int64_t fit = std::max(kProbabilities / std::max<int64_t>(keys_stride_, 1), kMostRows);
+    const int64_t slab = together > 1 ? L : std::min(L, fit);
+    const auto packed = floats(together * (key_floats_ + value_floats_));
+    const auto probabilities = floats(together * slab * keys_stride_);
     key_ = packed.get(), value_ = key_ + together * key_floats_, probabilities_ = probabilities.get();
     for (int64_t head = 0; head < all_heads; head += together) {
       const int64_t heads = std::min(together, all_heads - head);
@@ -91,7 +94,7 @@ class Run {
     const int64_t fewest = ceil_div(2 * threads_, blocks_ * wave.heads);
     const int64_t most = kPacked / std::max<int64_t>(pair_floats * wave.heads, 1);
     const int64_t together = std::min(K, std::max({int64_t{1}, fewest, most}));
-    const auto packed = aligned_array<float>(together * wave.heads * pair_floats);
+    const auto packed = floats(together * wave.heads * pair_floats);
     float* const key_dot = packed.get();
     float* const value_dot = key_dot + (args_.key_dot.data ? together * wave.heads * key_floats_ : 0);
     for (int64_t k = 0; k < K; k += together) {
@@ -121,7 +124,7 @@ class Run {
     const int64_t count = tangents * wave.heads * blocks_, workers = std::min<int64_t>(threads_, count);
     int64_t next = 0;
     parallel_for(workers, threads_, [&](int64_t) {
-      const auto scratch = aligned_array<float>(attention_scratch(rows_, args_.width, keys_stride_, values_stride_));
+      const auto scratch = floats(attention_scratch(rows_, args_.width, keys_stride_, values_stride_));
       for (;;) {
         const int64_t task = __atomic_fetch_add(&next, int64_t{1}, __ATOMIC_RELAXED);
         if (task >= count) return;

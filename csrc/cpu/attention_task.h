@@ -9,7 +9,8 @@ namespace pyattr::cpu {
 
 constexpr int64_t kAttentionLanes = 32;  // rows of P and of a tile's outputs are a multiple of this long, for every level
 
-// packed[p][i][j] = source[i * inner_stride + (p * panel + j) * column_stride] as float32 for panels [begin, end), 0 beyond the columns.
+// packed[p][i][j] = source[i * inner_stride + (p * panel + j) * column_stride] as float32 for panels [begin, end), 0 beyond the
+// columns.
 struct AttentionPack {
   const void* source;
   Dtype dtype;

@@ -2,8 +2,8 @@
 //
 // P of some rows of some heads lies in memory: written as scores, then made probabilities row by row, and read by every tangent. A
 // tangent's rows are one sweep over the keys: S_dot of a tile in registers, P * S_dot through shared memory to its product with v,
-// r = rowsum(P * S_dot) on the side, at last y_dot -= r y. Products are one chain of fused multiply-adds for an entry of S_dot, one over all keys for
-// an entry of y_dot. Floor: the multiply-adds, of which three vector reads of shared memory feed 32.
+// r = rowsum(P * S_dot) on the side, at last y_dot -= r y. An entry of S_dot is one chain of fused multiply-adds, an entry of
+// y_dot one over all keys. Floor: the multiply-adds, of which three vector reads of shared memory feed 32.
 #pragma once
 
 #include "attention_jvp.h"

@@ -47,7 +47,7 @@ def test_compiles_for_a_gpu(kernel, dtype, ones):
     kernels = import_module("pyattr.triton_kernels.attention_jvp")
     jitted = getattr(kernels, kernel)
     own = kernels.blocks_of(256, 64, 200 if ones else 64)
-    options = {name: own.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    options = {name: own.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     own |= {"DOT_TYPE": tl.bfloat16 if ones else tl.float32, "PRECISION": "ieee" if ones else "tf32x3"}
     if kernel == "primal_kernel":
         own |= {"MASK": 1 if ones else 2, "CAUSAL": True}
@@ -87,7 +87,7 @@ def check(arrays, tolerance=1e-5, **options):
 
 
 @interpreted
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1, 1), (2, 1, 66, 17, 5, 6, 2), (1, 2, 20, 66, 80, 300, 1)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1, 1), (2, 1, 66, 17, 5, 6, 2), (1, 1, 20, 40, 40, 300, 1)])
 def test_shapes(shape):
     check(make(*shape))
 
@@ -95,7 +95,7 @@ def test_shapes(shape):
 @interpreted
 @pytest.mark.parametrize("given", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)])
 def test_tangents_that_are_zero(given):
-    arrays = make(1, 2, 9, 12, 8, 7, 2)
+    arrays = make(1, 1, 9, 12, 8, 7, 2)
     whole = attention_jvp(*arrays, backend="triton")
     kept = [a if there else None for a, there in zip(arrays[3:], given, strict=True)]
     assert torch.equal(check([*arrays[:3], *kept]).y, whole.y)
@@ -113,15 +113,15 @@ def test_tangents_that_are_zero(given):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("added", [False, True])
 def test_masks(added, causal):
-    arrays = make(1, 2, 20, 67, 4, 5, 1)
-    mask = torch.rand(1, 1, 20, 67) > 0.4
+    arrays = make(1, 2, 20, 40, 4, 5, 1)
+    mask = torch.rand(1, 1, 20, 40) > 0.4
     mask[:, :, 3] = False  # a query that may attend to nothing
     if added:
-        mask = torch.randn(20, 67).masked_fill(~mask[0, 0], -torch.inf)
+        mask = torch.randn(20, 40).masked_fill(~mask[0, 0], -torch.inf)
     found = check(arrays, mask=mask, causal=causal)
     assert torch.equal(found.y[:, :, 3], torch.zeros(1, 2, 5))
     assert torch.equal(found.y_dot[:, :, :, 3], torch.zeros(1, 1, 2, 5))
-    hidden = torch.ones(67, dtype=torch.bool)
+    hidden = torch.ones(40, dtype=torch.bool)
     hidden[7] = False
     expected = attention_jvp(*arrays, mask=hidden, backend="triton")
     for index in (1, 4):
@@ -133,18 +133,18 @@ def test_masks(added, causal):
 @interpreted
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_16_bits(dtype, tolerance):
-    check(make(1, 2, 20, 33, 5, 40, 2, dtype), tolerance)
+    check(make(1, 1, 20, 33, 5, 40, 1, dtype), tolerance)
 
 
 @interpreted
 def test_waves_and_launches_change_no_bit(monkeypatch):
     kernels = import_module("pyattr.triton_kernels.attention_jvp")
-    arrays = make(1, 3, 66, 20, 6, 5, 2)
+    arrays = make(1, 3, 66, 9, 6, 5, 2)
     whole = attention_jvp(*arrays, backend="triton")
     for k in range(2):
         alone = attention_jvp(*arrays[:3], *(a[k : k + 1] for a in arrays[3:]), backend="triton")
         assert torch.equal(alone.y, whole.y) and torch.equal(alone.y_dot[0], whole.y_dot[k])
-    for floats, programs in ((2 * 66 * 20, 7), (1, 1)):  # heads in waves, rows too; a tangent a launch
+    for floats, programs in ((2 * 66 * 9, 7), (1, 1)):  # heads in waves, rows too; a tangent a launch
         monkeypatch.setattr(kernels, "PROBABILITIES", floats)
         monkeypatch.setattr(kernels, "MOST_PROGRAMS", programs)
         again = attention_jvp(*arrays, backend="triton")
