@@ -60,13 +60,13 @@ class GroupNorm:
     def _per_channel(self, factor) -> Tensor | None:
         """[B or 1, C] of a constant that is the same at all positions; None of another one."""
         if not isinstance(factor, Tensor):
-            return self.x.new_full((1, self.x.shape[1]), factor)
+            return _wide(self.x.new_full((1, self.x.shape[1]), factor))
         if factor.device != self.x.device or factor.dim() > self.x.dim() or not factor.is_floating_point():
             return None
         shape = [1] * (self.x.dim() - factor.dim()) + list(factor.shape)
         if any(size != 1 for size in shape[2:]):
             return None
-        return factor.reshape(shape[:2]).expand(shape[0], self.x.shape[1])
+        return _wide(factor).reshape(shape[:2]).expand(shape[0], self.x.shape[1])
 
     def scaled(self, run: Run, func, factor) -> Dual | None:
         """func(this, factor), a product or quotient, or None where it is no scale of channels."""
@@ -74,8 +74,8 @@ class GroupNorm:
         if factor is None:
             return None
         weight = self.x.new_ones(self.x.shape[1]) if self.weight is None else self.weight
-        bias = None if self.bias is None else func(self.bias, factor)
-        return replace(self, weight=func(weight, factor), bias=bias).deferred(run)
+        bias = None if self.bias is None else func(_wide(self.bias), factor)
+        return replace(self, weight=func(_wide(weight), factor), bias=bias).deferred(run)
 
     def shifted(self, run: Run, func, shift, first: bool, alpha) -> Dual | None:
         """func(this, shift) or, unless first, func(shift, this): this plus or minus a constant; None where it is no shift of
@@ -83,7 +83,7 @@ class GroupNorm:
         shift = self._per_channel(shift)
         if shift is None:
             return None
-        bias = self.x.new_zeros(self.x.shape[1]) if self.bias is None else self.bias
+        bias = _wide(self.x.new_zeros(self.x.shape[1]) if self.bias is None else self.bias)
         bias = func(bias, shift, alpha=alpha) if first else func(shift, bias, alpha=alpha)
         return replace(self, bias=bias).deferred(run)
 

@@ -143,8 +143,7 @@ def divide(run: Run, func, a, b, *, rounding_mode=None):
 def scale(run: Run, func, x: Dual, factor) -> Dual:
     """func(x, factor) of a function that is linear in x: a product with a constant, or a quotient."""
     dims = max(x.dim(), factor.dim() if isinstance(factor, Tensor) else 0)
-    probe = factor if isinstance(factor, Tensor) else torch.tensor(factor)
-    if probe.is_complex():
+    if isinstance(factor, complex) or (isinstance(factor, Tensor) and factor.is_complex()):
         raise NoRule
     dtype = _result_type(x, factor)
     if is_one(factor) and dtype == x.dtype and dims == x.dim():

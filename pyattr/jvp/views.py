@@ -84,12 +84,8 @@ def unsqueeze(run: Run, func, x: Dual, dim):
 def squeeze(run: Run, func, x: Dual, dim=None):
     dims = range(x.dim()) if dim is None else [dim] if isinstance(dim, int) else dim
     dims = {axis % max(x.dim(), 1) for axis in dims}
-    shape = [size for axis, size in enumerate(x.shape) if not (axis in dims and size == 1)]
-    return (
-        each(x, lambda a: a.squeeze([axis + 1 for axis in dims if axis < x.dim()]), view=True)
-        if shape
-        else each(x, lambda a: a.reshape(len(a)), view=True)
-    )
+    gone = [axis + 1 for axis in dims if axis < x.dim()]
+    return each(x, lambda a: a.squeeze(gone), view=True)
 
 
 @rule("expand")
@@ -107,11 +103,6 @@ def select(run: Run, func, x: Dual, dim, index):
 def slice_(run: Run, func, x: Dual, dim=0, start=None, end=None, step=1):
     dim = moved(dim, x.dim())
     return each(x, lambda a: func(a, dim, start, end, step), view=True)
-
-
-@rule("narrow")
-def narrow(run: Run, func, x: Dual, dim, start, length):
-    return each(x, lambda a: a.narrow(moved(dim, x.dim()), start, length), view=True)
 
 
 @rule("diagonal")
@@ -137,10 +128,7 @@ def unbind(run: Run, func, x: Dual, dim=0):
 
 @rule("clone")
 def clone(run: Run, func, x: Dual, *, memory_format=None):
-    # Written as one stack whatever it was, as an ordinary contiguous copy or with the axes in the order they have.
-    like = x.primal
-    if memory_format not in (None, torch.preserve_format):
-        like = torch.empty_like(like, memory_format=memory_format)
+    like = torch.empty_like(x.primal, memory_format=memory_format or torch.preserve_format)
     return _copied(run, x, empty_stack(run, like))
 
 
@@ -148,16 +136,14 @@ def clone(run: Run, func, x: Dual, *, memory_format=None):
 def to_copy(run: Run, func, x: Dual, *, dtype=None, device=None, memory_format=None, **options):
     if dtype is not None and not dtype.is_floating_point:
         return func(x.primal, dtype=dtype, device=device, memory_format=memory_format, **options)
-    like = x.primal.new_empty(0, dtype=dtype, device=device)
-    shaped = x.primal if memory_format in (None, torch.preserve_format) else None
-    shaped = torch.empty_like(x.primal, memory_format=memory_format) if shaped is None else shaped
-    return _copied(run, x, empty_stack(run, torch.empty_like(shaped, dtype=like.dtype, device=like.device)))
+    like = torch.empty_like(x.primal, dtype=dtype, device=device, memory_format=memory_format or torch.preserve_format)
+    return _copied(run, x, empty_stack(run, like))
 
 
 @rule("copy")
 def copy(run: Run, func, x, source, non_blocking=False):
     target = x.primal if isinstance(x, Dual) else x
-    stack = torch.empty_like(empty_stack(run, target))
+    stack = empty_stack(run, target)
     if isinstance(source, Dual):
         stack[0].copy_(source.primal)
         stack[1:].copy_(aligned(source.tangents, target.dim()))

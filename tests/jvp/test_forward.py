@@ -1,6 +1,7 @@
 """dual_forward on whole models, and its contract."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -76,7 +77,7 @@ UNETS = {
 def test_unet(name, agrees, plain):
     model = small_unet(**UNETS[name])
     more = {"class_labels": torch.tensor([1, 4])} if name == "class_labels" else {}
-    agrees(model, torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), plain=plain.copy(model), **more)
+    agrees(model, torch.randn(2, 3, 8, 8), torch.tensor([3, 700]), plain=plain.copy(model), count=2, **more)
 
 
 def test_the_older_attention_processor(agrees, plain):
@@ -84,7 +85,7 @@ def test_the_older_attention_processor(agrees, plain):
     for part in model.modules():
         if hasattr(part, "set_processor"):
             part.set_processor(AttnProcessor())
-    agrees(model, torch.randn(2, 3, 8, 8), 5, plain=plain.copy(model))
+    agrees(model, torch.randn(2, 3, 8, 8), 5, plain=plain.copy(model), count=2)
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_linear_projection": True, "mid_block_type": None}], ids=str)
@@ -98,23 +99,24 @@ def test_unet_with_text(settings, agrees, plain):
         encoder_hidden_states=text,
         encoder_attention_mask=mask,
         plain=plain.copy(model),
+        count=2,
     )
 
 
 def test_network_on_patches(agrees, plain):
     model = spread(presets.unet("mnist-small", size=8))
-    agrees(model, torch.randn(2, 1, 8, 8), torch.tensor([3, 700]), plain=plain.copy(model))
+    agrees(model, torch.randn(2, 1, 8, 8), torch.tensor([3, 700]), plain=plain.copy(model), count=2)
 
 
 def test_float64(agrees, plain):
     model = small_unet().double()
-    agrees(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), 5, plain=plain.copy(model))
+    agrees(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), 5, plain=plain.copy(model), count=2)
 
 
 def test_channels_last(agrees, plain):
     model = small_unet().to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
-    agrees(model, x, 5, plain=plain.copy(model))
+    agrees(model, x, 5, plain=plain.copy(model), count=2)
 
 
 def test_transformer(agrees):
@@ -253,6 +255,25 @@ def test_scripted_module():
     y, y_dot = dual_forward(model, x, x_dot)
     other, other_dot = dual_forward(scripted, x, x_dot)
     assert torch.equal(y, other) and torch.equal(y_dot, other_dot)
+
+
+def test_compiled_module():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's compiler
+        compiled = torch.compile(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), backend="eager")
+        x = torch.randn(2, 3)
+        compiled(x)
+        y, y_dot = dual_forward(compiled, x, x[None])
+        other, other_dot = dual_forward(compiled._orig_mod, x, x[None])
+    assert torch.equal(y, other) and torch.equal(y_dot, other_dot)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad, torch.no_grad])
+def test_in_any_mode(mode):
+    with mode():
+        y, y_dot = dual_forward(lambda x: x.sinh() * x, torch.tensor([2.0]), torch.tensor([[1.0], [0.5]]))
+    slope = math.sinh(2) + 2 * math.cosh(2)
+    assert y.tolist() == pytest.approx([2 * math.sinh(2)]) and y_dot[:, 0].tolist() == pytest.approx([slope, slope / 2])
 
 
 class Cube(torch.autograd.Function):

@@ -279,6 +279,7 @@ def test_half_precision(dtype):
 
     def function(x):
         y = F.silu(F.conv2d(x, like(x, 4, 4, 3, 3), like(x, 4), padding=1))
+        y = F.silu(F.group_norm(y, 2, like(x, 4), like(x, 4)) * like(x, 2, 4, 1, 1) + like(x, 4, 1, 1))
         y = F.layer_norm(y, (6,)) + y.softmax(-1)
         return F.linear(F.gelu(y), like(x, 3, 6), like(x, 3)) * 0.5
 
