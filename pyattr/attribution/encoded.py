@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.progress import Progress, silent
-from ..diffusion.sampling import Samples, sample
+from ..diffusion.sampling import HELD, Samples, sample
 from ..diffusion.storage import differences
 from ..ops import TopK, code_topk
 from .codes import ablation_weights, as_codes
@@ -54,10 +54,7 @@ class EncodedEnsemble(TrainedEnsemble):
     """
 
     signed = False
-
-    def __init__(self, model, codes=None, **options):
-        super().__init__(model, codes, **options)
-        self._jacobian: tuple[tuple, Tensor] | None = None  # of which samples, and what
+    _jacobian: tuple[tuple, Tensor] | None = None  # of which samples the last one was, and itself
 
     def sample(
         self,
@@ -112,7 +109,7 @@ class EncodedEnsemble(TrainedEnsemble):
 
     def _weights(self, weights) -> Tensor:  # -> [n] float64
         if weights is None:
-            return torch.full((self.num_members,), 1 / self.num_members, dtype=torch.float64)
+            return torch.full((self.num_members,), 1 / self.num_members, dtype=torch.float64, device="cpu")
         weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
         if weights.shape != (self.num_members,):
             raise ValueError(
@@ -139,8 +136,8 @@ class EncodedEnsemble(TrainedEnsemble):
             progress: stage "counterfactual", counts steps of images.
 
         Returns:
-            [Q, M, C, H, W] float32, in the samples' range [-1, 1]. The same call gives the same bits; other batches the same
-            images to the rounding of the networks.
+            [Q, M, C, H, W] float32, in the samples' range [-1, 1]. The same call gives the same bits (on a GPU, where torch's
+            deterministic algorithms are on); other batches the same images to the rounding of the networks.
 
         Raises:
             TypeError, ValueError: an argument is not as above, the samples are of another ensemble, or the directory was made
@@ -172,12 +169,13 @@ class EncodedEnsemble(TrainedEnsemble):
             samples: Q, of :meth:`sample`.
             batch_size: samples that go through a member together.
             tangents_per_pass: derivatives that go with them, at most; n are needed.
-            directory: batches are kept there, and an interrupted call goes on from the last.
+            directory: batches are kept there when they are done, and the one at work every half minute (seldomer where that
+                takes long), so that an interrupted call goes on from there.
             progress: stage "jacobian", counts steps of images.
 
         Returns:
-            J, [Q, C H W, n] float32, of pixels in [0, 1]: half the derivative of an image in [-1, 1]. The same call gives the
-            same bits; other batches the same to the rounding of the networks.
+            J, [Q, C H W, n] float32, of pixels in [0, 1]: half the derivative of an image in [-1, 1]. Deterministic as
+            :meth:`counterfactual` is.
 
         Raises:
             TypeError, ValueError: see :meth:`counterfactual`.
@@ -209,7 +207,7 @@ class EncodedEnsemble(TrainedEnsemble):
         Extra memory: the Jacobian, and that of one sample in float64.
         """
         columns = self.jacobian(samples, **options)
-        out = torch.empty(len(columns), self.num_members, self.num_members, dtype=torch.float64)
+        out = torch.empty(len(columns), self.num_members, self.num_members, dtype=torch.float64, device="cpu")
         for gram, J in zip(out, columns, strict=True):
             torch.mm(J.double().T, J.double(), out=gram)
         return (out + out.mT) / 2  # a library may sum the two halves in different orders
@@ -259,16 +257,16 @@ class EncodedEnsemble(TrainedEnsemble):
         if method == "last_step":
             return replay.last_steps(weights)
         if method == "jacobian":
-            columns = self.jacobian(
-                samples, batch_size=batch_size, directory=directory, progress=progress, **options
-            ).mul(2)  # [Q, D, n] on the scale of [-1, 1]
+            options |= {"batch_size": batch_size, "directory": directory, "progress": progress}
+            columns, scale = self.jacobian(samples, **options), 2  # pixels in [0, 1] become [-1, 1]
         else:
-            alone = replay.reweighted(torch.eye(self.num_members, dtype=torch.float64), "members")
-            columns = (alone - samples.images[:, None]).flatten(2).mT
-        change = torch.empty(len(samples), len(codes), *samples.images.shape[1:], dtype=torch.float32)
-        for out, image, column in zip(change, samples.images, columns, strict=True):
-            out.copy_((image.double().flatten() + (weights - replay.weights) @ column.double().T).view(out.shape))
-        return change
+            alone = replay.reweighted(torch.eye(self.num_members, dtype=torch.float64, device="cpu"), "members")
+            columns, scale = (alone - samples.images[:, None]).flatten(2).mT, 1
+        directions = scale * (weights - replay.weights)
+        guesses = torch.empty(len(samples), len(codes), *samples.images.shape[1:], **HELD)
+        for out, image, J in zip(guesses, samples.images, columns, strict=True):
+            out.copy_((image.double().flatten() + directions @ J.double().T).view(out.shape))
+        return guesses
 
     def scores(self, queries: Samples, **options) -> Tensor:
         """The influence of every item on each sample: ``|J (u_{-x} - v)|``, in units of pixels in [0, 1].
@@ -286,7 +284,7 @@ class EncodedEnsemble(TrainedEnsemble):
         Extra memory: the Jacobian, and 64 MB.
         """
         columns, weights = self.jacobian(queries, **options), self._made_with(queries)
-        out = torch.empty(len(queries), len(self.codes), dtype=torch.float32)
+        out = torch.empty(len(queries), len(self.codes), **HELD)
         for row, J in zip(out, columns, strict=True):
             # |J w| = |R w|, and R is no larger than the Gram while it keeps twice its digits.
             R = torch.linalg.qr(J.double(), mode="r").R
@@ -307,7 +305,8 @@ class EncodedEnsemble(TrainedEnsemble):
             options: of :meth:`jacobian`.
 
         Returns:
-            TopK of [Q, k]: influences, falling, and items; equal ones by lowest index.
+            TopK of [Q, k]: influences, float64 and falling (rising where the least are asked for), and items; equal ones by
+            lowest index.
 
         Raises:
             TypeError, ValueError: see :meth:`jacobian` and :func:`pyattr.ops.code_topk`; or the weights are not uniform.
@@ -317,8 +316,12 @@ class EncodedEnsemble(TrainedEnsemble):
         if not torch.equal(self._made_with(queries), self._weights(None)):
             raise ValueError("EncodedEnsemble: queries must be made with uniform weights to be searched for")
         codes = torch.from_numpy(self.codes) if codes is None else codes
-        found = [code_topk(gram, codes, k, largest=largest) for gram in self.gram(queries, **options)]
-        return TopK(*(torch.stack([torch.as_tensor(part) for part in parts]) for parts in zip(*found, strict=True)))
+        values = torch.empty(len(queries), k, dtype=torch.float64, device="cpu")
+        items = torch.empty(len(queries), k, dtype=torch.int64, device="cpu")
+        for row, gram in enumerate(self.gram(queries, **options)):
+            found = code_topk(gram, codes, k, largest=largest)
+            values[row], items[row] = torch.as_tensor(found.values), torch.as_tensor(found.indices)
+        return TopK(values, items)
 
     def distinct_top(self, queries: Samples, m: int, **options) -> TopK:
         """The m most influential items of each sample, among those that are in the list of no other.

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.images import predict_noise
-from ..diffusion.sampling import HELD
+from ..diffusion.progress import Pace
+from ..diffusion.sampling import HELD, SAVE_SECONDS
+from ..diffusion.storage import save_tensors
 from ..jvp import dual_forward
 from .encoded_samples import Replay
 
@@ -33,10 +35,10 @@ def jacobian(replay: Replay, tangents_per_pass: int) -> Tensor:
         [Q, C H W, n] float32, of pixels in [0, 1].
     """
     samples, count = replay.samples, len(replay.members)
-    out = torch.empty(len(samples), samples.images[0].numel(), count, **HELD)
+    out = torch.empty(len(samples), samples.images.shape[1:].numel(), count, **HELD)
 
     def make(batch: slice, settings: dict, unfinished: Path | None, told) -> Tensor:
-        return _batch(replay, batch, tangents_per_pass, told)
+        return _batch(replay, batch, tangents_per_pass, settings, unfinished, told)
 
     for batch, columns in replay.batches("jacobian", len(samples), len(replay.sampler.steps), {}, make):
         out[batch] = columns
@@ -44,11 +46,20 @@ def jacobian(replay: Replay, tangents_per_pass: int) -> Tensor:
 
 
 @torch.no_grad()
-def _batch(replay: Replay, batch: slice, tangents_per_pass: int, told) -> Tensor:  # -> [B, D, n]
+def _batch(
+    replay: Replay, batch: slice, tangents_per_pass: int, settings: dict, unfinished: Path | None, told
+) -> Tensor:  # -> [B, D, n]
     sampler, exogenous = replay.sampler, replay.samples.noise[batch]
     x = sampler.place(exogenous[:, 0])
     x_dot = torch.zeros(len(replay.members), *x.shape, dtype=x.dtype, device=x.device)  # [n, B, C, H, W]
-    for number, step in enumerate(sampler.steps):
+    found = replay.state(unfinished, settings)
+    first = 0
+    if found is not None:
+        tensors, first = found
+        x, x_dot = (sampler.place(tensors[name]) for name in ("x", "x_dot"))
+    pace = Pace(SAVE_SECONDS)
+    told(first * len(x))
+    for number, step in enumerate(sampler.steps[first:], first):
         times = sampler.times(number, len(x))
         e, e_dot = torch.zeros_like(x), torch.zeros_like(x_dot)
         for i, (member, weight) in enumerate(zip(replay.members, replay.weights.tolist(), strict=True)):
@@ -61,6 +72,10 @@ def _batch(replay: Replay, batch: slice, tangents_per_pass: int, told) -> Tensor
         z = sampler.place(exogenous[:, number + 1]) if number + 1 < exogenous.shape[1] else None
         x, x_dot = step.apply(x, e, z), step.tangent(x, e, z, x_dot, e_dot)
         if number + 1 < len(sampler.steps):
+            if unfinished is not None and pace.due():
+                with pace.saving():
+                    record = {"kind": "unfinished jacobian", "steps": number + 1, "settings": settings}
+                    save_tensors(unfinished, {"x": x, "x_dot": x_dot}, record)
             told((number + 1) * len(x))
     # From [-1, 1] to [0, 1] halves it.
     return x_dot.flatten(2).permute(1, 2, 0).float().cpu() / 2

@@ -93,7 +93,7 @@ class Recipe:
             if height != width:
                 raise ValueError(f"EncodedEnsemble: {factory} needs square images, got {height} x {width}")
             factory = functools.partial(unet, factory, channels=channels, size=height, schedule=self.schedule)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(self.seeds(member)[0])
             model = factory()
         if not isinstance(model, nn.Module):
@@ -185,7 +185,7 @@ def _train_in_processes(
     with tempfile.TemporaryDirectory(dir=directory, prefix=".images-") as temporary:
         # A file that all processes map, since shared memory is short where containers limit it.
         path = Path(temporary) / "images.pt"
-        torch.save(images, path)
+        torch.save(images.cpu(), path)
         arguments = recipe, path, splits, directory, torch.get_num_threads(), tasks, news
         processes = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(workers)]
         with _running(processes):

@@ -10,7 +10,7 @@ from ..diffusion.images import evaluating, predict_noise
 from ..diffusion.progress import Progress
 from ..diffusion.sampling import HELD, Sampler, Samples
 from ..diffusion.schedule import Schedule
-from ..diffusion.storage import differences, load_tensors, save_tensors, tensors_hash
+from ..diffusion.storage import DamagedFileError, differences, load_tensors, save_tensors, tensors_hash
 from .encoded_members import Mixture
 
 METHODS = ("jacobian", "last_step", "members")
@@ -85,12 +85,7 @@ class Replay:
                 found = path is not None and path.exists()
                 if found:
                     tensors, made = load_tensors(path)
-                    differ = differences(made, settings)
-                    if differ:
-                        raise ValueError(
-                            f"EncodedEnsemble: directory {self.directory} holds results made otherwise: {differ}; "
-                            "use another directory"
-                        )
+                    self._check(made, settings)
                     result = tensors["result"]
                 else:
                     result = make(
@@ -106,6 +101,24 @@ class Replay:
                 yield rows, result
                 if not found or rows.stop == count:
                     self.progress(rows.stop * steps, count * steps, kind)
+
+    def _check(self, made: dict, asked: dict) -> None:
+        differ = differences(made, asked)
+        if differ:
+            raise ValueError(
+                f"EncodedEnsemble: directory {self.directory} holds results made otherwise: {differ}; use another directory"
+            )
+
+    def state(self, path: Path | None, settings: dict) -> tuple[dict[str, Tensor], int] | None:
+        """The tensors of an unfinished batch and how many steps are done; None where there is none that can be read."""
+        if path is None:
+            return None
+        try:
+            tensors, record = load_tensors(path)
+        except (FileNotFoundError, DamagedFileError):
+            return None  # the batch is made from its beginning, and the file replaced
+        self._check(record["settings"], settings)
+        return tensors, record["steps"]
 
     def reweighted(self, weights: Tensor, kind: str) -> Tensor:  # [M, n] -> [Q, M, C, H, W]
         """The samples again, once for each row of weights."""

@@ -70,7 +70,9 @@ class TrainedEnsemble:
         self._members: dict[int, nn.Module] = {}
 
     @classmethod
-    def open(cls, directory: str | os.PathLike, model: Callable[[], nn.Module] | str | None = None) -> "TrainedEnsemble":
+    def open(
+        cls, directory: str | os.PathLike, model: Callable[[], nn.Module] | str | None = None
+    ) -> "TrainedEnsemble":
         """An ensemble from its directory, without its images.
 
         Args:

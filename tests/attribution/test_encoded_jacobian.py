@@ -232,6 +232,31 @@ def test_gram_scores_and_search_agree_with_the_jacobian():
         assert torch.equal(items, best.indices[:, :3])
 
 
+def test_search_among_other_codes(tmp_path):
+    made = ensemble(members=6)
+    samples = made.sample(2)
+    codes = np.array([0, 1, 2**5, 0b11111, 0b101], np.uint64)
+    changes = (torch.from_numpy(ablation_weights(codes, 6)) - 1 / 6) @ made.jacobian(samples).double().mT  # [Q, 5, D]
+    expected = changes.norm(dim=2).sort(dim=1, descending=True)
+    np.save(tmp_path / "codes.npy", codes)
+    for given in (codes, torch.from_numpy(codes), tmp_path / "codes.npy"):
+        values, items = made.search(samples, 5, codes=given)
+        torch.testing.assert_close(values, expected.values, atol=0, rtol=1e-5)
+        assert torch.equal(items, expected.indices)
+        assert (items[:, -1] == 0).all() and (values[:, -1] == 0).all()  # an item that no member saw
+
+
+def test_no_queries():
+    made = ensemble()
+    samples = made.sample(1)[:0]
+    assert made.counterfactual(samples, [1, 2]).shape == (0, 2, 1, 4, 4)
+    assert made.jacobian(samples).shape == (0, 16, 4) and made.gram(samples).shape == (0, 4, 4)
+    assert made.scores(samples).shape == (0, 6)
+    assert made.search(samples, 2).indices.shape == (0, 2)
+    for method in ("jacobian", "members", "last_step"):
+        assert made.approximate(samples, [1], method).shape == (0, 1, 1, 4, 4)
+
+
 def test_scores_in_blocks(monkeypatch):
     made = ensemble(members=6, items=10)
     samples = made.sample(2)
@@ -272,30 +297,50 @@ def test_distinct_top_of_an_ensemble():
     torch.testing.assert_close(values, made.scores(samples).gather(1, items))
 
 
-def test_interrupted_jacobians_go_on(tmp_path):
+def test_interrupted_jacobians_go_on(tmp_path, monkeypatch):
     made = ensemble()
     samples = made.sample(3)
-    expected, told = made.jacobian(samples, batch_size=1), []
+    expected, told = made.jacobian(samples, batch_size=2), []
+    monkeypatch.setattr("pyattr.attribution.encoded_jacobian.SAVE_SECONDS", 0)
 
     class Stop(Exception):
         pass
 
     def stop(done, total, stage):
-        if done == 2 * 6 - 2:
+        if done == 12 + 4:  # in the second batch
             raise Stop
 
+    first, state = tmp_path / "jacobian-00000000.safetensors", tmp_path / "jacobian-unfinished-00000002.safetensors"
     with pytest.raises(Stop):
-        made.jacobian(samples, batch_size=1, directory=tmp_path, progress=stop)
-    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert list(kept) == ["jacobian-00000000.safetensors"]
-    again = made.jacobian(samples, batch_size=1, directory=tmp_path, progress=lambda *now: told.append(now))
+        made.jacobian(samples, batch_size=2, directory=tmp_path, progress=stop)
+    assert sorted(tmp_path.iterdir()) == [first, state]
+    (tmp_path / "damaged").mkdir()
+    for path in (first, state):
+        (tmp_path / "damaged" / path.name).write_bytes(path.read_bytes()[: None if path is first else -1])
+    written = first.stat().st_mtime_ns
+    again = made.jacobian(samples, batch_size=2, directory=tmp_path, progress=lambda *now: told.append(now))
     assert torch.equal(again, expected)
-    assert (tmp_path / "jacobian-00000000.safetensors").stat().st_mtime_ns == kept["jacobian-00000000.safetensors"]
-    assert min(told)[0] > 6 and told[-1] == (18, 18, "jacobian")
+    assert first.stat().st_mtime_ns == written and not state.exists()
+    assert told[0][0] > 12 and told[-1] == (18, 18, "jacobian")
+    assert torch.equal(made.jacobian(samples, batch_size=2, directory=tmp_path / "damaged"), expected)
     with pytest.raises(
-        ValueError, match="holds results made otherwise: batch_size was 1, now 2; use another directory"
+        ValueError, match="holds results made otherwise: batch_size was 2, now 1; use another directory"
     ):
-        made.jacobian(samples, batch_size=2, directory=tmp_path)
+        made.jacobian(samples, batch_size=1, directory=tmp_path)
+
+
+def test_states_of_other_samples_are_refused(tmp_path, monkeypatch):
+    made = ensemble()
+    monkeypatch.setattr("pyattr.attribution.encoded_jacobian.SAVE_SECONDS", 0)
+
+    def stop(done, total, stage):
+        if done == 3:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        made.jacobian(made.sample(1), directory=tmp_path, progress=stop)
+    with pytest.raises(ValueError, match=r"holds results made otherwise: .*seed was 0, now 1"):
+        made.jacobian(made.sample(1, seed=1), directory=tmp_path)
 
 
 def test_errors():
