@@ -43,7 +43,7 @@ def run(args) -> dict:
     images, labels = images[keep], np.searchsorted(CLASSES, labels[keep])
     codes = walsh_codes(labels, MEMBERS)
     class_codes = np.array([codes[labels == c][0] for c in range(MEMBERS)])
-    count, shape = args.samples or SAMPLES, images.shape[1:]
+    steps, count, shape = args.steps or STEPS, args.samples or SAMPLES, images.shape[1:]
     with showing() as display:
         display.stage("1/4 ")
         judge = classifier(
@@ -53,7 +53,7 @@ def run(args) -> dict:
             display,
         )
         display.stage("2/4 ")
-        model = ensemble(codes, MEMBERS, STEPS, args.work / "members").fit(
+        model = ensemble(codes, MEMBERS, steps, args.work / "members").fit(
             images, workers=args.workers, progress=display.progress
         )
         display.stage("3/4 ")
@@ -78,7 +78,7 @@ def run(args) -> dict:
     _show(args.out, samples, without, classes, after, found["L2"], measures[0].values.reshape(count, -1))
     _plane(args.out, judge, images, labels, samples, without, classes)
     return {
-        "settings": {**settings(STEPS, MEMBERS), "images": len(images), "shape": list(shape)},
+        "settings": {**settings(steps, MEMBERS), "images": len(images), "shape": list(shape)},
         "split sizes": [int((codes >> np.uint64(i) & np.uint64(1)).sum()) for i in range(MEMBERS)],
         "classifier accuracy": accuracy(judge, images, labels),
         "samples": count,

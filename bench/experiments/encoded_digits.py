@@ -105,6 +105,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="the .npz of MNIST")
     parser.add_argument("--work", type=Path, required=True, help="folder for members, samples and other large files")
     parser.add_argument("--samples", type=int, help="how many digits to generate")
+    parser.add_argument("--steps", type=int, help="of each member's training")
     parser.add_argument("--workers", type=int, default=1, help="processes that train members")
     parser.add_argument("--threads", type=int, default=1, help="of torch in each process")
     found = parser.parse_args()

@@ -34,10 +34,10 @@ def run(args) -> dict:
     (images, _), _ = digits(args.data)
     codes = random_codes(len(images), MEMBERS)
     items = np.sort(np.random.RandomState(0).permutation(len(images))[:ITEMS])
-    count, work = args.samples or SAMPLES, args.work
+    steps, count, work = args.steps or STEPS, args.samples or SAMPLES, args.work
     with showing() as display:
         display.stage("1/4 ")
-        model = ensemble(codes, MEMBERS, STEPS, work / "members").fit(
+        model = ensemble(codes, MEMBERS, steps, work / "members").fit(
             images, workers=args.workers, progress=display.progress
         )
         display.stage("2/4 ")
@@ -67,7 +67,7 @@ def run(args) -> dict:
     _plots(args.out, agreements, settling)
     changes = ((true - samples.images[:, None]) / 2).flatten(2).norm(dim=2).numpy()  # [Q, M]
     return {
-        "settings": {**settings(STEPS, MEMBERS), "weight": MEMBERS // 2, "images": len(images)},
+        "settings": {**settings(steps, MEMBERS), "weight": MEMBERS // 2, "images": len(images)},
         "samples": count,
         "items": items,
         "size of the true changes, L2": {"median": np.median(changes), "largest": changes.max()},
