@@ -7,8 +7,10 @@
 // Sums, the same at every level: element i goes to lane i mod 32 in float32, the lanes of each 512 elements join float64 lanes,
 // which are halved until one is left. The primal's statistics are float64 throughout, in 32 lanes, the variance about the mean: a
 // constant group has xhat = 0 exactly.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "common/half_precision.h"
 #include "cpu/buffer.h"
@@ -120,11 +122,48 @@ inline void silu_and_slope(reg z, reg* y, reg* slope) {
   *slope = sigma * (1.0f + z * rest);
 }
 
+// to[j * to_stride + i] = from[i * from_stride + j] for i, j < 4, or added to it.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, bool add) {
+  typedef float four __attribute__((vector_size(16)));
+  four row[4];
+  for (int i = 0; i < 4; ++i) row[i] = load<four>(from + i * from_stride);
+  typedef int32_t places __attribute__((vector_size(16)));
+  constexpr places kLow{0, 4, 1, 5}, kHigh{2, 6, 3, 7}, kFirst{0, 1, 4, 5}, kSecond{2, 3, 6, 7};
+  const four low_01 = __builtin_shuffle(row[0], row[1], kLow), high_01 = __builtin_shuffle(row[0], row[1], kHigh);
+  const four low_23 = __builtin_shuffle(row[2], row[3], kLow), high_23 = __builtin_shuffle(row[2], row[3], kHigh);
+  const four column[4] = {__builtin_shuffle(low_01, low_23, kFirst), __builtin_shuffle(low_01, low_23, kSecond),
+                          __builtin_shuffle(high_01, high_23, kFirst), __builtin_shuffle(high_01, high_23, kSecond)};
+  for (int j = 0; j < 4; ++j) {
+    float* const out = to + j * to_stride;
+    store(out, add ? load<four>(out) + column[j] : column[j]);
+  }
+}
+
+// Channels and positions that transpose() takes: of float32 whose channels lie side by side.
+struct Turned {
+  int64_t channels = 0, positions = 0;
+};
+template <class T>
+Turned turned(const TangentArray& array, int64_t channels, int64_t L) {
+  if (!std::is_same_v<T, float> || array.channel_stride != 1) return {};
+  return {channels / 4 * 4, L / 4 * 4};
+}
+
+// Calls one(c, l) for every channel and position but those below `done`, some positions of all channels after one another.
+template <class One>
+void each_but(const Turned& done, int64_t channels, int64_t L, One one) {
+  for (int64_t first = 0; first < L; first += kTilePositions) {
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t l = c < done.channels ? std::max(first, done.positions) : first; l < std::min(L, first + kTilePositions); ++l) one(c, l);
+    }
+  }
+}
+
 // to[c * L + l] = from[c, l] (+ also[c, l]), widened.
 template <class T, class Widen>
 void gather_as(const TangentArray& from, int64_t offset, const TangentArray& also, int64_t also_offset, int64_t channels, int64_t L,
                Widen widen_one, float* to) {
-  const auto copy = [&](const TangentArray& array, int64_t first, auto put) {
+  const auto copy = [&](const TangentArray& array, int64_t first, bool add, auto put) {
     const T* const data = static_cast<const T*>(array.data) + first;
     if (array.position_stride == 1) {
       for (int64_t c = 0; c < channels; ++c) {
@@ -132,18 +171,22 @@ void gather_as(const TangentArray& from, int64_t offset, const TangentArray& als
         float* const out = to + c * L;
         for (int64_t l = 0; l < L; ++l) put(out[l], widen_one(row[l]));
       }
-    } else {
-      for (int64_t first_l = 0; first_l < L; first_l += kTilePositions) {
-        const int64_t last_l = std::min(L, first_l + kTilePositions);
-        for (int64_t c = 0; c < channels; ++c) {
-          const T* const row = data + c * array.channel_stride;
-          for (int64_t l = first_l; l < last_l; ++l) put(to[c * L + l], widen_one(row[l * array.position_stride]));
+      return;
+    }
+    const Turned done = turned<T>(array, channels, L);
+    if constexpr (std::is_same_v<T, float>) {  // whole cache lines of four channels at a time
+      for (int64_t tile = 0; tile < done.positions; tile += kTilePositions) {
+        for (int64_t c = 0; c < done.channels; c += 4) {
+          for (int64_t l = tile; l < std::min(done.positions, tile + kTilePositions); l += 4)
+            transpose(data + c + l * array.position_stride, array.position_stride, to + c * L + l, L, add);
         }
       }
     }
+    each_but(done, channels, L,
+             [&](int64_t c, int64_t l) { put(to[c * L + l], widen_one(data[c * array.channel_stride + l * array.position_stride])); });
   };
-  copy(from, offset, [](float& out, float value) { out = value; });
-  if (also.data != nullptr) copy(also, also_offset, [](float& out, float value) { out += value; });
+  copy(from, offset, false, [](float& out, float value) { out = value; });
+  if (also.data != nullptr) copy(also, also_offset, true, [](float& out, float value) { out += value; });
 }
 
 template <class T, class Narrow>
@@ -154,15 +197,17 @@ void scatter_as(const float* from, const TangentArray& to, int64_t offset, int64
       T* const row = data + c * to.channel_stride;
       for (int64_t l = 0; l < L; ++l) row[l] = narrow_one(from[c * L + l]);
     }
-  } else {
-    for (int64_t first_l = 0; first_l < L; first_l += kTilePositions) {
-      const int64_t last_l = std::min(L, first_l + kTilePositions);
-      for (int64_t c = 0; c < channels; ++c) {
-        T* const row = data + c * to.channel_stride;
-        for (int64_t l = first_l; l < last_l; ++l) row[l * to.position_stride] = narrow_one(from[c * L + l]);
-      }
+    return;
+  }
+  const Turned done = turned<T>(to, channels, L);
+  if constexpr (std::is_same_v<T, float>) {
+    for (int64_t l = 0; l < done.positions; l += 4) {
+      for (int64_t c = 0; c < done.channels; c += 4)
+        transpose(from + c * L + l, L, data + c + l * to.position_stride, to.position_stride, false);
     }
   }
+  each_but(done, channels, L,
+           [&](int64_t c, int64_t l) { data[c * to.channel_stride + l * to.position_stride] = narrow_one(from[c * L + l]); });
 }
 
 // A group's elements of an array of one tangent, or of the primal with tangent 0.
