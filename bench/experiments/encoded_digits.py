@@ -12,6 +12,7 @@ from rich.console import Console
 from pyattr.attribution import EncodedEnsemble
 from pyattr.cli.display import Display
 from pyattr.diffusion import Schedule
+from pyattr.diffusion.images import to_bytes
 from pyattr.evaluation import Classifier, Comparison, Share
 from pyattr.files import whole_file
 
@@ -63,7 +64,7 @@ def accuracy(model: Classifier, images: np.ndarray, labels: np.ndarray) -> float
 
 def as_bytes(images: torch.Tensor) -> np.ndarray:
     """uint8 pixels of images in [-1, 1], as an 8-bit file would hold them."""
-    return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).numpy()
+    return to_bytes(images).numpy()
 
 
 def numbers(x) -> object:

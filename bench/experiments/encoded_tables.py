@@ -65,7 +65,7 @@ def items(found: dict) -> str:
         rows.append([f"{told}, median (quartiles)", *cells])
         against = found["Jacobian against"]
         tests = [test(against[name][kind.lower()]) if name in against else "" for name in names]
-        rows.append([f"the Jacobian's {kind} is larger", *tests])
+        rows.append([f"the Jacobian's {kind} against theirs", *tests])
     header = ["", *names]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 

@@ -11,6 +11,7 @@ from ..diffusion.progress import Progress, silent
 from ..diffusion.sampling import HELD, Samples, sample
 from ..diffusion.storage import differences
 from ..ops import TopK, code_topk
+from ..ops._arguments import check_integer
 from .codes import ablation_weights, as_codes
 from .encoded_jacobian import jacobian
 from .encoded_lists import distinct_top
@@ -180,9 +181,16 @@ class EncodedEnsemble(TrainedEnsemble):
         Raises:
             TypeError, ValueError: see :meth:`counterfactual`.
 
-        Extra memory: the result once more where it is kept, 3 (n + 1) batches of images, and what
+        Extra memory: the result once more where it is kept, 6 (n + 1) batches of images, and what
         :func:`pyattr.jvp.dual_forward` needs for ``batch_size`` images and their tangents.
         """
+        options = {"batch_size": batch_size, "tangents_per_pass": tangents_per_pass}
+        # A copy, since what the caller writes into it must not change later answers.
+        return self._kept_jacobian(samples, directory=directory, progress=progress, **options).clone()
+
+    def _kept_jacobian(
+        self, samples: Samples, *, batch_size: int = 8, tangents_per_pass: int = 32, directory=None, progress=silent
+    ) -> Tensor:
         replay = self._replay(samples, batch_size, directory, progress)
         if tangents_per_pass < 1:
             raise ValueError(f"EncodedEnsemble: tangents_per_pass must be at least 1, got {tangents_per_pass}")
@@ -206,7 +214,7 @@ class EncodedEnsemble(TrainedEnsemble):
 
         Extra memory: the Jacobian, and that of one sample in float64.
         """
-        columns = self.jacobian(samples, **options)
+        columns = self._kept_jacobian(samples, **options)
         out = torch.empty(len(columns), self.num_members, self.num_members, dtype=torch.float64, device="cpu")
         for gram, J in zip(out, columns, strict=True):
             torch.mm(J.double().T, J.double(), out=gram)
@@ -258,7 +266,7 @@ class EncodedEnsemble(TrainedEnsemble):
             return replay.last_steps(weights)
         if method == "jacobian":
             options |= {"batch_size": batch_size, "directory": directory, "progress": progress}
-            columns, scale = self.jacobian(samples, **options), 2  # pixels in [0, 1] become [-1, 1]
+            columns, scale = self._kept_jacobian(samples, **options), 2  # pixels in [0, 1] become [-1, 1]
         else:
             alone = replay.reweighted(torch.eye(self.num_members, dtype=torch.float64, device="cpu"), "members")
             columns, scale = (alone - samples.images[:, None]).flatten(2).mT, 1
@@ -283,7 +291,7 @@ class EncodedEnsemble(TrainedEnsemble):
 
         Extra memory: the Jacobian, and 64 MB.
         """
-        columns, weights = self.jacobian(queries, **options), self._made_with(queries)
+        columns, weights = self._kept_jacobian(queries, **options), self._made_with(queries)
         out = torch.empty(len(queries), len(self.codes), **HELD)
         for row, J in zip(out, columns, strict=True):
             # |J w| = |R w|, and R is no larger than the Gram while it keeps twice its digits.
@@ -316,6 +324,8 @@ class EncodedEnsemble(TrainedEnsemble):
         if not torch.equal(self._made_with(queries), self._weights(None)):
             raise ValueError("EncodedEnsemble: queries must be made with uniform weights to be searched for")
         codes = torch.from_numpy(self.codes) if codes is None else codes
+        most = 2**63 - 1 if isinstance(codes, (str, os.PathLike)) else len(codes)
+        k = check_integer("EncodedEnsemble", "k", k, 0, most)
         values = torch.empty(len(queries), k, dtype=torch.float64, device="cpu")
         items = torch.empty(len(queries), k, dtype=torch.int64, device="cpu")
         for row, gram in enumerate(self.gram(queries, **options)):

@@ -6,6 +6,8 @@ import hashlib
 import json
 import multiprocessing
 import queue
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -182,15 +184,20 @@ def _train_in_processes(
     tasks, news = context.Queue(), context.Queue()
     for task in [*members, *[None] * workers]:
         tasks.put(task)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".images-") as temporary:
+    opened, to_open = context.Semaphore(0), workers
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".images-", ignore_cleanup_errors=True) as temporary:
         # A file that all processes map, since shared memory is short where containers limit it.
         path = Path(temporary) / "images.pt"
         torch.save(images.cpu(), path)
-        arguments = recipe, path, splits, directory, torch.get_num_threads(), tasks, news
+        arguments = recipe, path, opened, splits, directory, torch.get_num_threads(), tasks, news
         processes = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(workers)]
         with _running(processes):
             at_work = workers
             while at_work:
+                while to_open and opened.acquire(block=False):
+                    to_open -= 1
+                    if to_open == 0:
+                        path.unlink()  # it stays as long as it is mapped, but not after all are killed
                 try:
                     member, done, error = news.get(timeout=_LOOK_SECONDS)
                 except queue.Empty:
@@ -224,16 +231,25 @@ def _running(processes: list) -> Iterator[None]:
                 process.join()
 
 
-def _work(recipe: Recipe, path: Path, splits: np.ndarray, directory: Path, threads: int, tasks, news) -> None:
+def _work(recipe: Recipe, path: Path, opened, splits: np.ndarray, directory: Path, threads: int, tasks, news) -> None:
     """A training process. As many threads as in the calling one, on whose number the bits depend."""
+    # Ctrl-C in a terminal reaches this process too; the calling one tells of it, and ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     images = torch.load(path, mmap=True, weights_only=True)
+    opened.release()
+
+    def tell(member: int, done: int) -> None:
+        if not multiprocessing.parent_process().is_alive():
+            # Killed. Left alone, this process would train on beside those of the next call, into the same files.
+            news.cancel_join_thread()
+            sys.exit(1)
+        news.put((member, done, None))
+
     while (member := tasks.get()) is not None:
         rows = torch.from_numpy(splits[:, member].nonzero()[0])
         try:
-            recipe.train(
-                member, images[rows], directory, lambda done, _total, _stage, i=member: news.put((i, done, None))
-            )
+            recipe.train(member, images[rows], directory, lambda done, _total, _stage, i=member: tell(i, done))
         except Exception as error:
             news.put((member, 0, f"{type(error).__name__}: {error}"))
             return

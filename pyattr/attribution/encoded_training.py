@@ -143,6 +143,8 @@ class TrainedEnsemble:
             raise ValueError(f"EncodedEnsemble: codes must give each member an image, got none for member {empty[0]}")
         self.shape = tuple(images.shape[1:])
         if self.directory is not None:
+            if members:  # what cannot be built is refused before anything is written
+                self.recipe.build(members[0], self.shape)
             self._record(images)
         # One of an earlier call may have seen other images.
         self._members = {i: member for i, member in self._members.items() if i not in members}

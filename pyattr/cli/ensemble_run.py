@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,9 @@ from ..datasets import DataError, ImageDataset
 from ..diffusion.images import to_bytes
 from ..diffusion.progress import silent
 from ..diffusion.sampling import check_options as check_sampling
+from ..diffusion.sampling import num_noises
 from ..diffusion.train import check_options as check_training
+from ..ops import TopK
 from ..report.grid import matplotlib, write_grid
 from .options import CodeOptions, DataOptions, Machine, TrainOptions
 from .run import Session, session
@@ -41,7 +46,8 @@ def encode(out: Path, data: DataOptions, options: CodeOptions) -> None:
             raise WorkspaceError(
                 f"member {int((splits == 0).argmax())} would see no image at all: give fewer --num-members, or more images"
             )
-        settings = {"data": images.fingerprint(), **dataclasses.asdict(options)}
+        labels = _labels_hash(images, options.kind)
+        settings = {"data": images.fingerprint(), "labels": labels, **dataclasses.asdict(options)}
         stage = work.workspace.stage("ensemble-codes", settings)
         step = Step("Encoding", f"{len(images):,} images for {options.num_members} members", stage, 16 * len(images))
         work.plan([step])
@@ -59,6 +65,7 @@ def encode(out: Path, data: DataOptions, options: CodeOptions) -> None:
 def _codes(images: ImageDataset, options: CodeOptions) -> np.ndarray:
     n, weight, seed = options.num_members, options.weight, options.seed
     if options.kind == "items":
+        _enough_codes(len(images), "images", n, weight)
         return random_codes(len(images), n, weight=weight, seed=seed)
     if images.labels is None:
         raise DataError(
@@ -66,10 +73,29 @@ def _codes(images: ImageDataset, options: CodeOptions) -> np.ndarray:
             "folder of its own, or take --codes items"
         )
     if options.kind == "classes":
+        _enough_codes(len(np.unique(images.labels)), "classes", n, weight)
         return group_codes(images.labels, n, weight=weight, seed=seed)
     if weight is not None:
         raise WorkspaceError("--weight goes with random codes: leave it out, or take --codes classes")
     return walsh_codes(images.labels, n)
+
+
+def _labels_hash(images: ImageDataset, kind: str) -> str | None:
+    """What tells the images' labels from others; None where codes do not depend on them."""
+    if kind == "items" or images.labels is None:
+        return None
+    names = json.dumps([images.class_names[label] for label in images.labels])
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
+def _enough_codes(wanted: int, what: str, num_members: int, weight: int | None) -> None:
+    weight = num_members // 2 if weight is None else weight
+    there_are = math.comb(num_members, weight)
+    if weight < num_members and wanted > there_are:
+        raise WorkspaceError(
+            f"{num_members} members have {there_are:,} codes of {weight} ones, fewer than the {wanted:,} {what}: "
+            "give more --num-members, or another --weight"
+        )
 
 
 def train(out: Path, options: TrainOptions, timesteps: int, workers: int, threads: int | None) -> None:
@@ -145,7 +171,10 @@ def sample(
         stage = work.workspace.stage("ensemble-samples", {"model": trained.key, "num_images": num_images, **options})
         numbers = num_images * int(np.prod(ensemble.shape))
         step = Step(
-            "Generating", f"{num_images} images by {method} in {steps} steps", stage, 2 * 4 * numbers * (1 + steps)
+            "Generating",
+            f"{num_images} images by {method} in {steps} steps",
+            stage,
+            2 * 4 * numbers * (1 + num_noises(method, steps, eta)),
         )
         work.plan([step])
         work.begin(step)
@@ -227,12 +256,14 @@ def _chosen(
                 "every member saw some images of each class: give --item NAME, or encode again with --codes classes or walsh"
             )
         return list(items), codes[[places[name] for name in items]]
-    classes = list(labels) if labels or items else list(images.class_names)
+    # Of a part of the data (--limit) some classes may have no image, and then no code.
+    firsts = dict(zip(*np.unique(images.labels, return_index=True), strict=True))
+    rows = {images.class_names[label]: row for label, row in firsts.items()}
+    classes = list(labels) if labels or items else list(rows)
     for name in classes:
-        if name not in images.class_names:
-            raise DataError(f"data: no class is named {name}: there are {', '.join(images.class_names)}")
-    rows = [int((images.labels == images.class_names.index(name)).argmax()) for name in classes]
-    return [*classes, *items], codes[[*rows, *(places[name] for name in items)]]
+        if name not in rows:
+            raise DataError(f"data: no class is named {name}: there are {', '.join(rows)}")
+    return [*classes, *items], codes[[rows[name] for name in classes] + [places[name] for name in items]]
 
 
 def search(out: Path, top: int, distinct: bool, batch_size: int, threads: int | None) -> None:
@@ -259,7 +290,7 @@ def search(out: Path, top: int, distinct: bool, batch_size: int, threads: int | 
             columns = ensemble.jacobian(
                 samples, batch_size=batch_size, directory=stage.folder, progress=work.display.progress
             )  # [Q, D, n]
-        found = ensemble.distinct_top(samples, top) if distinct else ensemble.search(samples, top)
+        found = _distinct(ensemble, samples, top) if distinct else ensemble.search(samples, top)
         scores = ensemble.scores(samples).numpy()
         folder, places = work.workspace.folder, found.indices.numpy()
         # Each without the one image of most influence on it.
@@ -271,20 +302,29 @@ def search(out: Path, top: int, distinct: bool, batch_size: int, threads: int | 
             {"scores": scores, "top": places, "queries": samples.uint8().numpy(), "without_top": without,
              "gram": ensemble.gram(samples).numpy(), "ids": np.array(images.ids)},
         )  # fmt: skip
-        shown = samples[:SHOWN]
+        shown, width = samples[:SHOWN], min(top, SHOWN)
         write_grid(
             folder / "ensemble-search.png",
             [
-                [before, after, None, *images.images[row]]
+                [before, after, None, *images.images[row[:width]]]
                 for before, after, row in zip(shown.uint8().numpy(), without, places, strict=False)
             ],
-            columns=["sample", "no 1", "", *(str(k + 1) for k in range(top))],
+            columns=["sample", "no 1", "", *(str(k + 1) for k in range(width))],
             labels=[str(number) for number in shown.ids.tolist()],
-            title=f"The {top} training images of most influence"
+            title=f"The {width} training images of most influence"
             + (", without those in several lists" if distinct else ""),
         )
         work.display.say(f"done; scores  {folder / 'ensemble-scores.npz'}")
         work.display.say(f"picture  {folder / 'ensemble-search.png'}")
+
+
+def _distinct(ensemble: EncodedEnsemble, samples: diffusion.Samples, top: int) -> TopK:
+    try:
+        return ensemble.distinct_top(samples, top)
+    except ValueError as error:  # the iteration deleted too many
+        raise WorkspaceError(
+            f"too few images are left for lists of {top} without repeats: give a smaller --top, or leave out --distinct"
+        ) from error
 
 
 def _norms(made: Tensor, samples: diffusion.Samples) -> np.ndarray:  # [Q, M, C, H, W] -> [Q, M] float32
@@ -311,7 +351,8 @@ def _encoded(work: Session) -> tuple[ImageDataset, np.ndarray, Stage]:
     """The images, their codes [N] uint64, and the stage that made these."""
     stage, told = _recalled(work, 0)
     images = work.load(DataOptions(**told["data"]))
-    if images.fingerprint() != stage.settings["data"]:
+    made = stage.settings
+    if (images.fingerprint(), _labels_hash(images, made["kind"])) != (made["data"], made["labels"]):
         raise WorkspaceError(
             f"{told['data']['source']} has changed since its images were encoded: put them back, or encode again"
         )

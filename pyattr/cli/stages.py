@@ -20,6 +20,7 @@ from .. import attribution, diffusion
 from ..datasets import DataError, ImageDataset, load
 from ..diffusion.checkpoint import trained_with
 from ..diffusion.sampling import check_options as check_sampling
+from ..diffusion.sampling import num_noises
 from ..diffusion.storage import data_hash
 from ..diffusion.train import check_options as check_training
 from ..files import whole_file
@@ -215,7 +216,7 @@ class Sampling(Step):
             **chosen,
         }
         numbers = options.num_images * int(np.prod(shape))
-        noises = options.steps if options.method == "ddpm" or options.eta else 1
+        noises = num_noises(options.method, options.steps, options.eta)
         super().__init__(
             "Generating",
             f"{options.num_images} images by {options.method.upper()} in {options.steps} steps",

@@ -98,6 +98,11 @@ def sampling_timesteps(schedule: Schedule, steps: int) -> Tensor:
     return torch.arange(steps - 1, -1, -1) * (schedule.num_timesteps // steps)
 
 
+def num_noises(method: str, steps: int, eta: float) -> int:
+    """E, the slices of exogenous noise of an image: x_T, and one for each step that adds noise; the last adds none."""
+    return steps if method != "ddim" or eta > 0 else 1
+
+
 def sample(
     model: nn.Module,
     schedule: Schedule,
@@ -279,7 +284,7 @@ class Sampler:
         self.timesteps, self.settings = timesteps, settings
         method, eta, clip = (settings[name] for name in ("method", "eta", "clip"))
         self.steps = steps_of(schedule, timesteps.tolist(), method=method, eta=eta, clip=clip)
-        self.noisy_steps = timesteps[:-1].tolist() if method != "ddim" or eta > 0 else []
+        self.noisy_steps = timesteps[: num_noises(method, len(timesteps), eta) - 1].tolist()
         self.like = reference_parameter(model, "sample")
 
     def times(self, number: int, count: int) -> Tensor:  # -> [B] int64

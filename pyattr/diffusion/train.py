@@ -111,13 +111,11 @@ def train(
         ema=ema,
         weighting=weighting,
         seed=seed,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        checkpoint_every=checkpoint_every,
+        keep_checkpoints=keep_checkpoints,
     )
-    if checkpoint_every is not None and checkpoint_every < 1:
-        raise ValueError(f"train: checkpoint_every must be at least 1, got {checkpoint_every}")
-    if keep_checkpoints is not None and keep_checkpoints < 1:
-        raise ValueError(f"train: keep_checkpoints must be at least 1 or None, got {keep_checkpoints}")
-    if not max_grad_norm > 0:
-        raise ValueError(f"train: max_grad_norm must be positive, got {max_grad_norm}")
     reference_parameter(model, "train")
     check_schedule(model, schedule, "train")
     settings = {
@@ -175,6 +173,10 @@ def check_options(
     ema: float | None,
     weighting: str,
     seed: int,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    checkpoint_every: int | None = None,
+    keep_checkpoints: int | None = None,
 ) -> None:
     """Refuse options of :func:`train` that it cannot take.
 
@@ -196,6 +198,14 @@ def check_options(
         raise ValueError(f"train: weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"train: seed must lie in [0, {2**32 - 1}], got {seed}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"train: weight_decay must not be negative, got {weight_decay}")
+    if not max_grad_norm > 0:
+        raise ValueError(f"train: max_grad_norm must be positive, got {max_grad_norm}")
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"train: checkpoint_every must be at least 1, got {checkpoint_every}")
+    if keep_checkpoints is not None and keep_checkpoints < 1:
+        raise ValueError(f"train: keep_checkpoints must be at least 1 or None, got {keep_checkpoints}")
 
 
 def _rng(seed: int, purpose: int, number: int) -> np.random.Generator:

@@ -112,7 +112,9 @@ def lpips(first, second, *, batch_size: int = 64) -> Distances:
     values = []
     with torch.no_grad():
         for a, b in zip(first.split(batch_size), second.split(batch_size), strict=True):
-            values.append(network(*(as_colour(to_unit(x, like)).contiguous() for x in (a, b))).double().reshape(len(a)))
+            # Clamped, since torchmetrics refuses what rounding leaves outside.
+            pair = (as_colour(to_unit(x, like), "lpips").clamp(-1, 1).contiguous() for x in (a, b))
+            values.append(network(*pair).double().reshape(len(a)))
     return Distances("LPIPS", torch.cat(values).numpy())
 
 

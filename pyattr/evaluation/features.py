@@ -70,21 +70,21 @@ def resized_and_normalised(size: int, mean: Sequence[float], std: Sequence[float
     """
 
     def prepare(images: Tensor) -> Tensor:  # [B, C, H, W] -> [B, 3, size, size]
-        images = (as_colour(images) + 1) / 2
+        images = (as_colour(images, "Extractor") + 1) / 2
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
         return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
 
     return prepare
 
 
-def as_colour(images: Tensor) -> Tensor:
+def as_colour(images: Tensor, op: str) -> Tensor:
     """Three channels, a single one repeated.
 
     Raises:
         ValueError: neither one nor three channels.
     """
     if images.shape[1] not in (1, 3):
-        raise ValueError(f"Extractor: images must have 1 or 3 channels, got {images.shape[1]}")
+        raise ValueError(f"{op}: images must have 1 or 3 channels, got {images.shape[1]}")
     return images.expand(-1, 3, -1, -1)
 
 
@@ -98,7 +98,7 @@ def inception() -> Extractor:
         ImportError: torchvision is missing.
         RuntimeError: the weights can be neither found nor downloaded.
 
-    Source: Dai, Gifford, "Ablation Based Counterfactuals" (encoded ensembles); Heusel et al., NeurIPS 2017.
+    Source: Dai, Gifford, "Training Data Attribution for Diffusion Models", arXiv 2306.02174; Heusel et al., NeurIPS 2017.
     """
     models = package("torchvision.models", "inception")
     weights = models.Inception_V3_Weights.DEFAULT

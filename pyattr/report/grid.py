@@ -52,7 +52,7 @@ def write_grid(
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: no image, or as many words as there are neither rows nor columns for.
+        ValueError: no image, images of several sizes, or as many words as there are neither rows nor columns for.
 
     Extra memory: the page, 3 bytes a pixel, and matplotlib's.
     """
@@ -60,6 +60,9 @@ def write_grid(
     first = next((image for row in rows for image in row if image is not None), None)
     if first is None:
         raise ValueError("write_grid: rows must hold at least one image, got none")
+    sizes = {image.shape[1:] for row in rows for image in row if image is not None}
+    if len(sizes) > 1:
+        raise ValueError(f"write_grid: images must be of one size, got {sorted(sizes)}")
     width = max(map(len, rows))
     for name, words, wanted in (("columns", columns, width), ("labels", labels, len(rows))):
         if len(words) not in (0, wanted):
@@ -71,9 +74,8 @@ def write_grid(
         for c, image in enumerate(row):
             if image is not None:
                 top, left = gap + r * (high + gap), gap + c * (wide + gap)
-                page[top : top + high, left : left + wide] = image.transpose(
-                    1, 2, 0
-                )  # grey spreads over three channels
+                # Grey spreads over three channels.
+                page[top : top + high, left : left + wide] = image.transpose(1, 2, 0)
     inches = INCHES / (wide + gap)
     figure = figure_module.Figure(figsize=(page.shape[1] * inches, page.shape[0] * inches))
     axes = figure.add_axes((0, 0, 1, 1))

@@ -1,5 +1,13 @@
 """Training, sampling and ablating an encoded ensemble."""
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -149,6 +157,64 @@ def test_processes_train_the_same_members_and_may_fail_or_die(tmp_path, monkeypa
     assert_same_members(made, ensemble(Member).fit(IMAGES))
 
 
+TRAINER = """
+import sys
+
+import torch
+from encoded_endless_member import Member
+
+from pyattr.attribution import EncodedEnsemble
+from pyattr.diffusion import Schedule
+
+if __name__ == "__main__":
+    ensemble = EncodedEnsemble(
+        Member, num_members=4, schedule=Schedule(6, 1e-2, 0.5), steps=10**6, batch_size=2, directory=sys.argv[1]
+    )
+    ensemble.fit(torch.zeros(6, 1, 4, 4), workers=2)
+"""
+ENDLESS = """
+import os
+from pathlib import Path
+
+from torch import nn
+
+
+class Member(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, images, timesteps):
+        Path(__file__).with_name(f"{os.getpid()}.at-work").touch()
+        return self.layer(images)
+"""
+
+
+def test_processes_leave_interruptions_to_the_one_that_started_them_and_end_with_it(tmp_path):
+    (tmp_path / "encoded_endless_member.py").write_text(ENDLESS)
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])}
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "trainer.py", tmp_path / "ensemble"],
+        env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + 120
+        # Both are at work, and their common file of images has gone from the folder.
+        while len(list(tmp_path.glob("*.at-work"))) < 2 or list(tmp_path.glob("ensemble/.images-*/*")):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        for path in tmp_path.glob("*.at-work"):  # Ctrl-C in a terminal reaches all of them
+            os.kill(int(path.stem), signal.SIGINT)
+        process.kill()
+        # All of them hold this pipe, which ends with the last one.
+        _, told = process.communicate(timeout=120)
+        assert "KeyboardInterrupt" not in told
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_members_may_be_trained_apart(tmp_path):
     expected = ensemble().fit(IMAGES)
     for members in ([2], [3, 0], [1]):
@@ -285,6 +351,8 @@ def test_samples_of_others_are_refused():
         (lambda: ensemble(epochs=3), "epochs is no option of training"),
         (lambda: EncodedEnsemble(Net, num_members=4, schedule=SCHEDULE), "steps must be given"),
         (lambda: ensemble(steps=0), "train: steps must be at least 1, got 0"),
+        (lambda: ensemble(keep_checkpoints=0), "train: keep_checkpoints must be at least 1 or None, got 0"),
+        (lambda: ensemble(weight_decay=-1.0), "train: weight_decay must not be negative, got -1.0"),
         (lambda: ensemble(members=65), r"num_members must lie in \[2, 64\], got 65"),
         (lambda: ensemble(codes=[1, 2], weight=1), "weight must be None where codes are given"),
         (lambda: ensemble(codes=[1, 15]), "codes must leave at least one member out, got 0xf for item 1"),
@@ -298,8 +366,11 @@ def test_samples_of_others_are_refused():
             lambda: ensemble(lambda: Net(), directory="unused").fit(IMAGES, workers=2),
             "model must be importable by name where workers are several",
         ),
-        (lambda: ensemble("mnist-small").fit(IMAGES[..., :2]), "mnist-small needs square images, got 4 x 2"),
-        (lambda: ensemble(lambda: 3).fit(IMAGES), "model must build a torch module, got int"),
+        (
+            lambda: ensemble("mnist-small", directory=".").fit(IMAGES[..., :2]),
+            "mnist-small needs square images, got 4 x 2",
+        ),
+        (lambda: ensemble(lambda: 3, directory=".").fit(IMAGES), "model must build a torch module, got int"),
         (lambda: ensemble().sample(1), "fit or open must be called first"),
     ],
 )

@@ -210,6 +210,17 @@ def test_tangents_and_batches_may_be_split():
     torch.testing.assert_close(made.jacobian(samples, batch_size=2, tangents_per_pass=3), expected)
 
 
+def test_writing_into_a_jacobian_changes_no_later_answer():
+    made = ensemble()
+    samples = made.sample(2)
+    J = made.jacobian(samples)
+    kept, scores = J.clone(), made.scores(samples)
+    J.zero_()
+    assert torch.equal(made.scores(samples), scores)
+    made.jacobian(samples).zero_()
+    assert torch.equal(made.jacobian(samples), kept)
+
+
 def test_gram_scores_and_search_agree_with_the_jacobian():
     made = ensemble(members=6, items=8)
     samples = made.sample(3)
@@ -352,6 +363,12 @@ def test_errors():
         made.approximate(samples, [1], "members", tangents_per_pass=2)
     with pytest.raises(ValueError, match="tangents_per_pass must be at least 1, got 0"):
         made.jacobian(samples, tangents_per_pass=0)
+    with pytest.raises(ValueError, match=r"^EncodedEnsemble: k must lie in \[0, 6\], got -1$"):
+        made.search(samples, -1)
+    with pytest.raises(ValueError, match=r"^EncodedEnsemble: k must lie in \[0, 2\], got 3$"):
+        made.search(samples[:0], 3, codes=torch.tensor([1, 2]))
+    with pytest.raises(TypeError, match=r"^EncodedEnsemble: k must be an integer, got float"):
+        made.search(samples, 2.0)
     with pytest.raises(TypeError, match=r"queries must be Samples of this ensemble.* got Tensor"):
         made.scores(samples.images)
     with pytest.raises(ValueError, match="queries must be samples of this ensemble: model was"):

@@ -53,7 +53,7 @@ def test_tables_replace_what_stood_there(tmp_path):
     assert "| own against other ablations, L2 | p < 1e-300, effect 0.900 | p <= 1e-300 |" in lines
     assert any(line.endswith("| 1.5; 2 and 4 |  |") for line in lines)
     assert "|  | Jacobian | individual models |" in lines
-    assert "| the Jacobian's Pearson is larger |  | p = 1.5e-07, effect 0.900 |" in lines
+    assert "| the Jacobian's Pearson against theirs |  | p = 1.5e-07, effect 0.900 |" in lines
     assert [lines[0], lines[-1]] == ["before", "after"] and "between" in lines
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 

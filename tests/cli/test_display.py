@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from pyattr.cli.display import LOG_EVERY, Display
+from pyattr.cli.display import LOG_EVERY, UNITS, Display
 
 
 class Clock:
@@ -65,6 +65,11 @@ def test_each_stage_has_its_own_clock(log):
         "2/2 sample 2/2 denoising steps, 3.0 s",
         "2/2 eigendecomposition 1/1, 0.0 s",
     ]
+
+
+def test_every_stage_of_an_ensemble_has_a_unit():
+    assert {UNITS[stage] for stage in ("counterfactual", "jacobian", "last_step", "members")} == {"denoising steps"}
+    assert (UNITS["classifier"], UNITS["image features"]) == ("epochs", "images")
 
 
 def test_a_terminal_gets_bars():

@@ -100,6 +100,13 @@ def test_what_is_finished_is_found(made, succeeds, folders):
     assert {path: path.stat().st_mtime_ns for path in made.glob("*-*/*") if path.is_file()} == before
 
 
+def test_a_picture_has_no_more_columns_than_a_page(again, made, succeeds, arrays):
+    succeeds(*ensemble("search", "--out", again, "--top", 24, "--threads", 1))
+    assert arrays(again / "ensemble-scores.npz")["top"].shape == (3, 24)
+    with Image.open(made / "ensemble-search.png") as four, Image.open(again / "ensemble-search.png") as twenty:
+        assert twenty.width / four.width == pytest.approx((3 + 20) / (3 + 4), rel=0.1)
+
+
 def test_distinct_lists_do_not_overlap(again, succeeds, arrays):
     succeeds(*ensemble("search", "--out", again, "--top", 2, "--distinct", "--threads", 1))
     top = arrays(again / "ensemble-scores.npz")["top"]
@@ -138,6 +145,32 @@ def test_walsh_codes(tmp_path, succeeds, arrays):
     assert "done; 3 codes, members see 1 to 2 of 5 images" in told
 
 
+def test_labels_that_changed_are_other_codes(tmp_path, succeeds, fails, folders):
+    pixels, path, out = np.arange(5 * 64, dtype=np.uint8).reshape(5, 8, 8), tmp_path / "x.npz", tmp_path / "out"
+    encode = ensemble("encode", path, "--out", out, "-m", 3, "--codes", "walsh")
+    np.savez(path, images=pixels, labels=[3, 1, 2, 2, 1])
+    succeeds(*encode)
+    np.savez(path, images=pixels, labels=[1, 3, 2, 2, 1])
+    fails(f"{path} has changed since its images were encoded: put them back, or encode again",
+          *ensemble("train", "--out", out, *TRAIN))  # fmt: skip
+    succeeds(*encode)
+    assert len(folders(out)) == 2
+
+
+def test_classes_that_a_part_of_the_images_lacks(tmp_path, succeeds, arrays, fails):
+    for number, name in enumerate(["a/0", "a/1", "a/2", "b/3", "c/4", "c/5"]):
+        (tmp_path / "images" / name[0]).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 40 * number).save(tmp_path / f"images/{name}.png")
+    out = tmp_path / "out"
+    # Of six images every other one is kept: none of b.
+    succeeds(*ensemble("encode", tmp_path / "images", "--limit", 3, "--out", out, "-m", 2, "--codes", "classes"))
+    succeeds(*ensemble("train", "--out", out, *TRAIN))
+    succeeds(*ensemble("sample", "--out", out, *SAMPLE))
+    fails("data: no class is named b: there are a, c", *ensemble("ablate", "--out", out, "-l", "b"))
+    succeeds(*ensemble("ablate", "--out", out, "--threads", 1))
+    assert list(arrays(out / "ensemble-ablation.npz")["names"]) == ["a", "c"]
+
+
 def test_refusals_of_codes(images, tmp_path, fails, pyattr):
     out = tmp_path / "out"
     np.savez(tmp_path / "plain.npz", images=np.zeros((24, 8, 8), np.uint8))
@@ -146,8 +179,13 @@ def test_refusals_of_codes(images, tmp_path, fails, pyattr):
         "its own, or take --codes items"
     )
     fails(told, *ensemble("encode", tmp_path / "plain.npz", "--out", out, "--codes", "walsh"))
-    fails("random_codes: num_items must be at most C(4, 2) = 6, got 24",
+    fails("4 members have 6 codes of 2 ones, fewer than the 24 images: give more --num-members, or another --weight",
           *ensemble("encode", images, "--out", out, "-m", 4))  # fmt: skip
+    fails("random_codes: weight must lie in [1, 3], got 4",
+          *ensemble("encode", images, "--out", out, "-m", 4, "--weight", 4))  # fmt: skip
+    np.savez(tmp_path / "many.npz", images=np.zeros((5, 8, 8), np.uint8), labels=np.arange(5))
+    fails("4 members have 4 codes of 1 ones, fewer than the 5 classes: give more --num-members, or another --weight",
+          *ensemble("encode", tmp_path / "many.npz", "--out", out, "-m", 4, "--codes", "classes", "--weight", 1))  # fmt: skip
     fails("--weight goes with random codes: leave it out, or take --codes classes",
           *ensemble("encode", images, "--out", out, "-m", 3, "--codes", "walsh", "--weight", 1))  # fmt: skip
     fails("walsh_codes: num_members + 1 must be a power of two, got num_members 4",
@@ -187,6 +225,9 @@ def test_refusals_of_a_made_ensemble(again, made, images, fails, succeeds, tmp_p
     refuses("data: no training image is named 7: names look like dark/00.png", "ablate", "-i", "7")
     refuses("--top must be at most the number of training images, 24, got 25", "search", "--top", 25)
     refuses("sample: method must be one of ddim, ddpm, published, got 'euler'", "sample", "--method", "euler")
+    # Three lists of 24 images cannot be of nine each without repeats.
+    told = "too few images are left for lists of 9 without repeats: give a smaller --top, or leave out --distinct"
+    refuses(told, "search", "--distinct", "--top", 9)
     # Another ensemble in the same folder, whose samples are still to be made.
     succeeds(*ensemble("train", "--out", again, *TRAIN, "--seed", 1))
     refuses(

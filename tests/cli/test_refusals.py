@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from pyattr import attribution, diffusion
-from pyattr.cli.options import DataOptions, TrainOptions
-from pyattr.cli.stages import Training, load_data
+from pyattr.cli.options import DataOptions, SampleOptions, TrainOptions
+from pyattr.cli.stages import Sampling, Training, load_data
 from pyattr.cli.workspace import Workspace
 from pyattr.datasets import load
 from pyattr.diffusion.train import WEIGHTINGS
@@ -268,6 +268,16 @@ def test_a_disk_without_room_is_refused_at_the_start(images, tmp_path, monkeypat
     assert re.fullmatch(rf"pyattr: the disk of {tmp_path}/out is too full: what is to be done takes about \d+ MB, 1 MB are "
                         "free: free some space, or choose another folder with --out\n", result.stderr)  # fmt: skip
     assert folders(tmp_path / "out") == set()
+
+
+def test_room_for_every_slice_of_noise(tmp_path):
+    def size(**options):
+        with Workspace(tmp_path) as workspace:
+            return Sampling(workspace, "model", (1, 8, 8), SampleOptions(num_images=2, steps=50, **options)).size
+
+    noisy = 2 * 4 * 2 * 64 * (1 + 50)
+    assert size(method="published") == size(method="ddpm") == size(method="ddim", eta=0.5) == noisy
+    assert size(method="ddim") == 2 * 4 * 2 * 64 * 2
 
 
 def test_room_that_the_interrupted_run_has_taken_is_not_asked_for_again(

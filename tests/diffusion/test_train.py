@@ -328,6 +328,7 @@ def test_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(tmp_path, tin
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative, got -1.0"),
         ({"warmup": 1.5}, "warmup must lie"),
         ({"ema": 1.0}, "ema must lie"),
         ({"weighting": "snr"}, "weighting must be one of simple, velocity, got 'snr'"),

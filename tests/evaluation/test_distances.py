@@ -148,6 +148,7 @@ def test_lpips_takes_colour_in_minus_one_to_one(torchvision, monkeypatch):
 
         def __call__(self, first, second):
             assert first.shape[1] == 3 and first.is_contiguous()
+            assert first.min() >= -1  # or torchmetrics refuses them
             return (first - second).abs().amax((1, 2, 3)).squeeze()  # as torchmetrics' own squeezes
 
     lpip = types.ModuleType("torchmetrics.image.lpip")
@@ -160,6 +161,9 @@ def test_lpips_takes_colour_in_minus_one_to_one(torchvision, monkeypatch):
     second[1] = 255
     found = lpips(first, second, batch_size=2)
     assert (found.name, found.values.tolist()) == ("LPIPS", [0, 2, 0])
+    assert lpips(torch.full((1, 3, 4, 4), -1.0005), torch.ones(1, 3, 4, 4)).values.tolist() == [2]
+    with pytest.raises(ValueError, match=r"^lpips: images must have 1 or 3 channels, got 2$"):
+        lpips(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4))
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,8 @@ def test_refusals(tmp_path, monkeypatch):
         assert not list(tmp_path.iterdir())
 
     refuses(ValueError, "write_grid: rows must hold at least one image, got none", [[], [None]])
+    told = "write_grid: images must be of one size, got [(1, 1), (8, 8)]"
+    refuses(ValueError, told, [[flat(0), flat(0)[:, :1, :1]]])
     refuses(ValueError, "write_grid: columns must be 2, got 1", [[flat(0)] * 2], columns=["a"])
     refuses(ValueError, "write_grid: labels must be 1, got 2", [[flat(0)]], labels=["a", "b"])
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
