@@ -6,7 +6,7 @@ from .rule import rule
 
 @rule(
     *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
-    *("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full", "fill", "zero", "bernoulli"),
+    *("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full", "zero", "bernoulli"),
     *("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "isposinf", "isneginf", "equal", "signbit"),
     *(
         "logical_not",

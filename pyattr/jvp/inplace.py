@@ -1,5 +1,6 @@
 """Operators that write to an argument."""
 
+import torch
 from torch import Tensor
 
 from .dual import Dual
@@ -28,6 +29,11 @@ def write(run, func, args: tuple, kwargs: dict, call):
     result = call(compute, args, kwargs)
     if not isinstance(result, Dual):
         result = constant(run, result)
+    if result.family is target.family:  # squeeze_ and the like write nothing
+        with torch._C._DisableTorchDispatch():  # torch's idea of the target, which has no memory
+            func(*args, **kwargs)
+        target.parts = result.parts
+        return target
     if result.shape != target.shape:
         raise NotImplementedError(f"dual_forward: {name}{here(run)} changes a shape in place")
     run.settle()

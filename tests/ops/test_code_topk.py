@@ -280,6 +280,12 @@ def test_sizes(backend):
 
 
 @everywhere
+def test_none_are_valued_where_none_are_asked_for(backend, monkeypatch):
+    monkeypatch.setattr(op.reference, "relative_squares", None)
+    assert search(torch.eye(5, dtype=torch.float64), torch.tensor([3, 1]), 0, backend).indices.tolist() == []
+
+
+@everywhere
 def test_kinds_of_codes(backend):
     if testing.device_of(backend) != "cpu":
         pytest.skip("NumPy arrays are on the CPU")
