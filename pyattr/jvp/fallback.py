@@ -47,6 +47,12 @@ def torch_derivative(run, func, args: tuple, kwargs: dict):
             )
         results = [combine(run, value, lambda out: None) if has_slopes(value) else value for value in results]
         outputs = [value for value in results if isinstance(value, Dual)]
+        if func.is_view:  # of which these are copies
+            family = leaves[places[0]].family
+            family.split = True
+            for output in outputs:
+                output.family = family
+                family.add(output)
         strict = func.namespace != "aten"  # without a derivative, operators of others would give zeros
         try:
             # One by one: vmap lacks some operators, warns of others, and refuses any that look at values.

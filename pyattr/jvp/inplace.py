@@ -38,12 +38,18 @@ def write(run, func, args: tuple, kwargs: dict, call):
         raise NotImplementedError(f"dual_forward: {name}{here(run)} changes a shape in place")
     run.settle()
     members = target.family.alive()
-    if len(members) == 1:  # nothing sees the memory but the target itself, which can change over to the result
+    if (
+        len(members) == 1 and not target.family.seen
+    ):  # nothing sees the memory but the target itself, which can change over to the result
         target.assign(result if result.dtype == target.dtype else result.to(target.dtype))
         return target
     if target.family.split:
         raise NotImplementedError(
             f"dual_forward: {name}{here(run)} writes to a tensor of which a view had to be copied"
+        )
+    if target.family.shared and target.family.seen:
+        raise NotImplementedError(
+            f"dual_forward: {name}{here(run)} writes to a tensor that has been detached, and of which other results are made"
         )
     if target.family.shared:
         target.family.unshare()

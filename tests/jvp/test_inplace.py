@@ -61,6 +61,14 @@ def fill_parts(x):
     return y.masked_fill_(y > 1.5, 0.25)
 
 
+def write_to_what_has_been_detached(x):
+    y = x.exp()
+    value = y.detach()
+    y.mul_(2)
+    value[:, 0] += 1
+    return y * value
+
+
 def fill_with_what_depends_on_x(x):
     y = x.exp()
     y[:, 0] = x.mean()
@@ -83,6 +91,7 @@ def assign_constants(x):
         write_to_a_copy,
         fill_parts,
         fill_with_what_depends_on_x,
+        write_to_what_has_been_detached,
         assign_constants,
     ],
 )
@@ -152,6 +161,32 @@ def test_a_write_that_a_copied_view_would_miss_is_refused(first):
     with pytest.raises(NotImplementedError) as error:
         dual_forward(function, torch.randn(1, 4, 3, 5), torch.randn(2, 1, 4, 3, 5))
     assert str(error.value) == "dual_forward: aten::mul_ writes to a tensor of which a view had to be copied"
+
+
+@pytest.mark.filterwarnings("ignore:dual_forward:UserWarning")
+def test_a_write_through_a_view_that_torch_differentiates_is_refused():
+    def function(x):
+        y = x.exp()
+        y.as_strided((2,), (1,)).mul_(3)
+        return y
+
+    with pytest.raises(NotImplementedError) as error:
+        dual_forward(function, torch.randn(3), torch.randn(2, 3))
+    assert str(error.value) == "dual_forward: aten::mul_ writes to a tensor of which a view had to be copied"
+
+
+def test_a_write_to_shared_memory_that_has_been_detached_is_refused():
+    def function(x):
+        y = x.exp()
+        same, value = y / 1.0, y.detach()
+        y.mul_(2)
+        return same + value
+
+    with pytest.raises(NotImplementedError) as error:
+        dual_forward(function, torch.randn(3), torch.randn(2, 3))
+    assert str(error.value) == (
+        "dual_forward: aten::mul_ writes to a tensor that has been detached, and of which other results are made"
+    )
 
 
 def move_axes(x):
