@@ -182,9 +182,10 @@ def group_norm_silu_jvp_kernel(
 def group_norm_silu_jvp(x, x_dot, residual, residual_dot, num_groups, weight, bias, eps, silu, out):
     """x and residual [B, C, L], x_dot and residual_dot [K, B, C, L] into out = (y, y_dot, sum, sum_dot), as many as there are.
 
-    Inputs that lie neither contiguous nor channels-last, or otherwise than the output that is like them, are copied.
+    Inputs that lie neither contiguous nor channels-last, or otherwise than the output that is like them, are copied; so is what
+    goes to an output that is a part of something larger.
     """
-    y, y_dot, *sums = out
+    y, y_dot, *sums = written = [a if a.is_contiguous() or a.mT.is_contiguous() else a.new_empty(a.shape) for a in out]
     x_last, dot_last = (not array.is_contiguous() for array in (y, y_dot))
     x, residual = (_laid_out(array, x_last) for array in (x, residual))
     x_dot, residual_dot = (_laid_out(array, dot_last) for array in (x_dot, residual_dot))
@@ -202,6 +203,9 @@ def group_norm_silu_jvp(x, x_dot, residual, residual_dot, num_groups, weight, bi
             SILU=silu, X_LAST=x_last, DOT_LAST=dot_last, HELD=held, BLOCK=block,
             num_warps=8 if block > 2048 else 4, enable_fp_fusion=True,
         )  # fmt: skip
+    for array, result in zip(out, written, strict=True):
+        if result is not array:
+            array.copy_(result)
 
 
 def _laid_out(array, last):

@@ -17,7 +17,7 @@ def attention(
 ):
     if dropout_p > 0 or not duals([query, key, value]):
         raise NoRule
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else scale
     if enable_gqa:
         key, value = (a.repeat_interleave(query.shape[-3] // a.shape[-3], -3) for a in (key, value))
     if isinstance(attn_mask, Dual):

@@ -6,7 +6,7 @@ from .rule import rule
 
 @rule(
     *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
-    *("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full", "fill", "zero", "bernoulli"),
+    *("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full", "zero", "bernoulli"),
     *("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "isposinf", "isneginf", "equal", "signbit"),
     *(
         "logical_not",
@@ -21,7 +21,13 @@ from .rule import rule
         "argsort",
     ),
     *("sign", "floor", "ceil", "round", "trunc", "bucketize", "searchsorted"),
-    *("detach", "_local_scalar_dense", "is_nonzero"),
+    *("_local_scalar_dense", "is_nonzero"),
 )
 def constant(run: Run, func, *args, **kwargs):
     return func(*(a.primal if isinstance(a, Dual) else a for a in args), **kwargs)
+
+
+@rule("detach")
+def detach(run: Run, func, x: Dual):
+    x.family.seen = True
+    return func(x.primal)

@@ -45,10 +45,11 @@ class Family:
     Attributes:
         shared: its memory may also be read by other families, so it is copied before the first write.
         split: a view had to be copied, so that a write could not be seen by all.
+        seen: a plain tensor is a view of the primal too.
     """
 
     def __init__(self, shared: bool = False):
-        self.shared, self.split = shared, False
+        self.shared, self.split, self.seen = shared, False, False
         self._members = []
 
     def add(self, dual: "Dual"):

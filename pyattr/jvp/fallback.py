@@ -8,7 +8,7 @@ from torch.func import jvp
 from torch.utils import _pytree as pytree
 
 from .dual import Dual, combine
-from .rule import is_float
+from .rule import has_slopes
 from .where import here
 
 _SAID = set()  # operators that have been warned of
@@ -32,12 +32,12 @@ def torch_derivative(run, func, args: tuple, kwargs: dict):
         args, kwargs = pytree.tree_unflatten(filled, spec)
         return func(*args, **kwargs)
 
-    def floats(*inputs):
-        return tuple(value for value in pytree.tree_leaves(call(*inputs)) if is_float(value))
+    def numbers(*inputs):
+        return tuple(value for value in pytree.tree_leaves(call(*inputs)) if has_slopes(value))
 
     with run.derivatives_on():
         results, form = pytree.tree_flatten(call(*primals))
-        if not any(map(is_float, results)):
+        if not any(map(has_slopes, results)):
             return pytree.tree_unflatten(results, form)
         name = func._schema.name
         if name not in _SAID:
@@ -45,12 +45,19 @@ def torch_derivative(run, func, args: tuple, kwargs: dict):
             warnings.warn(
                 f"dual_forward: {name}{here(run)} has no rule of its own; torch.func.jvp does it, slower", stacklevel=2
             )
-        results = [combine(run, value, lambda out: None) if is_float(value) else value for value in results]
+        results = [combine(run, value, lambda out: None) if has_slopes(value) else value for value in results]
         outputs = [value for value in results if isinstance(value, Dual)]
+        if func.is_view:  # of which these are copies
+            family = leaves[places[0]].family
+            family.split = True
+            for output in outputs:
+                output.family = family
+                family.add(output)
+        strict = func.namespace != "aten"  # without a derivative, operators of others would give zeros
         try:
             # One by one: vmap lacks some operators, warns of others, and refuses any that look at values.
             for k in range(run.count):
-                slopes = jvp(floats, primals, tuple(leaves[i].tangents[k] for i in places))[1]
+                slopes = jvp(numbers, primals, tuple(leaves[i].tangents[k] for i in places), strict=strict)[1]
                 for output, slope in zip(outputs, slopes, strict=True):
                     output.tangents[k].copy_(slope)
         except (NotImplementedError, RuntimeError) as error:

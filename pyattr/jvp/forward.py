@@ -68,6 +68,8 @@ def _check(module, x, x_dot):
     for name, tensor in (("x", x), ("x_dot", x_dot)):
         if not isinstance(tensor, Tensor) or isinstance(tensor, Dual):
             raise TypeError(f"{OP}: {name} must be a torch tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise TypeError(f"{OP}: {name} must be a dense (strided) tensor")
     if not x.is_floating_point():
         raise TypeError(f"{OP}: x must be floating point, got {x.dtype}")
     if x_dot.dim() != x.dim() + 1 or x_dot.shape[1:] != x.shape:

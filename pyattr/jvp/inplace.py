@@ -1,5 +1,6 @@
 """Operators that write to an argument."""
 
+import torch
 from torch import Tensor
 
 from .dual import Dual
@@ -28,16 +29,27 @@ def write(run, func, args: tuple, kwargs: dict, call):
     result = call(compute, args, kwargs)
     if not isinstance(result, Dual):
         result = constant(run, result)
+    if result.family is target.family:  # squeeze_ and the like write nothing
+        with torch._C._DisableTorchDispatch():  # torch's idea of the target, which has no memory
+            func(*args, **kwargs)
+        target.parts = result.parts
+        return target
     if result.shape != target.shape:
         raise NotImplementedError(f"dual_forward: {name}{here(run)} changes a shape in place")
     run.settle()
     members = target.family.alive()
-    if len(members) == 1:  # nothing sees the memory but the target itself, which can change over to the result
+    if (
+        len(members) == 1 and not target.family.seen
+    ):  # nothing sees the memory but the target itself, which can change over to the result
         target.assign(result if result.dtype == target.dtype else result.to(target.dtype))
         return target
     if target.family.split:
         raise NotImplementedError(
             f"dual_forward: {name}{here(run)} writes to a tensor of which a view had to be copied"
+        )
+    if target.family.shared and target.family.seen:
+        raise NotImplementedError(
+            f"dual_forward: {name}{here(run)} writes to a tensor that has been detached, and of which other results are made"
         )
     if target.family.shared:
         target.family.unshare()

@@ -106,6 +106,12 @@ def resample(run: Run, func, x: Dual, *settings, **options):
     return each(x, lambda batch: _nonempty(batch, lambda a: folded(a, lambda b: func(b, *settings, **options), dims)))
 
 
+@rule("_fft_r2c", "_fft_c2c", "_fft_c2r")
+def fourier(run: Run, func, x: Dual, dims, *settings):
+    dims = [moved(axis, x.dim()) for axis in dims]
+    return each(x, lambda batch: _nonempty(batch, lambda a: func(a, dims, *settings)))
+
+
 def _nonempty(batch: Tensor, function) -> Tensor:
     """Of no slices, as of one: some operators refuse an empty batch."""
     return function(batch) if len(batch) else function(batch.new_zeros((1, *batch.shape[1:])))[:0]

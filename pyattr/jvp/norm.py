@@ -60,11 +60,12 @@ class GroupNorm:
     def _per_channel(self, factor) -> Tensor | None:
         """[B or 1, C] of a constant that is the same at all positions; None of another one."""
         if not isinstance(factor, Tensor):
-            return _wide(self.x.new_full((1, self.x.shape[1]), factor))
+            return _wide(self.x.new_empty(0)).new_full((1, self.x.shape[1]), factor)
         if factor.device != self.x.device or factor.dim() > self.x.dim() or not factor.is_floating_point():
             return None
         shape = [1] * (self.x.dim() - factor.dim()) + list(factor.shape)
-        if any(size != 1 for size in shape[2:]):
+        sizes = *self.x.shape[:2], *[1] * (self.x.dim() - 2)  # nor may the sum or product be larger than this
+        if any(size not in (1, own) for size, own in zip(shape, sizes, strict=True)):
             return None
         return _wide(factor).reshape(shape[:2]).expand(shape[0], self.x.shape[1])
 
@@ -93,6 +94,8 @@ def any_group_norm(run: Run, x, num_groups, weight=None, bias=None, eps=1e-5):
     # Torch would make it contiguous first; the op takes any strides.
     if not isinstance(x, Dual) or duals(weight, bias) or x.dim() < 2 or x.shape[1] % num_groups:
         raise NoRule
+    if any(a is not None and a.shape != x.shape[1:2] for a in (weight, bias)):
+        raise NoRule  # torch says what is wrong
     return GroupNorm(x.primal, x.tangents, num_groups, weight, bias, eps).deferred(run)
 
 

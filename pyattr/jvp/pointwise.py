@@ -55,8 +55,8 @@ from .views import aligned, each
     *("nan_to_num", "frac", "logit", "special_expit", "lgamma", "digamma"),
 )
 def pointwise(run: Run, func, x: Dual, *args, **kwargs):
-    if any(isinstance(a, Tensor) for a in (*args, *kwargs.values())) or not isinstance(x, Dual):
-        raise NoRule
+    if any(isinstance(a, Tensor) for a in (*args, *kwargs.values())) or not isinstance(x, Dual) or x.is_complex():
+        raise NoRule  # a function of a complex number may have no one slope
     if func is torch.ops.aten.silu.default and isinstance(x.pending, GroupNorm):
         return x.pending.with_silu(run)
     primal = x.primal
@@ -84,7 +84,7 @@ _DERIVATIVES = {
 
 @rule("pow")
 def power(run: Run, func, x, exponent):
-    if isinstance(exponent, Tensor) or not isinstance(x, Dual):
+    if isinstance(exponent, (Tensor, complex)) or not isinstance(x, Dual) or x.is_complex():
         raise NoRule
     return combine(
         run,
@@ -120,7 +120,7 @@ def multiply(run: Run, func, a, b):
             out.addcmul_(second.to(out.dtype), a.primal.to(out.dtype))
 
         return combine(run, primal, fill)
-    return scale(run, func, a, b) if isinstance(a, Dual) else scale(run, func, b, a)
+    return scale(run, torch.mul, a, b) if isinstance(a, Dual) else scale(run, torch.mul, b, a)
 
 
 @rule("div")
@@ -128,7 +128,7 @@ def divide(run: Run, func, a, b, *, rounding_mode=None):
     if rounding_mode is not None:
         raise NoRule
     if not isinstance(b, Dual):
-        return scale(run, func, a, b)
+        return scale(run, torch.div, a, b)
     primal = func(value_of(a), b.primal)
 
     def fill(out: Tensor):
@@ -141,10 +141,8 @@ def divide(run: Run, func, a, b, *, rounding_mode=None):
 
 
 def scale(run: Run, func, x: Dual, factor) -> Dual:
-    """func(x, factor) of a function that is linear in x: a product with a constant, or a quotient."""
+    """func(x, factor) of a function that is linear in x: torch.mul with a constant, or torch.div by one."""
     dims = max(x.dim(), factor.dim() if isinstance(factor, Tensor) else 0)
-    if isinstance(factor, complex) or (isinstance(factor, Tensor) and factor.is_complex()):
-        raise NoRule
     dtype = _result_type(x, factor)
     if is_one(factor) and dtype == x.dtype and dims == x.dim():
         return x.shares(*x.settle())
@@ -157,17 +155,17 @@ def scale(run: Run, func, x: Dual, factor) -> Dual:
 
 @rule("add")
 def add(run: Run, func, a, b, alpha=1):
-    return _sum(run, func, a, b, alpha)
+    return _sum(run, torch.add, a, b, alpha)
 
 
 @rule("sub")
 def subtract(run: Run, func, a, b, alpha=1):
-    return _sum(run, func, a, b, alpha)
+    return _sum(run, torch.sub, a, b, alpha)
 
 
 @rule("rsub")
 def subtract_from(run: Run, func, a, b, alpha=1):
-    return _sum(run, func, a, b, alpha)
+    return _sum(run, torch.rsub, a, b, alpha)
 
 
 def _sum(run: Run, func, a, b, alpha):
@@ -185,9 +183,9 @@ def _sum(run: Run, func, a, b, alpha):
         return combine(run, primal, fill)
     x, constant = (a, b) if isinstance(a, Dual) else (b, a)
     # What the function is to x alone: x, alpha x or -x.
-    sign = {("add", True): 1, ("add", False): alpha, ("sub", True): 1, ("sub", False): -alpha}
-    sign |= {("rsub", True): -alpha, ("rsub", False): 1}
-    factor = sign[func._schema.name.removeprefix("aten::"), x is a]
+    sign = {(torch.add, True): 1, (torch.add, False): alpha, (torch.sub, True): 1, (torch.sub, False): -alpha}
+    sign |= {(torch.rsub, True): -alpha, (torch.rsub, False): 1}
+    factor = sign[func, x is a]
     dtype = _result_type(x, constant)
     if isinstance(x.pending, GroupNorm) and dtype == x.dtype and factor == 1:
         folded = x.pending.shifted(run, func, constant, x is a, alpha)

@@ -59,8 +59,15 @@ def functional(func):
     if not name.endswith("_") or namespace != "aten":
         return None
     packet = getattr(torch.ops.aten, name[:-1], None)
-    return getattr(packet, func._overloadname, None)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet is not None else []
+    # By their arguments: names differ (transpose_ and transpose.int) or mislead (pow_.Scalar and pow.Tensor_Scalar).
+    return next((overload for overload in overloads if _types(overload) == _types(func)), None)
 
 
-def is_float(value) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _types(func) -> list[str]:
+    return [str(argument.type) for argument in func._schema.arguments]
+
+
+def has_slopes(value) -> bool:
+    """Whether it is a tensor of numbers that can have tangents, real or complex."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

@@ -46,12 +46,19 @@ def resolved(dual: Dual, size) -> list[int]:
 
 @rule("view", "_unsafe_view", "_reshape_alias")
 def view(run: Run, func, x: Dual, size, *strides):
+    if isinstance(size, torch.dtype):
+        raise NoRule
     size = resolved(x, size)
     try:
         return each(x, lambda a: a.view(len(a), *size), view=True)
     except RuntimeError:  # the memory lies otherwise than torch believes, as a faster library call left it
         x.family.split = True
-        return each(x, lambda a: a.reshape(len(a), *size))
+        return each(x, lambda a: a.reshape(len(a), *size), view=True)
+
+
+@rule("view_as_real", "view_as_complex")
+def view_as(run: Run, func, x: Dual):
+    return each(x, func, view=True)
 
 
 @rule("alias", "lift_fresh")
@@ -134,7 +141,7 @@ def clone(run: Run, func, x: Dual, *, memory_format=None):
 
 @rule("_to_copy")
 def to_copy(run: Run, func, x: Dual, *, dtype=None, device=None, memory_format=None, **options):
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
         return func(x.primal, dtype=dtype, device=device, memory_format=memory_format, **options)
     like = torch.empty_like(x.primal, dtype=dtype, device=device, memory_format=memory_format or torch.preserve_format)
     return _copied(run, x, empty_stack(run, like))
@@ -151,6 +158,12 @@ def copy(run: Run, func, x, source, non_blocking=False):
         stack[0].copy_(source)
         stack[1:].zero_()
     return Dual(run, (stack,))
+
+
+@rule("fill")
+def fill(run: Run, func, x, value):
+    # What torch makes of an assignment (y[0] = value) where the value has no axes.
+    return copy(run, func, x, value) if isinstance(value, Dual) else func(x.primal, value)
 
 
 def _copied(run: Run, x: Dual, stack: Tensor) -> Dual:

@@ -23,6 +23,7 @@ class Codes(NamedTuple):
 def check_gram(op: str, gram) -> torch.Tensor:
     """[n, n] float64 on the CPU."""
     gram, _ = arrays.to_torch(gram, op, "gram")
+    _check_dense(op, "gram", gram)
     if gram.dtype != torch.float64:
         raise TypeError(f"{op}: gram must be float64, got {gram.dtype}")
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or not FEWEST_MEMBERS <= len(gram) <= MOST_MEMBERS:
@@ -49,11 +50,17 @@ def check_codes(op: str, codes):
     if isinstance(codes, (str, os.PathLike)):
         return Codes(_mapped(op, codes), True), lambda tensor: tensor
     codes, restore = arrays.to_torch(codes, op, "codes")
+    _check_dense(op, "codes", codes)
     if codes.dtype not in (torch.uint64, torch.int64):
         raise TypeError(f"{op}: codes must be uint64, or int64 of the same bits, got {codes.dtype}")
     if codes.dim() != 1:
         raise ValueError(f"{op}: codes must have shape [N], got {list(codes.shape)}")
     return Codes(codes.detach().view(torch.int64), False), restore
+
+
+def _check_dense(op: str, name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{op}: {name} must be a dense (strided) tensor")
 
 
 def _mapped(op: str, path) -> torch.Tensor:

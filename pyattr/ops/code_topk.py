@@ -68,6 +68,8 @@ def code_topk(gram, codes, k, *, largest=True, backend=None) -> TopK:
 
 def _run_reference(gram: torch.Tensor, codes: Codes, k: int, largest: bool):
     refuse_bad("code_topk", codes.bits, len(gram))
+    if k == 0:
+        return codes.bits.new_empty(0, dtype=torch.float64), codes.bits.new_empty(0)
     return reference.code_topk(gram, codes.bits, k, largest)
 
 

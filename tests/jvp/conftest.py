@@ -31,7 +31,7 @@ def plain_group_norm(x, groups, weight=None, bias=None, eps=1e-5):
 
 
 def plain_attention(query, key, value, mask=None, is_causal=False, scale=None):
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = query @ key.transpose(-1, -2) * (max(query.shape[-1], 1) ** -0.5 if scale is None else scale)
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     if mask is not None:

@@ -338,6 +338,18 @@ def test_an_operator_without_any_derivative_is_an_error():
     )
 
 
+def test_an_operator_that_torch_takes_for_a_constant_is_an_error():
+    library = torch.library.Library("pyattr_test", "FRAGMENT")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", lambda x: 2 * x, "CPU")
+    with pytest.raises(NotImplementedError) as error, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dual_forward(torch.ops.pyattr_test.twice, torch.randn(3), torch.randn(2, 3))
+    assert str(error.value).startswith(
+        "dual_forward: pyattr_test::twice has no rule, and torch cannot differentiate it: "
+    )
+
+
 def test_batch_norm_in_training_is_an_error():
     with pytest.raises(NotImplementedError) as error:
         dual_forward(nn.BatchNorm2d(3), torch.randn(2, 3, 4, 4), torch.randn(1, 2, 3, 4, 4))
@@ -361,6 +373,12 @@ def test_a_value_kept_from_an_earlier_call_is_an_error():
     )
 
 
+@pytest.mark.parametrize(("groups", "weight"), [(2, torch.ones(2)), (2, torch.ones(1, 4)), (3, None)], ids=str)
+def test_a_group_norm_that_is_none_is_torchs_own_error(groups, weight):
+    with pytest.raises(RuntimeError, match=r"Expected (weight|number of channels)"):
+        dual_forward(lambda x: F.silu(F.group_norm(x, groups, weight)), torch.randn(1, 4, 3), torch.randn(2, 1, 4, 3))
+
+
 X = torch.zeros(2, 3)
 
 
@@ -369,6 +387,8 @@ X = torch.zeros(2, 3)
     [
         ((3, X, X[None]), TypeError, "dual_forward: module must be a torch module or another callable, got int"),
         ((torch.sin, 1.0, X[None]), TypeError, "dual_forward: x must be a torch tensor, got float"),
+        ((torch.sin, X.to_sparse(), X[None]), TypeError, "dual_forward: x must be a dense (strided) tensor"),
+        ((torch.sin, X, X[None].to_sparse()), TypeError, "dual_forward: x_dot must be a dense (strided) tensor"),
         ((torch.sin, X, [1.0]), TypeError, "dual_forward: x_dot must be a torch tensor, got list"),
         ((torch.sin, X.long(), X[None]), TypeError, "dual_forward: x must be floating point, got torch.int64"),
         ((torch.sin, X, X), ValueError, "dual_forward: x_dot must have shape [K, 2, 3], got [2, 3]"),

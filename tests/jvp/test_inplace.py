@@ -12,7 +12,8 @@ def add_to_itself(x):
     y += x
     y *= 2
     y -= 1
-    return y
+    y **= 3
+    return y.transpose_(0, 1)
 
 
 def write_through_a_view(x):
@@ -60,6 +61,21 @@ def fill_parts(x):
     return y.masked_fill_(y > 1.5, 0.25)
 
 
+def write_to_what_has_been_detached(x):
+    y = x.exp()
+    value = y.detach()
+    y.mul_(2)
+    value[:, 0] += 1
+    return y * value
+
+
+def fill_with_what_depends_on_x(x):
+    y = x.exp()
+    y[:, 0] = x.mean()
+    y[0, 1].fill_(y[1, 1, 1, 1])
+    return y
+
+
 def assign_constants(x):
     y = x.exp()
     y.copy_(torch.ones(6))
@@ -74,6 +90,8 @@ def assign_constants(x):
         write_to_the_source_of_a_copy,
         write_to_a_copy,
         fill_parts,
+        fill_with_what_depends_on_x,
+        write_to_what_has_been_detached,
         assign_constants,
     ],
 )
@@ -128,6 +146,62 @@ def test_a_plain_target_is_refused():
         "dual_forward: aten::copy_ in the module (Collect) writes a value that depends on x to a tensor that does not; "
         "have the module make a new tensor instead"
     )
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_write_that_a_copied_view_would_miss_is_refused(first):
+    """The tangents lie otherwise than the primal, so that what torch takes for a view is none."""
+
+    def function(x):
+        moved = torch.ones(1, 4, 5, 3) + x.exp().transpose(2, 3)
+        flat = moved.view(1, 4, 15)
+        (flat if first else moved).mul_(2)
+        return moved.sum() + flat
+
+    with pytest.raises(NotImplementedError) as error:
+        dual_forward(function, torch.randn(1, 4, 3, 5), torch.randn(2, 1, 4, 3, 5))
+    assert str(error.value) == "dual_forward: aten::mul_ writes to a tensor of which a view had to be copied"
+
+
+@pytest.mark.filterwarnings("ignore:dual_forward:UserWarning")
+def test_a_write_through_a_view_that_torch_differentiates_is_refused():
+    def function(x):
+        y = x.exp()
+        y.as_strided((2,), (1,)).mul_(3)
+        return y
+
+    with pytest.raises(NotImplementedError) as error:
+        dual_forward(function, torch.randn(3), torch.randn(2, 3))
+    assert str(error.value) == "dual_forward: aten::mul_ writes to a tensor of which a view had to be copied"
+
+
+def test_a_write_to_shared_memory_that_has_been_detached_is_refused():
+    def function(x):
+        y = x.exp()
+        same, value = y / 1.0, y.detach()
+        y.mul_(2)
+        return same + value
+
+    with pytest.raises(NotImplementedError) as error:
+        dual_forward(function, torch.randn(3), torch.randn(2, 3))
+    assert str(error.value) == (
+        "dual_forward: aten::mul_ writes to a tensor that has been detached, and of which other results are made"
+    )
+
+
+def move_axes(x):
+    y = x.exp()
+    row, square = y[0], x[0, 0, :, :5].sin()
+    y.transpose_(2, 3)
+    y.unsqueeze_(1).squeeze_(1)
+    square.t_()
+    y.mul_(2)
+    return y.sum(1) * square + row.transpose(1, 2).sum(0)
+
+
+def test_axes_that_are_moved_in_place(agrees):
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    agrees(lambda x: move_axes(x[..., :5]), x)
 
 
 def test_an_output_argument_is_refused():

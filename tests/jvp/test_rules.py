@@ -91,6 +91,7 @@ CASES = {
     "linear": (lambda x: F.linear(x, like(x, 7, 6), like(x, 7)), IMAGE),
     "linear_2d": (lambda x: F.linear(x, like(x, 7, 6), like(x, 7)) @ like(x, 7, 2), (3, 6)),
     "linear_1d": (lambda x: F.linear(x, like(x, 7, 6), like(x, 7)), (6,)),
+    "linear_1d_without_bias": (lambda x: F.linear(x, like(x, 7, 6)), (6,)),
     "linear_of_transposed": (lambda x: F.linear(x.transpose(-1, -2), like(x, 7, 5), like(x, 7)), IMAGE),
     "matmul_left": (lambda x: like(x, 3, 5) @ x, IMAGE),
     "matmul_both": (lambda x: x @ x.transpose(-1, -2).exp(), IMAGE),
@@ -172,6 +173,35 @@ class TestGroupNorm:
     def test_scale_of_each_position(self, dtype, agrees, plain):
         self.both(agrees, plain, lambda x, norm: F.silu(norm(x, 2) * like(x, 5, 6) + like(x, 1, 1, 5, 6)), IMAGE, dtype)
 
+    def test_scales_of_more_images_than_there_are(self, dtype, agrees, plain):
+        """One image becomes three."""
+        for function in (lambda y, a: y * a, lambda y, a: y + a, lambda y, a: a - y):
+            self.both(
+                agrees,
+                plain,
+                lambda x, norm, f=function: F.silu(f(norm(x, 2), like(x, 3, 4, 1, 1))),
+                (1, 4, 5, 6),
+                dtype,
+            )
+
+    def test_scales_of_more_channels_than_there_are(self, dtype, agrees, plain):
+        """One channel becomes four, by a scale or by a shift."""
+        for function in (lambda y, a: y * a, lambda y, a: a + y):
+            self.both(
+                agrees, plain, lambda x, norm, f=function: F.silu(f(norm(x, 1), like(x, 4, 1, 1))), (2, 1, 5, 6), dtype
+            )
+
+    def test_in_torchscript(self, dtype, agrees, plain):
+        """Which has overloads of its own for numbers."""
+
+        def function(x: torch.Tensor) -> torch.Tensor:
+            return F.silu(F.group_norm(x, 2) * 2.0 - 0.5) / 3.0 + F.group_norm(x, 2) / 4.0 + 1.0
+
+        def plainly(x):
+            return F.silu(plain.group_norm(x, 2) * 2 - 0.5) / 3 + plain.group_norm(x, 2) / 4 + 1
+
+        agrees(torch.jit.script(function), torch.randn(IMAGE, dtype=dtype), plain=plainly)
+
     def test_of_a_shifted_tensor(self, dtype, agrees, plain):
         self.both(agrees, plain, lambda x, norm: F.silu(norm(x + like(x, 2, 4, 1, 1), 2)) + x, IMAGE, dtype)
 
@@ -211,6 +241,9 @@ class TestAttention:
     def test_a_mask_that_depends_on_x(self, dtype, agrees, plain):
         self.both(agrees, plain, lambda x, attend: attend(x, x, x, (x @ x.mT).tanh()), (2, 3, 5, 4), dtype)
 
+    def test_of_no_width(self, dtype, agrees, plain):
+        self.both(agrees, plain, lambda x, attend: attend(x[..., :0], x[..., :0], x, scale=None), (1, 2, 3, 4), dtype)
+
     def test_fewer_heads_of_keys(self, dtype, agrees, plain):
         def plainly(x):
             return plain.attention(x, x[:, :2].repeat_interleave(2, 1), x[:, 2:].repeat_interleave(2, 1))
@@ -220,6 +253,37 @@ class TestAttention:
             torch.randn(2, 4, 5, 4, dtype=dtype),
             plain=plainly,
         )
+
+
+def low_frequencies(x):
+    """What FreeU does to the skips of a U-Net."""
+    spectrum = torch.fft.fftshift(torch.fft.fftn(x, dim=(-2, -1)), dim=(-2, -1))
+    mask = torch.ones(4, 6, dtype=x.dtype)
+    mask[1:3, 2:4] = 0.4
+    return torch.fft.ifftn(torch.fft.ifftshift(spectrum * mask, dim=(-2, -1)), dim=(-2, -1)).real
+
+
+def rotated(x):
+    """Rotary embeddings, by complex numbers."""
+    turns = torch.polar(torch.ones(4, 3), torch.arange(12.0).view(4, 3)).to(torch.complex(x, x).dtype)
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (3, 2))) * turns).flatten(-2)
+
+
+def of_complex_numbers(x):
+    z = x.to(torch.complex(x, x).dtype) * (1 + 2j) + x
+    return z.abs() + (z * z).real + z.imag + z.exp().angle() + (1 / (3 + z)).real + torch.cat([z, z])[2:].imag
+
+
+@pytest.mark.filterwarnings("ignore:dual_forward:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("function", [low_frequencies, rotated, of_complex_numbers])
+def test_complex_numbers_on_the_way(function, dtype, agrees):
+    agrees(function, torch.randn(2, 3, 4, 6, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_quotients_with_a_rounding_mode_of_none(dtype, agrees):
+    agrees(lambda x: torch.div(x, 3, rounding_mode=None), torch.randn(2, 3, dtype=dtype))
 
 
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4)

@@ -280,6 +280,12 @@ def test_sizes(backend):
 
 
 @everywhere
+def test_none_are_valued_where_none_are_asked_for(backend, monkeypatch):
+    monkeypatch.setattr(op.reference, "relative_squares", None)
+    assert search(torch.eye(5, dtype=torch.float64), torch.tensor([3, 1]), 0, backend).indices.tolist() == []
+
+
+@everywhere
 def test_kinds_of_codes(backend):
     if testing.device_of(backend) != "cpu":
         pytest.skip("NumPy arrays are on the CPU")
@@ -342,6 +348,8 @@ NOT_FINITE = torch.tensor([[1.0, 2.0], [2.0, float("inf")]], dtype=torch.float64
         (UNEVEN, CODES, {}, ValueError, "gram must be symmetric, got 2.0 at [0, 1] and 3.0 at [1, 0]"),
         (NOT_FINITE, CODES, {}, ValueError, "gram must be finite, got inf at [1, 1]"),
         ([[1.0]], CODES, {}, TypeError, "gram must be a torch tensor, NumPy array or CuPy array, got list"),
+        (GRAM.to_sparse(), CODES, {}, TypeError, "gram must be a dense (strided) tensor"),
+        (GRAM, CODES.to_sparse(), {}, TypeError, "codes must be a dense (strided) tensor"),
         (GRAM, CODES.int(), {}, TypeError, "codes must be uint64, or int64 of the same bits, got torch.int32"),
         (GRAM, CODES[None], {}, ValueError, "codes must have shape [N], got [1, 2]"),
         (GRAM, [1, 2], {}, TypeError, "codes must be a torch tensor, NumPy array or CuPy array, got list"),

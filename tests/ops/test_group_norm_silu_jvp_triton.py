@@ -155,6 +155,25 @@ def test_zeros_constants_and_what_is_not_finite(cut):
 
 
 @interpreted
+@pytest.mark.parametrize("cut", [False, True], indirect=True, ids=["held", "looped"])
+@pytest.mark.parametrize("last", [False, True])
+def test_results_that_are_parts_of_larger_arrays(cut, last, monkeypatch):
+    """As forward mode asks where each image has a scale of its own."""
+    from pyattr.jvp.norm import GroupNorm
+
+    monkeypatch.setenv("PYATTR_BACKEND", "triton")
+    given = problem((2, 4, 3, 5), 3, residual=False)
+    x, x_dot = (channels_last(given[name]) if last else given[name] for name in ("x", "x_dot"))
+    scales, shifts = torch.randn(2, 2, 4)
+    (stack,) = GroupNorm(x, x_dot, 2, scales, shifts, 1e-5).compute(silu=True)
+    for i in range(2):
+        one = {"x": x[i : i + 1], "x_dot": x_dot[:, i : i + 1], "weight": scales[i], "bias": shifts[i]}
+        wanted = run(one, 2, "reference")
+        torch.testing.assert_close(stack[0, i], wanted.y[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(stack[1:, i], wanted.y_dot[:, 0], rtol=1e-5, atol=1e-5)
+
+
+@interpreted
 def test_no_tangents():
     given = problem((2, 4, 5), 0)
     out = run(given, 2)
