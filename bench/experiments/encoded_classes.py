@@ -8,7 +8,7 @@ of LPIPS. The classifier learns from the 60,000 training digits, which no member
 
     python -m bench.experiments.encoded_classes OUT --data mnist.npz --work FOLDER
 
-Forty minutes of training and as many of sampling on one core. All work is kept in FOLDER, and a second run goes on from there.
+All work is kept in FOLDER, and a second run goes on from there.
 """
 
 import numpy as np

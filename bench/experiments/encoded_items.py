@@ -8,7 +8,7 @@ most influential digits of ten samples, before and after those that are in sever
 
     python -m bench.experiments.encoded_items OUT --data mnist.npz --work FOLDER
 
-Forty minutes of training and an hour of sampling on one core. All work is kept in FOLDER, and a second run goes on from there.
+All work is kept in FOLDER, and a second run goes on from there.
 """
 
 import numpy as np
