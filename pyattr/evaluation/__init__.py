@@ -7,8 +7,10 @@ from .convergence import Convergence, Principal, convergence, nested_codes, pca
 from .distances import Distance, Distances, feature_distances, fid, l2, lpips
 from .features import Extractor, inception
 from .frechet import frechet_distance
+from .lds import LDS, Interval, LDSDifference, lds, lds_difference
 
 __all__ = [
+    "LDS",
     "Agreement",
     "ClassAblation",
     "Classifier",
@@ -17,6 +19,8 @@ __all__ = [
     "Distance",
     "Distances",
     "Extractor",
+    "Interval",
+    "LDSDifference",
     "Principal",
     "Share",
     "agreement",
@@ -28,6 +32,8 @@ __all__ = [
     "frechet_distance",
     "inception",
     "l2",
+    "lds",
+    "lds_difference",
     "lpips",
     "nested_codes",
     "pca",
