@@ -6,6 +6,19 @@ from .encoded import EncodedEnsemble
 from .nda import NDA
 from .patch_matches import Explanation, Match
 from .patch_tuning import Tuning
+from .retraining import Datamodel, EmpiricalInfluence
 from .trak import QUERY_IDS, TRAK
 
-__all__ = ["DTRAK", "NDA", "QUERY_IDS", "TRAK", "EncodedEnsemble", "Explanation", "Match", "Tuning", "codes"]
+__all__ = [
+    "DTRAK",
+    "NDA",
+    "QUERY_IDS",
+    "TRAK",
+    "Datamodel",
+    "EmpiricalInfluence",
+    "EncodedEnsemble",
+    "Explanation",
+    "Match",
+    "Tuning",
+    "codes",
+]

@@ -7,7 +7,9 @@ from .convergence import Convergence, Principal, convergence, nested_codes, pca
 from .distances import Distance, Distances, feature_distances, fid, l2, lpips
 from .features import Extractor, inception
 from .frechet import frechet_distance
+from .ground_truth import GroundTruth, subsets
 from .lds import LDS, Interval, LDSDifference, lds, lds_difference
+from .subset_models import build_ground_truth
 
 __all__ = [
     "LDS",
@@ -19,11 +21,13 @@ __all__ = [
     "Distance",
     "Distances",
     "Extractor",
+    "GroundTruth",
     "Interval",
     "LDSDifference",
     "Principal",
     "Share",
     "agreement",
+    "build_ground_truth",
     "class_ablation",
     "compare",
     "convergence",
@@ -38,4 +42,5 @@ __all__ = [
     "nested_codes",
     "pca",
     "share",
+    "subsets",
 ]

@@ -183,7 +183,7 @@ class LDSDifference(_Resampled):
 def lds(scores, masks, outputs, *, level: float = 0.95) -> LDS:
     """Linear datamodeling score of attribution scores.
 
-    ``LDS(q) = Spearman over subsets m of (sum_n masks[m, n] scores[q, n], -outputs[m, q])``, with average ranks for ties. It is 1
+    ``LDS(q) = Spearman over subsets m of (sum_n masks[m, n] scores[q, n], -outputs[m, q])``, with average ranks for ties: 1
     when the sums of scores put the models that were trained on the subsets into the order of their losses.
 
     Args:
