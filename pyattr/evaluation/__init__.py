@@ -6,6 +6,7 @@ from .classifier import Classifier
 from .convergence import Convergence, Principal, convergence, nested_codes, pca
 from .distances import Distance, Distances, feature_distances, fid, l2, lpips
 from .features import Extractor, inception
+from .foreign import read_bergson, read_dattri
 from .frechet import frechet_distance
 from .ground_truth import GroundTruth, subsets
 from .lds import LDS, Interval, LDSDifference, lds, lds_difference
@@ -41,6 +42,8 @@ __all__ = [
     "lpips",
     "nested_codes",
     "pca",
+    "read_bergson",
+    "read_dattri",
     "share",
     "subsets",
 ]
