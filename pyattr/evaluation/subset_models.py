@@ -1,6 +1,7 @@
 """Making ground truth: models trained on subsets, and the losses of queries under each of them."""
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -36,7 +37,7 @@ class _Evaluation:
     num_noises: int
     noise_seed: int
     targets: tuple[str, ...]
-    batch_size: int
+    rows_per_pass: int
 
     def times(self, schedule: Schedule) -> Tensor:  # -> [K] int64
         stride = schedule.num_timesteps // self.timesteps
@@ -52,8 +53,8 @@ class _Evaluation:
         means = torch.empty(len(functions), self.num_noises, len(queries), dtype=torch.float64, device="cpu")
         for draw in range(self.num_noises):
             values = torch.empty(len(functions), rows, dtype=torch.float64, device="cpu")
-            for start in range(0, rows, self.batch_size):
-                row = torch.arange(start, min(start + self.batch_size, rows))
+            for start in range(0, rows, self.rows_per_pass):
+                row = torch.arange(start, min(start + self.rows_per_pass, rows))
                 which, t = row // len(times), times[row % len(times)]
                 x = to_unit(queries[which.to(queries.device)], like)  # [B, C, H, W]
                 eps = noise(
@@ -158,7 +159,7 @@ def build_ground_truth(
     query_ids=None,
     seed: int = 0,
     noise_seed: int = 0,
-    batch_size: int = 256,
+    rows_per_pass: int = 256,
     keep_models: bool = False,
     workers: int = 1,
     device: str | None = None,
@@ -190,7 +191,7 @@ def build_ground_truth(
         query_ids: [Q] distinct integers in [0, 2^63); None: those of the samples, or 0..Q-1.
         seed: of the model seeds, in [0, 2^32).
         noise_seed: in [0, 2^32).
-        batch_size: rows that go through a model together when losses are taken; decides their rounding.
+        rows_per_pass: noisy images that go through a model together when losses are taken; decides their rounding.
         keep_models: keep the trained models with weights rounded to float16, in ``models/``.
         workers: processes that work side by side, with as many threads each as torch has here: the same bits as from one. The
             model must then be importable by name.
@@ -230,7 +231,7 @@ def build_ground_truth(
         ("seeds", seeds, 99),
         ("timesteps", timesteps, schedule.num_timesteps),
         ("num_noises", num_noises, MAX_DRAWS),
-        ("batch_size", batch_size, 2**31),
+        ("rows_per_pass", rows_per_pass, 2**31),
         ("workers", workers, 2**10),
     ):
         if not 1 <= value <= high:
@@ -249,7 +250,7 @@ def build_ground_truth(
     recipe = Recipe(model, schedule, options, seed, _OP, device)
     if workers > 1:
         check_importable(recipe)
-    evaluation = _Evaluation(timesteps, num_noises, noise_seed, targets, batch_size)
+    evaluation = _Evaluation(timesteps, num_noises, noise_seed, targets, rows_per_pass)
     hashes = tuple(image_hashes(queries))
     settings = {
         "model": model if isinstance(model, str) else None,
@@ -272,7 +273,10 @@ def build_ground_truth(
         query_ids=query_ids.numpy(),
         images=settings["images"],
         queries=hashes,
-        settings={name: value for name, value in settings.items() if name not in ("images", "queries")},
+        # As a file gives them back.
+        settings=json.loads(
+            json.dumps({name: settings[name] for name in settings if name not in ("images", "queries")})
+        ),
     )
     made.save(directory / RESULT)
     return made
