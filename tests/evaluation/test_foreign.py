@@ -68,7 +68,7 @@ def test_other_content_is_refused(dattri):
     ):
         read_dattri(dattri, num_images=4)
     (dattri / "target_values_lds.pt").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="read_dattri: .* cannot be read"):
+    with pytest.raises(ValueError, match=r"read_dattri: .* cannot be read"):
         read_dattri(dattri, num_images=4)
     (dattri / "target_values_lds.pt").unlink()
     with pytest.raises(FileNotFoundError):
