@@ -18,13 +18,14 @@ define install
 	PYATTR_CUDA=$(1) PYATTR_CUDA_ARCHITECTURES=$(2) $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 endef
 
-# Dependencies change rarely and install slowly; the extension changes often and builds incrementally.
+# Dependencies change rarely and install slowly; the extension changes often and builds incrementally. So neither brings the
+# other.
 .venv/.dependencies: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'pyattr needs Python 3.10 or newer')"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=26.3"
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" ninja
-	PYATTR_CUDA=off $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,models,demo]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --only-deps ".[dev,models,demo]"
 	touch $@
 
 # A GPU decides whether the demo waits for nvcc. An extension built for the tests or by `make cuda` serves the demo as well.
@@ -40,8 +41,9 @@ endef
 demo: .venv/.demo
 	$(BIN)/pyattr demo
 
+# A process for each core, of one thread unless a test asks for more; the tests of one file share its fixtures in one of them.
 test: .venv/.test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 compat: .venv/.test
 	$(BIN)/python -m ci.compat $(PEERS)
