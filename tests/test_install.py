@@ -243,7 +243,9 @@ def plain_build(build_folder, wheel) -> Path:
 
 
 def test_plain_cmake_builds_a_module_that_loads(plain_build, tmp_path):
-    load = f"import sys; sys.path.insert(0, {str(plain_build)!r}); import _C; print(_C.simd_levels(), _C.built_with_cuda)"
+    load = (
+        f"import sys; sys.path.insert(0, {str(plain_build)!r}); import _C; print(_C.simd_levels(), _C.built_with_cuda)"
+    )
     printed = run(sys.executable, "-c", load, cwd=tmp_path)
     assert "'scalar'" in printed
     assert printed.split()[-1] == str(any(plain_build.rglob("*.cu.o")))
