@@ -28,6 +28,20 @@ class Goal:
     missing: str = "not measured in this run"
 
 
+def lead(above: str | Iterable[str], below: str | Iterable[str], column: str) -> Callable:
+    """A goal's ``measure``: the rate of a row, or of the fastest of several, in that of another row or several."""
+
+    def fastest(rate, rows):
+        rates = [rate(row, column) for row in ([rows] if isinstance(rows, str) else rows)]
+        return max((found for found in rates if found), default=None)
+
+    def measured(rate):
+        ours, theirs = fastest(rate, above), fastest(rate, below)
+        return ours / theirs if ours and theirs else None
+
+    return measured
+
+
 def describe(
     seconds: float, *, work: float, unit: str, bytes: int, ceiling: tuple[str, float | None], ram: float | None
 ) -> dict:
