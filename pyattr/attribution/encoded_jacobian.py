@@ -57,6 +57,7 @@ def _batch(
     if found is not None:
         tensors, first = found
         x, x_dot = (sampler.place(tensors[name]) for name in ("x", "x_dot"))
+        del tensors, found  # or the old tangents would lie beside the new ones
     wide = torch.promote_types(x.dtype, torch.float32)  # of the sums over members, as in a Mixture
     pace = Pace(SAVE_SECONDS)
     told(first * len(x))

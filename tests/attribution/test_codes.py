@@ -205,6 +205,18 @@ def test_codes_are_integers():
         as_codes([1.0], 4, "op")
 
 
+def test_numbers_of_members_are_integers():
+    for call, argument in (
+        (lambda: random_codes(5, 6.0), "num_members"),
+        (lambda: random_codes(5, 6, weight=3.0), "weight"),
+        (lambda: random_codes(5, 6, seed=0.5), "seed"),
+        (lambda: bias_bound(5, 6, weight=2.5), "weight"),
+        (lambda: as_codes([1], 4.0, "random_codes"), "num_members"),
+    ):
+        with pytest.raises(TypeError, match=rf"^(random_codes|bias_bound): {argument} must be an integer, got float$"):
+            call()
+
+
 def test_codes_of_any_kind():
     expected = np.array([5, 2**63 + 1], np.uint64)
     for given_codes in (expected, torch.from_numpy(expected), expected.view(np.int64), torch.tensor([5, -(2**63) + 1])):
