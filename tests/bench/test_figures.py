@@ -87,6 +87,15 @@ def test_a_lead_is_over_the_fastest_that_was_measured():
     assert figures.lead(rows, peers, "B=64")(rate) is None
 
 
+def test_goals_read_peak_memory():
+    benchmarks = [figure("pyattr", "B=1", 8.0, ours=True), figure("peer", "B=1", 4.0, ours=False)]
+    benchmarks[0]["extra_info"]["peak_mib"] = 25.0
+    seen = []
+    goal = figures.Goal("op", "at most 30 MiB", lambda rate: seen.append(rate(figures.PEAK + "peer", "B=1")), 1)
+    less = figures.Goal("op", "at most 30 MiB", lambda rate: 30 / rate(figures.PEAK + "pyattr", "B=1"), 1)
+    assert [entry["met"] for entry in figures.check_goals([goal, less], benchmarks)] == [None, True] and seen == [None]
+
+
 def test_trimmed_output_is_still_compared_by_pytest_benchmark(tmp_path, capsys, monkeypatch):
     from pytest_benchmark.cli import main
 
