@@ -1,5 +1,6 @@
 """How well guessed counterfactuals agree with true ones, and whether one way of guessing beats another."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,7 +95,8 @@ def agreement(images, true, guessed) -> Agreement:
         raise ValueError(
             f"agreement: true must hold at least one counterfactual of at least one pixel, got shape {list(true.shape)}"
         )
-    true, guessed = ((x - images[:, None]).reshape(*x.shape[:2], -1) for x in (true, guessed))  # [Q, M, D]
+    flat = (*true.shape[:2], math.prod(true.shape[2:]))
+    true, guessed = ((x - images[:, None]).reshape(flat) for x in (true, guessed))  # [Q, M, D]
     sizes = [np.linalg.norm(x, axis=2) for x in (true, guessed)]  # [Q, M]
     spearman = [_correlation(*(scipy.stats.rankdata(s[q]) for s in sizes)) for q in range(len(images))]
     return Agreement(_correlation(true, guessed), np.array(spearman, np.float64))

@@ -35,7 +35,7 @@ class _Network(nn.Module):
         channels = self.convolutions[0].in_channels
         if images.shape[1] != channels or 0 in images.shape[2:]:
             raise ValueError(
-                f"Classifier: images must have the {channels} channels of fit and pixels, got {list(images.shape[1:])}"
+                f"Classifier: images must have pixels and {channels} channels, as in fit, got {list(images.shape[1:])}"
             )
         x = images
         for convolution in self.convolutions:

@@ -1,5 +1,6 @@
 """How an ensemble's samples settle as members are added, and the plane in which features spread most."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,7 +67,7 @@ def convergence(images) -> Convergence:
     images = as_numbers(images, "convergence", "images")
     if images.ndim < 3 or images.shape[1] == 0:
         raise ValueError(f"convergence: images must have shape [Q, S, ...] with S at least 1, got {list(images.shape)}")
-    flat = images.reshape(*images.shape[:2], -1)
+    flat = images.reshape(*images.shape[:2], math.prod(images.shape[2:]))
     return Convergence(np.linalg.norm(flat - flat[:, -1:], axis=2), np.linalg.norm(np.diff(flat, axis=1), axis=2))
 
 

@@ -39,21 +39,36 @@ def vision():
         import torchmetrics.image.lpip
         import torchvision.models
 
-        yield types.SimpleNamespace(vision=torchvision, models=torchvision.models, metrics=torchmetrics.image)
+        yield types.SimpleNamespace(models=torchvision.models, transforms=torchvision.transforms, metrics=torchmetrics)
 
 
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    """torch's cache of weights, empty, and no network to fill it from; the addresses that were asked for."""
+@contextlib.contextmanager
+def no_network(folder):
+    """Torch's cache of weights in a folder, and no network to fill it from; the addresses that were asked for."""
     asked = []
 
     def urlopen(request, *args, **kwargs):
         asked.append(request.full_url)
         raise urllib.error.URLError("no route to host")
 
-    monkeypatch.setattr("torch.hub.urlopen", urlopen)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub._hub_dir", None)
-    checkpoints = tmp_path / "hub" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    return types.SimpleNamespace(asked=asked, cache=checkpoints)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.hub.urlopen", urlopen)
+        patch.setattr("torch.hub._hub_dir", None)
+        patch.setenv("TORCH_HOME", str(folder))
+        checkpoints = folder / "hub" / "checkpoints"
+        checkpoints.mkdir(parents=True)
+        yield types.SimpleNamespace(asked=asked, folder=checkpoints)
+
+
+@pytest.fixture
+def offline(tmp_path):
+    """An empty cache, see :func:`no_network`."""
+    with no_network(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache for a file's tests, see :func:`no_network`."""
+    with no_network(tmp_path_factory.mktemp("torch")) as found:
+        yield found
