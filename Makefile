@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # The release that the tests are run with. Its CPU build where the index in use has one.
 TORCH ?= torch==2.13.0
+# The one made for that release: another would replace it.
+TORCHVISION ?= torchvision==0.28.0
 BIN := .venv/bin
 # One CUDA target is enough to know that the kernels compile.
 CUDA_TEST_TARGET ?= 80
@@ -38,11 +40,17 @@ endef
 	$(call install,auto,$(CUDA_TEST_TARGET))
 	touch $@ .venv/.demo
 
+# Not among the other packages: beside torch's CPU build the registry's torchvision, made for CUDA, does not load, and then
+# diffusers, which imports it where it is, would not either. The tests declare what is missing (tests/evaluation/conftest.py).
+.venv/.vision: .venv/.dependencies
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/vision "$(TORCHVISION)" "torchmetrics>=1.8" lightning-utilities
+	touch $@
+
 demo: .venv/.demo
 	$(BIN)/pyattr demo
 
 # A process for each core, of one thread unless a test asks for more; the tests of one file share its fixtures in one of them.
-test: .venv/.test
+test: .venv/.test .venv/.vision
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 compat: .venv/.test
