@@ -118,10 +118,9 @@ def test_code_topk(row, column, measure):
     )
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # a process of its own, with nothing of an earlier call, for the memory it takes
     import sys
 
     members = int(sys.argv[1])
     some, matrix = codes(members, 20_000_000), gram(members)
-    ops.code_topk(matrix, some[:1000], K, backend="cpu")
     memory.print_peak(lambda: ops.code_topk(matrix, some, K, backend="cpu"))
