@@ -15,6 +15,7 @@ import numpy as np
 
 from pyattr.attribution.codes import random_codes
 from pyattr.attribution.encoded_lists import distinct_top
+from pyattr.attribution.encoded_samples import METHODS
 from pyattr.evaluation import agreement, compare, convergence, nested_codes
 from pyattr.report.grid import matplotlib, write_grid
 
@@ -23,7 +24,6 @@ from .encoded_digits import arguments, as_bytes, digits, ensemble, settings, sho
 MEMBERS, STEPS, SAMPLES = 16, 800, 32
 ITEMS = 32  # of which each sample is made again without
 SETTLING = 12  # samples whose nested ensembles are followed
-METHODS = ("jacobian", "last_step", "members")
 NAMES = {"jacobian": "Jacobian", "last_step": "last step predicted noise", "members": "individual models"}
 SHOWN, TOP = 10, 10
 BATCH = 64

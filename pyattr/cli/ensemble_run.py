@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import diffusion
 from ..attribution import EncodedEnsemble
 from ..attribution.codes import ablation_weights, group_codes, guarantee, membership, random_codes, walsh_codes
+from ..attribution.encoded_samples import default_steps
 from ..datasets import DataError, ImageDataset
 from ..diffusion.images import to_bytes
 from ..diffusion.progress import silent
@@ -165,7 +166,7 @@ def sample(
     with session(out, Machine("cpu", threads)) as work:
         trained, ensemble = _ensemble(work)
         schedule = ensemble.recipe.schedule
-        steps = steps or (min(50, schedule.num_timesteps) if method == "ddim" else schedule.num_timesteps)
+        steps = steps or default_steps(method, schedule)
         options = {"method": method, "steps": steps, "eta": eta, "seed": seed, "batch_size": batch_size}
         check_sampling(schedule, **options)
         stage = work.workspace.stage("ensemble-samples", {"model": trained.key, "num_images": num_images, **options})

@@ -1,10 +1,10 @@
 """Scores of methods and of samples, with their uncertainty."""
 
 from .ablation import ClassAblation, Share, class_ablation, share
-from .agreement import Agreement, Comparison, agreement, compare
+from .agreement import Agreement, Comparison, PairedComparison, agreement, compare, compare_paired
 from .classifier import Classifier
 from .convergence import Convergence, Principal, convergence, nested_codes, pca
-from .distances import Distance, Distances, feature_distances, fid, l2, lpips
+from .distances import Distance, Distances, change_sizes, feature_distances, fid, l2, lpips
 from .features import Extractor, inception
 from .foreign import read_bergson, read_dattri
 from .frechet import frechet_distance
@@ -25,12 +25,15 @@ __all__ = [
     "GroundTruth",
     "Interval",
     "LDSDifference",
+    "PairedComparison",
     "Principal",
     "Share",
     "agreement",
     "build_ground_truth",
+    "change_sizes",
     "class_ablation",
     "compare",
+    "compare_paired",
     "convergence",
     "feature_distances",
     "fid",
