@@ -32,3 +32,17 @@ def write_results(path: str | os.PathLike, found: dict) -> None:
     """Write results as JSON, whole or not at all."""
     with whole_file(path) as stream:
         stream.write(json.dumps(numbers(found), indent=1).encode() + b"\n")
+
+
+def percent(share: dict) -> str:
+    """A share, as :func:`numbers` writes it, for people: 62.5% (54.4 to 70.0)."""
+    low, high = share["interval"]
+    return f"{share['percent']:.1f}% ({low:.1f} to {high:.1f})"
+
+
+def p_and_effect(comparison: dict | None) -> str:
+    """p and the effect of a Mann-Whitney test, as :func:`numbers` writes it; None: there was nothing to compare."""
+    if comparison is None:
+        return "not defined"
+    p = "< 1e-300" if comparison["p"] == 0 else f"= {comparison['p']:.1e}"
+    return f"p {p}, effect {comparison['effect']:.3f}"
