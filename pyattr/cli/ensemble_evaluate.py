@@ -52,7 +52,10 @@ def evaluate(out: Path, options: EvaluateOptions, machine: Machine) -> None:
         found = job.run()
         folder = work.workspace.folder
         write_results(folder / "ensemble-evaluation.json", found)
-        work.display.console.print(_table(numbers(found)))
+        shown = numbers(found)
+        work.display.console.print(_figures(shown))
+        if "agreement" in shown:
+            work.display.console.print(_guesses(shown))
         work.display.say(f"done; numbers  {folder / 'ensemble-evaluation.json'}")
         for picture in job.pictures:
             work.display.say(f"picture  {picture}")
@@ -65,7 +68,7 @@ class _Classifying(Step):
         self.epochs = epochs
         settings = {"data": images.fingerprint(), "labels": hash_of_labels(images), "epochs": epochs}
         stage = workspace.stage("ensemble-classifier", settings)
-        what = f"of the labels of {len(images):,} images, which the members saw as well"
+        what = f"of {len(images):,} labelled images, which members saw too"
         super().__init__("Classifier", what, stage, CLASSIFIER_BYTES)
 
     def run(self, images: ImageDataset, labels: np.ndarray, display: Display) -> Classifier:
@@ -280,35 +283,39 @@ class _Job:
         return self.pictures[-1]
 
 
-def _table(found: dict) -> Table:
-    """The results that are looked at first."""
+def _figures(found: dict) -> Table:
+    """The results that are looked at first, but for those of guesses."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    ablation = found.get("class ablation")
     if "classifier" in found:
-        accuracy = found["classifier"]["accuracy on them"]
-        table.add_row("classifier's accuracy on the images it learned from", f"{100 * accuracy:.1f}%")
+        table.add_row("classifier's accuracy where it learned", f"{100 * found['classifier']['accuracy on them']:.1f}%")
+    ablation = found.get("class ablation")
     if ablation is not None:
+        own = "own class most influential, by "
         for name, each in ablation["by distance"].items():
-            share = each["most influential ablation is of the sample's class"]
-            table.add_row(f"the most influential ablation is of the sample's class, by {name}", percent(share))
-        table.add_row("the same, by chance", f"{100 / len(ablation['classes']):.1f}%")
+            table.add_row(own + name, percent(each["most influential ablation is of the sample's class"]))
+        table.add_row(own + "chance", f"{100 / len(ablation['classes']):.1f}%")
         for kind in ("own ablation", "another ablation"):
-            table.add_row(f"{kind} changes the predicted class", percent(ablation[f"{kind} flips the class"]))
+            table.add_row(f"{kind} changes the class", percent(ablation[f"{kind} flips the class"]))
     for name, each in found.items():
         if isinstance(each, dict) and "ensemble" in each:
-            members = sorted(each["members"])
-            table.add_row(
-                f"{name}: ensemble; members", f"{each['ensemble']:.4g}; {members[0]:.4g} to {members[-1]:.4g}"
-            )
-    for name, each in found.get("agreement", {}).items():
-        for kind in ("Pearson", "Spearman"):
-            table.add_row(f"{kind}'s correlation with exact ablations, {name}", _median(each, kind))
-    for name, each in found.get("Jacobian against", {}).items():
-        for kind in ("Pearson", "Spearman"):
-            table.add_row(f"{kind} of the Jacobian against {name}", p_and_effect(each[kind.lower()]))
+            table.add_row(f"{name}, ensemble", f"{each['ensemble']:.4g}")
+            table.add_row(f"{name}, members", f"{min(each['members']):.4g} to {max(each['members']):.4g}")
     distances = found["convergence, mean L2"]["to the full ensemble"]
     for count in sorted({1, max(1, len(distances) // 2), len(distances) - 1}):
-        table.add_row(f"mean L2 between {count} and all members", f"{distances[count - 1]:.4g}")
+        table.add_row(f"mean L2 between {count} and all {len(distances)} members", f"{distances[count - 1]:.4g}")
+    return table
+
+
+def _guesses(found: dict) -> Table:
+    """How the ways of guessing agree with exact ablations."""
+    kinds = ("Pearson", "Spearman")
+    # Narrow, so that 80 columns hold it.
+    table = Table("ablations guessed by", *(f"{kind}'s correlation" for kind in kinds), box=None, padding=(0, 1, 0, 0))
+    for name, each in found["agreement"].items():
+        table.add_row(name, *(_median(each, kind) for kind in kinds))
+        if name in found["Jacobian against"]:
+            tests = found["Jacobian against"][name]
+            table.add_row("  Jacobian against it", *(p_and_effect(tests[kind.lower()]) for kind in kinds))
     return table
 
 
