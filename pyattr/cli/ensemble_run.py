@@ -13,6 +13,7 @@ import torch
 from .. import diffusion
 from ..attribution import EncodedEnsemble
 from ..attribution.codes import ablation_weights, group_codes, guarantee, membership, random_codes, walsh_codes
+from ..attribution.encoded_samples import default_steps
 from ..datasets import DataError, ImageDataset
 from ..diffusion.images import to_bytes
 from ..diffusion.sampling import check_options as check_sampling
@@ -162,7 +163,7 @@ def sample(
     with session(out, machine) as work:
         trained, ensemble = found_ensemble(work)
         schedule = ensemble.recipe.schedule
-        steps = steps or (min(50, schedule.num_timesteps) if method == "ddim" else schedule.num_timesteps)
+        steps = steps or default_steps(method, schedule)
         options = {"method": method, "steps": steps, "eta": eta, "seed": seed, "batch_size": batch_size}
         check_sampling(schedule, **options)
         stage = work.workspace.stage("ensemble-samples", {"model": trained.key, "num_images": num_images, **options})
