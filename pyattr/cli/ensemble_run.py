@@ -19,6 +19,7 @@ from ..diffusion.images import to_bytes
 from ..diffusion.sampling import check_options as check_sampling
 from ..diffusion.sampling import num_noises
 from ..diffusion.train import check_options as check_training
+from ..evaluation import change_sizes
 from ..ops import TopK
 from ..report.grid import matplotlib, write_grid
 from .ensemble_folder import (
@@ -205,7 +206,7 @@ def ablate(out: Path, items: Sequence[str], labels: Sequence[str], batch_size: i
         work.begin(step)
         samples = samples_of(work, ensemble, sampled)
         made = step.run(ensemble, samples, work.display)
-        changes = ((made - samples.images[:, None]) / 2).flatten(2).norm(dim=2).numpy()  # [Q, M], of pixels in [0, 1]
+        changes = change_sizes(samples.images, made).astype(np.float32)  # [Q, M], of pixels in [0, 1]
         folder = work.workspace.folder
         write_npz(
             folder / "ensemble-ablation.npz",

@@ -9,7 +9,7 @@ from torch import Tensor
 from .ablation import ClassAblation, class_ablation
 from .agreement import Agreement, Comparison, agreement, compare
 from .convergence import Convergence
-from .distances import Distance, Distances, fid
+from .distances import Distance, Distances, change_sizes, fid
 from .features import Extractor
 
 # Ways of guessing counterfactuals, of EncodedEnsemble.approximate, as the paper calls them.
@@ -140,8 +140,8 @@ def guess_results(samples: Tensor, true: Tensor, guesses: Mapping[str, Tensor]) 
 
     Source: Dai, Gifford 2023, figure 5.
     """
-    sizes = ((true - samples[:, None]) / 2).flatten(2).double().norm(dim=2).numpy()
-    return GuessResults({name: agreement(samples, true, guess) for name, guess in guesses.items()}, sizes)
+    agreements = {name: agreement(samples, true, guess) for name, guess in guesses.items()}
+    return GuessResults(agreements, change_sizes(samples, true))
 
 
 @dataclass(frozen=True, eq=False)
