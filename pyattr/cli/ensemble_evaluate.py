@@ -129,9 +129,7 @@ class _Job:
         rows = {} if self.images.labels is None else class_rows(self.images)
         self.classes = list(rows)  # names
         self.by_class = self.encoded.settings["kind"] != "items"
-        judged = len(rows) > 1
-        if self.by_class and not judged:
-            raise WorkspaceError("all images are of one class: there is no other to compare its ablation with")
+        judged = len(rows) > 1  # so it is where codes are by class: of one class there is a member that sees no image
         self.network = self._standard() if options.extractor == "standard" else None
 
         def ablating(codes: np.ndarray, title: str, what: str, queries: int | None = None) -> Ablating:

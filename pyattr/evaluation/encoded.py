@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from .ablation import ClassAblation, class_ablation
-from .agreement import Agreement, Comparison, agreement, compare
+from .agreement import Agreement, agreement, compare, compare_paired
 from .convergence import Convergence
 from .distances import Distance, Distances, change_sizes, fid
 from .features import Extractor
@@ -100,7 +100,7 @@ class GuessResults:
 
     def summary(self) -> dict:
         """What is worth keeping, by names for people; NaN and None where correlations are not defined."""
-        first, *others = self.agreements
+        first = next(iter(self.agreements))
         return {
             "size of the true changes, L2": {"median": np.median(self.sizes), "largest": self.sizes.max()},
             "agreement": {
@@ -112,14 +112,20 @@ class GuessResults:
                 }
                 for name, found in self.agreements.items()
             },
-            f"{first} against": {
-                name: {
-                    kind: _compare(getattr(self.agreements[first], kind), getattr(self.agreements[name], kind))
-                    for kind in ("pearson", "spearman")
-                }
-                for name in others
-            },
+            f"{first} against": self._tests(compare),
+            f"{first} against, paired by sample": self._tests(compare_paired),
         }
+
+    def _tests(self, test: Callable) -> dict:
+        """Of the first way of guessing against each other one; None where either has no correlation that is defined."""
+        first, *others = self.agreements
+
+        def tested(name: str, kind: str):
+            ours, theirs = (getattr(self.agreements[each], kind) for each in (first, name))
+            defined = [~np.isnan(values.reshape(len(values), -1)).all(1) for values in (ours, theirs)]  # [Q] each
+            return test(ours, theirs) if (defined[0] & defined[1]).any() else None
+
+        return {name: {kind: tested(name, kind) for kind in ("pearson", "spearman")} for name in others}
 
 
 def guess_results(samples: Tensor, true: Tensor, guesses: Mapping[str, Tensor]) -> GuessResults:
@@ -195,8 +201,3 @@ def _quantile(values: np.ndarray, at) -> np.ndarray:
     """Of the numbers that are not NaN; NaN where there are none."""
     values = values[~np.isnan(values)]
     return np.quantile(values, at) if len(values) else np.full(np.shape(at), np.nan)
-
-
-def _compare(first: np.ndarray, second: np.ndarray) -> Comparison | None:
-    defined = all((~np.isnan(values)).any() for values in (first, second))
-    return compare(first, second) if defined else None

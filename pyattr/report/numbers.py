@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from ..evaluation import Comparison, Share
+from ..evaluation import Comparison, PairedComparison, Share
 from ..files import whole_file
 
 
@@ -17,6 +17,10 @@ def numbers(x) -> object:
         return {"percent": numbers(100 * x.value), "of": x.of, "interval": numbers([100 * x.low, 100 * x.high])}
     if isinstance(x, Comparison):
         return {"p": numbers(x.p_value), "effect": numbers(x.effect), "counts": list(x.counts)}
+    if isinstance(x, PairedComparison):
+        return {name: numbers(getattr(x, name)) for name in ("effect", "difference", "count")} | {
+            "p": numbers(x.p_value)
+        }
     if isinstance(x, dict):
         return {name: numbers(value) for name, value in x.items()}
     if isinstance(x, np.ndarray) and x.ndim == 0:

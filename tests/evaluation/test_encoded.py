@@ -71,6 +71,11 @@ def test_guesses_by_hand():
     assert against["wrong"]["pearson"].effect == 1 and against["wrong"]["pearson"].counts == (6, 6)
     assert against["wrong"]["spearman"].effect == 0.5
     assert against["nothing"] == {"pearson": None, "spearman": None}
+    # Six correlations, but two samples.
+    paired = found["right against, paired by sample"]
+    assert (paired["wrong"]["pearson"].count, paired["wrong"]["pearson"].effect) == (2, 1)
+    assert paired["wrong"]["pearson"].difference == pytest.approx(2) and paired["wrong"]["spearman"].effect == 0.5
+    assert paired["nothing"] == against["nothing"]
 
 
 def test_quality_by_hand():
