@@ -23,7 +23,7 @@ from .schedule import Schedule
 from .train import check_options, train
 
 _MEMBERS = 0x6D656D62  # key word 1 of the seeds
-_DEFAULTS = {
+DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(train).parameters.items()
     if name not in ("model", "images", "schedule", "seed", "checkpoint_directory", "progress")
@@ -44,7 +44,7 @@ class Recipe:
         training: all options of :func:`pyattr.diffusion.train`, see :func:`training_options`.
         seed: of the models' seeds.
         op: for error messages.
-        device: where models are trained; None: where the factory makes them.
+        device: where models are; None: where the factory puts them. Their initial weights are the same everywhere.
     """
 
     model: Callable[[], nn.Module] | str
@@ -52,7 +52,7 @@ class Recipe:
     training: dict
     seed: int
     op: str
-    device: str | None = None
+    device: torch.device | str | None = None
 
     def seeds(self, number: int) -> tuple[int, int]:
         """The seeds of a model's initial weights and of its training."""
@@ -107,12 +107,12 @@ def training_options(given: dict, seed: int, op: str) -> dict:
         TypeError: an option that training does not have, or no ``steps``.
         ValueError: a value that training would refuse.
     """
-    unknown = sorted(set(given) - set(_DEFAULTS))
+    unknown = sorted(set(given) - set(DEFAULTS))
     if unknown:
         raise TypeError(f"{op}: {unknown[0]} is no option of training")
     if "steps" not in given:
         raise TypeError(f"{op}: steps must be given, the optimiser steps of each member")
-    options = {**_DEFAULTS, **given}
+    options = {**DEFAULTS, **given}
     checked = set(inspect.signature(check_options).parameters) - {"seed"}
     check_options(**{name: options[name] for name in checked}, seed=seed)
     return options
@@ -141,6 +141,7 @@ def in_processes(
     workers: int,
     tell: Callable[[int, int], None],
     op: str,
+    again: str,
     name: Callable[[int], str],
 ) -> None:
     """Do tasks in several processes.
@@ -151,7 +152,7 @@ def in_processes(
         shared: tensors that all tasks read. They go through a file in the directory, which is gone once all have opened it.
         workers: processes.
         tell: told (task, how far), in this process.
-        op, name: for error messages: who asks, and what a task is called.
+        op, again, name: for error messages: who asks, what goes on after a death, and what a task is called.
 
     Raises:
         RuntimeError: a task failed, or a process died; the others are ended.
@@ -166,12 +167,18 @@ def in_processes(
         to_open = workers = min(workers, len(tasks))
         with _running() as running:
             for _ in range(workers):
-                running.append(_Worker(context, (job, path, torch.get_num_threads()), op, name))
+                running.append(_Worker(context, (job, path, torch.get_num_threads())))
                 running[-1].give(next(waiting))
             while at_work := {worker.connection: worker for worker in running if worker.task is not None}:
                 for connection in multiprocessing.connection.wait(list(at_work)):
                     worker = at_work[connection]
-                    kind, news = worker.hear()
+                    try:
+                        kind, news = worker.hear()
+                    except EOFError:
+                        raise RuntimeError(
+                            f"{op}: the process of {name(worker.task)} ended with exit code {worker.ended()}; "
+                            f"what is trained is kept, and {again} goes on from there"
+                        ) from None
                     if kind == "opened":
                         to_open -= 1
                         if to_open == 0:
@@ -193,8 +200,7 @@ class _Worker:
         task: the one that it does; None once it has no more to do.
     """
 
-    def __init__(self, context, arguments: tuple, op: str, name: Callable[[int], str]):
-        self.op, self.name = op, name
+    def __init__(self, context, arguments: tuple):
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, *arguments), daemon=True)
         self.process.start()
@@ -208,17 +214,22 @@ class _Worker:
             self.connection.send(task)
 
     def hear(self) -> tuple:
-        """The next message of the process, (kind, content); its death is an error."""
+        """The next message of the process, (kind, content).
+
+        Raises:
+            EOFError: it is dead.
+        """
         try:
             return self.connection.recv()
-        except (EOFError, OSError):
-            self.process.join()
+        except OSError:
+            raise EOFError from None
+
+    def ended(self) -> str:
+        """How a dead process ended."""
+        self.process.join()
         code = self.process.exitcode
-        how = {-signal.SIGKILL: " (killed: the memory may not suffice for so many workers)"}.get(code, "")
-        raise RuntimeError(
-            f"{self.op}: the process of {self.name(self.task)} ended with exit code {code}{how}; "
-            "what is trained is kept, and the same call goes on from there"
-        )
+        killed = " (killed: the memory may not suffice for so many workers)"
+        return f"{code}{killed if code == -signal.SIGKILL else ''}"
 
 
 @contextlib.contextmanager

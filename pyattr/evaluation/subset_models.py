@@ -162,7 +162,7 @@ def build_ground_truth(
     rows_per_pass: int = 256,
     keep_models: bool = False,
     workers: int = 1,
-    device: str | None = None,
+    device: torch.device | str | None = None,
     progress: Progress = silent,
     **training,
 ) -> GroundTruth:
@@ -310,7 +310,17 @@ def _run(plan: _Plan, shared: dict[str, Tensor], workers: int, progress: Progres
 
     progress(sum(done.values()), each * len(tasks), "ground truth")
     if workers > 1 and len(todo) > 1:
-        in_processes(plan, todo, shared, directory=plan.directory, workers=workers, tell=tell, op=_OP, name=plan.name)
+        in_processes(
+            plan,
+            todo,
+            shared,
+            directory=plan.directory,
+            workers=workers,
+            tell=tell,
+            op=_OP,
+            again="the same call",
+            name=plan.name,
+        )
     else:
         for task in todo:
             plan(task, shared, lambda now, task=task: tell(task, now))
