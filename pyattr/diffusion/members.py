@@ -30,8 +30,9 @@ DEFAULTS = {
 } | {"keep_checkpoints": 1}
 PACE = ("checkpoint_every", "keep_checkpoints")  # options that decide which files there are, but not what is trained
 
-# What a process does with a task: job(task, shared tensors, tell), where tell(n) says how far it is.
-Job = Callable[[int, dict[str, Tensor], Callable[[int], None]], None]
+# What a process does with a task: job(task, shared tensors, tell), where tell(n) says how far it is. What it returns is
+# dropped: results go through files.
+Job = Callable[[int, dict[str, Tensor], Callable[[int], None]], object]
 
 
 @dataclass(frozen=True)

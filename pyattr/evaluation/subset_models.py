@@ -98,7 +98,8 @@ class _Plan:
         """What decides the losses of a task."""
         subset, seed = divmod(task, self.seeds)
         mask = tensors_hash({"mask": torch.from_numpy(self.masks[subset])})
-        return {"kind": "losses", **self.settings, "subset": mask, "model seed": seed}
+        initial = self.settings["initial"][seed]
+        return {"kind": "losses", **self.settings, "initial": initial, "subset": mask, "model seed": seed}
 
     def found(self, task: int) -> Tensor | None:
         """The losses of a task that is done; those of a damaged file are made again.
@@ -174,8 +175,8 @@ def build_ground_truth(
 
     Model seed s decides the initial weights, the data order and the noise of the training of every subset's s-th model, as
     in the published benchmarks. Each model's losses are kept in a file as they come, and a training that was interrupted goes
-    on from its last state; so a call that is made again after it was killed ends at the same bits. More subsets may be added
-    to a directory: those that are there are kept.
+    on from its last state; so a call that is made again after it was killed ends at the same bits. More subsets or seeds may be
+    added to a directory: what is there is kept.
 
     Args:
         directory: where all of it lies; created when it is missing.

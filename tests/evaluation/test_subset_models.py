@@ -212,10 +212,11 @@ def test_damaged_losses_and_missing_models_are_made_again(tmp_path):
     assert len(list((tmp_path / "models").iterdir())) == 2
 
 
-def test_subsets_may_be_added(tmp_path):
+def test_subsets_and_seeds_may_be_added(tmp_path):
     more = subsets(6, 3)
     first = build(tmp_path, seeds=1)
     told = []
+    np.testing.assert_array_equal(build(tmp_path).losses[:, :, :1], first.losses)
     both = build(tmp_path, seeds=1, masks=more, progress=lambda *now: told.append(now[0]))
     np.testing.assert_array_equal(both.losses[:, :2], first.losses)
     assert told[0] == told[-1] * 2 / 3
