@@ -233,7 +233,7 @@ def test_subsets_and_seeds_may_be_added(tmp_path):
         ({"noise_seed": 3}, "evaluation.noise_seed was 0, now 3"),
         ({"images": IMAGES.flip(0)}, "images was"),
         ({"queries": QUERIES.flip(0)}, "queries was"),
-        ({"seed": 1}, "initial was"),
+        ({"seed": 1}, "seed was 0, now 1"),
     ],
 )
 def test_another_run_is_refused(made, changes, message):
