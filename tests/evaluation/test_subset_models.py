@@ -328,12 +328,12 @@ def test_killed_it_leaves_no_process_behind(tmp_path):
         env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while len(list(tmp_path.glob("*.at-work"))) < 2:
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.01)
         process.kill()
-        process.communicate(timeout=120)  # all of them hold this pipe, which ends with the last one
+        process.communicate(timeout=300)  # all of them hold this pipe, which ends with the last one
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
