@@ -43,6 +43,7 @@ class EncodedEnsemble(TrainedEnsemble):
         schedule: of the diffusion.
         directory: where the codes and each member's checkpoints lie; None keeps the members in memory.
         seed: of random codes, and of each member's initial weights and training, which are independent of one another.
+        device: where members are trained and asked; None: where the model's factory puts them, of a preset the CPU.
         training: the options of :func:`pyattr.diffusion.train`; ``steps`` at least. Of ``keep_checkpoints`` the default is 1.
 
     Attributes:

@@ -75,12 +75,14 @@ class Recipe:
         schedule: of the diffusion.
         training: all options of :func:`pyattr.diffusion.train`.
         seed: of the members' seeds.
+        device: where members are; None: where the factory puts them. Their initial weights are the same everywhere.
     """
 
     model: Callable[[], nn.Module] | str
     schedule: Schedule
     training: dict
     seed: int
+    device: torch.device | str | None = None
 
     def seeds(self, member: int) -> tuple[int, int]:
         """The seeds of a member's initial weights and of its training."""
@@ -100,7 +102,7 @@ class Recipe:
             model = factory()
         if not isinstance(model, nn.Module):
             raise TypeError(f"EncodedEnsemble: model must build a torch module, got {type(model).__name__}")
-        return model
+        return model if self.device is None else model.to(self.device)
 
     def train(self, member: int, images: Tensor, directory: Path | None, progress: Progress) -> nn.Module:
         """Train a member on its images, or go on where it was interrupted."""

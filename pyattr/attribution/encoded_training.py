@@ -42,6 +42,7 @@ class TrainedEnsemble:
         schedule: Schedule,
         directory: str | os.PathLike | None = None,
         seed: int = 0,
+        device: torch.device | str | None = None,
         **training,
     ):
         if isinstance(model, str):
@@ -67,7 +68,7 @@ class TrainedEnsemble:
         # A copy, since what the caller does to theirs must not change what the members are said to have seen.
         self.codes = None if codes is None else as_codes(codes, num_members, "EncodedEnsemble").copy()
         self.directory = None if directory is None else Path(directory)
-        self.recipe = Recipe(model, schedule, training, seed)
+        self.recipe = Recipe(model, schedule, training, seed, device)
         self.shape: tuple[int, int, int] | None = None  # of an image, once it is known
         self._weight = weight
         self._members: dict[int, nn.Module] = {}
@@ -75,13 +76,18 @@ class TrainedEnsemble:
 
     @classmethod
     def open(
-        cls, directory: str | os.PathLike, model: Callable[[], nn.Module] | str | None = None
+        cls,
+        directory: str | os.PathLike,
+        model: Callable[[], nn.Module] | str | None = None,
+        *,
+        device: torch.device | str | None = None,
     ) -> "TrainedEnsemble":
         """An ensemble from its directory, without its images.
 
         Args:
             directory: that of an ensemble on which :meth:`fit` was called.
             model: what built its members; needed where that was no preset.
+            device: where members are; None: where the model's factory puts them.
 
         Raises:
             FileNotFoundError, DamagedFileError: there is no such ensemble, or its bytes changed.
@@ -97,6 +103,7 @@ class TrainedEnsemble:
             schedule=Schedule(**record["schedule"]),
             directory=directory,
             seed=record["seed"],
+            device=device,
             **record["training"],
         )
         ensemble.shape = tuple(record["shape"])
@@ -111,8 +118,9 @@ class TrainedEnsemble:
 
         Args:
             images: [N, C, H, W] uint8, or floating point in [-1, 1].
-            workers: processes that train members side by side, with as many threads each as torch has here; the members are
-                the same bits as from one. The model must then be importable by name, and a directory be given.
+            workers: processes that train members side by side on the one device, with as many threads each as torch has
+                here; the members are the same bits as from one. The model must then be importable by name, and a directory
+                be given.
             members: which to train; None: all.
             progress: stage "train", counts optimiser steps of all these members.
 
