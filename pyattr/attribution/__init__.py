@@ -6,6 +6,19 @@ from .encoded import EncodedEnsemble
 from .nda import NDA
 from .patch_matches import Explanation, Match
 from .patch_tuning import Tuning
-from .trak import QUERY_IDS, TRAK
+from .queries import QUERY_IDS
+from .similarity import RawPixel
+from .trak import TRAK
 
-__all__ = ["DTRAK", "NDA", "QUERY_IDS", "TRAK", "EncodedEnsemble", "Explanation", "Match", "Tuning", "codes"]
+__all__ = [
+    "DTRAK",
+    "NDA",
+    "QUERY_IDS",
+    "TRAK",
+    "EncodedEnsemble",
+    "Explanation",
+    "Match",
+    "RawPixel",
+    "Tuning",
+    "codes",
+]

@@ -16,14 +16,10 @@ from ..diffusion.features import FeatureMap, Features
 from ..diffusion.images import as_images, reference_parameter
 from ..diffusion.losses import Loss
 from ..diffusion.progress import Progress, silent
-from ..diffusion.sampling import Samples
 from ..diffusion.schedule import Schedule, check_schedule
 from ..diffusion.storage import differences, tensors_hash
 from .kernel import DampedKernel, choose_lambda
-
-# Training image n has noise id n. Queries start here, so that a query shares the noise of a training image only when its id
-# is given as that image's.
-QUERY_IDS = 1 << 40
+from .queries import query_ids, query_images
 
 
 class TRAK:
@@ -169,17 +165,13 @@ class TRAK:
             lambda_ = self._lambdas(lambda_)
             if isinstance(lambda_, list):
                 raise ValueError(f"{name}: lambda_ must be one number here, got {len(lambda_)}")
-        if isinstance(queries, Samples):
-            images, ids = queries.images, QUERY_IDS + queries.ids if ids is None else ids
-        else:
-            images = as_images(queries, name, "queries")
-            ids = QUERY_IDS + torch.arange(len(images)) if ids is None else ids
+        images = query_images(queries, name)
+        ids = query_ids(queries, ids, len(images))
         if len(images) == 0:
             return torch.empty(0, len(self._kernel.features), dtype=torch.float32, device="cpu")
         changed = differences(self._model, identity(self.model))
         if changed:
             raise ValueError(f"{name}: the model has changed since fit ({changed}); fit again")
-        ids = torch.as_tensor(ids, dtype=torch.int64)
         key = tensors_hash({"images": images, "ids": ids})
         if self._queries is None or self._queries[0] != key:
             folder = f"queries-{key[:16]}-{self.query_map.num_noises}"

@@ -339,7 +339,8 @@ class PixelScoring(Scoring):
         if not step.stage.finished:
             begin(step)
             with step.stage.work():
-                write_npz(path, {"scores": pixel_cosine(queries.images, self.data.images)})
+                method = attribution.RawPixel("cosine", centre=True).fit(self.data.images)
+                write_npz(path, {"scores": method.scores(queries.images).numpy()})
         return self.attribution(read_npz(path)["scores"])
 
     def caveats(self) -> list[str]:
@@ -387,24 +388,3 @@ def _matches(arrays: dict[str, np.ndarray]) -> tuple[tuple[Matched, ...], ...]:
 
     queries, explained = arrays["index"].shape
     return tuple(tuple(matched(q, e) for e in range(explained)) for q in range(queries))
-
-
-def pixel_cosine(queries: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Cosine of the angle between pixel values, after the mean image is taken off.
-
-    Args:
-        queries: [Q, C, H, W].
-        images: [N, C, H, W].
-
-    Returns:
-        [Q, N] float32; 0 where an image equals the mean.
-
-    Extra memory: 8 N C H W bytes.
-    """
-    flat = images.reshape(len(images), -1).astype(np.float64)  # [N, C H W]
-    mean = flat.mean(0)
-    flat -= mean
-    wanted = queries.reshape(len(queries), -1) - mean  # [Q, C H W]
-    norms = np.linalg.norm(wanted, axis=1)[:, None] * np.linalg.norm(flat, axis=1)  # [Q, N]
-    dots = wanted @ flat.T
-    return np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0).astype(np.float32)

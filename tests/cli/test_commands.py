@@ -10,7 +10,7 @@ from PIL import Image
 
 from pyattr import attribution, diffusion
 from pyattr.cli.options import DataOptions, PatchOptions
-from pyattr.cli.scoring import PatchScoring, listed, pixel_cosine
+from pyattr.cli.scoring import PatchScoring, listed
 from pyattr.cli.stages import load_data
 from pyattr.cli.workspace import Workspace
 from pyattr.diffusion.storage import load_tensors
@@ -60,7 +60,8 @@ def test_the_results_are_those_of_the_library(images, finished, arrays):
     method = attribution.DTRAK(model, schedule, num_timesteps=2, proj_dim=16, batch_size=8).fit(train)
     expected = method.scores(samples.uint8(), ids=attribution.QUERY_IDS + samples.ids).numpy()
     np.testing.assert_allclose(scores["scores"], expected, rtol=1e-5, atol=1e-9)
-    np.testing.assert_array_equal(scores["scores_2"], pixel_cosine(scores["queries"], train))
+    cosines = attribution.RawPixel("cosine", centre=True).fit(train).scores(scores["queries"])
+    np.testing.assert_array_equal(scores["scores_2"], cosines.numpy())
     order = np.argsort(-expected, axis=1)
     np.testing.assert_array_equal(scores["proponents"], order[:, :4])
     np.testing.assert_array_equal(scores["opponents"], order[:, ::-1][:, :4])
@@ -291,13 +292,6 @@ def test_no_report(finished, images, tmp_path, monkeypatch, succeeds, fails):
 def test_timesteps_in_a_line():
     assert listed([7]) == "7" and listed([100, 200, 300, 400, 500]) == "100, 200, 300, 400, 500"
     assert listed(list(range(0, 700, 100))) == "0, 100, 200, 300, …, 600"  # a dot stands for what is left out alone
-
-
-def test_pixel_cosine_by_hand():
-    images = np.array([[0, 0], [4, 0], [0, 4], [4, 4]], np.uint8).reshape(4, 1, 1, 2)  # mean (2, 2)
-    queries = np.array([[2, 5], [2, 2]], np.uint8).reshape(2, 1, 1, 2)  # (0, 3) and (0, 0) from the mean
-    half = np.sqrt(0.5)
-    np.testing.assert_allclose(pixel_cosine(queries, images), [[-half, -half, half, half], [0, 0, 0, 0]], atol=1e-7)
 
 
 # info, demo
