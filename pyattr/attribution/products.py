@@ -27,8 +27,8 @@ def inner_products(
     Extra memory: 16 * 256 (D + 256) bytes and a block of either side.
     """
     out = torch.empty(len(queries), len(train), dtype=torch.float32, device="cpu")
-    for columns, theirs in _blocks(train, device):
-        for rows, ours in _blocks(queries, device):
+    for columns, theirs in blocks(train, device):
+        for rows, ours in blocks(queries, device):
             products = ours @ theirs.T
             if cosine:
                 norms = torch.outer(*(torch.linalg.vector_norm(side, dim=1) for side in (ours, theirs)))
@@ -39,7 +39,7 @@ def inner_products(
 
 def row_norms(features: Features, device: torch.device | str = "cpu") -> Tensor:
     """The Euclidean norm of each row, [N] float64 on ``device``."""
-    norms = [torch.linalg.vector_norm(block, dim=1) for _, block in _blocks(features, device)]
+    norms = [torch.linalg.vector_norm(block, dim=1) for _, block in blocks(features, device)]
     return torch.cat([torch.empty(0, dtype=torch.float64, device=device), *norms])
 
 
@@ -48,7 +48,8 @@ def divided(values: Tensor, norms: Tensor) -> Tensor:
     return torch.where(norms == 0, torch.zeros((), dtype=values.dtype, device=values.device), values / norms)
 
 
-def _blocks(features: Features, device: torch.device | str) -> Iterator[tuple[slice, Tensor]]:
+def blocks(features: Features, device: torch.device | str) -> Iterator[tuple[slice, Tensor]]:
+    """Rows in order, with where they stand, [R, D] float64 on ``device``; R is at most 256."""
     for start, block in features.blocks():
         for first in range(0, len(block), _ROWS):
             rows = block[first : first + _ROWS].to(device, torch.float64)
