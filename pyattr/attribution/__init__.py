@@ -11,7 +11,7 @@ from .patch_matches import Explanation, Match
 from .patch_tuning import Tuning
 from .queries import QUERY_IDS
 from .readouts import READOUTS, Readout, readout
-from .similarity import RawPixel
+from .similarity import CLIPSimilarity, RawPixel
 from .trak import TRAK
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "QUERY_IDS",
     "READOUTS",
     "TRAK",
+    "CLIPSimilarity",
     "EncodedEnsemble",
     "Explanation",
     "GradientCosine",

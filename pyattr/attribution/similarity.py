@@ -1,10 +1,16 @@
 """Baselines that ask no diffusion model: which training images look like the query."""
 
+import os
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diffusion.features import Features
 from ..diffusion.images import as_images
+from ..diffusion.progress import Progress, silent
+from ..evaluation.clip import CLIP, clip
+from ..evaluation.features import Extractor
 from .products import inner_products
 from .queries import query_images
 
@@ -100,6 +106,122 @@ class RawPixel:
 
         starts = list(range(0, len(images), _IMAGES))
         return Features(torch.arange(len(images)), images[0:1].numel(), torch.float64, rows, starts)
+
+
+class CLIPSimilarity:
+    """Which training images mean to CLIP, or to any other image encoder, what the query means to it.
+
+    ``tau(q, n) = e(x_q) . e(x_n)``, features not normalised, or the cosine of the angle between the two.
+
+    Sign: positive where features agree; as in :class:`RawPixel` a similarity, taken for influence.
+
+    Args:
+        extractor: e; None: CLIP's image encoder. Where its weights are not at hand, ``Classifier(...).extractor`` of
+            :mod:`pyattr.evaluation` has features of the data's own, and the scores bear its name. Or a module, or any
+            function, from images in [-1, 1], [B, C, H, W] float32, to [B, D].
+        similarity: "dot" or "cosine".
+        weights: of CLIP, see :func:`pyattr.evaluation.clip`; with ``extractor=None`` alone.
+        batch_size: images that the encoder takes together.
+        progress: stage "image features", counts images.
+
+    Attributes:
+        name: for people, of the encoder: "CLIP-feature similarity", "classifier-feature similarity", ...
+        signed: False: negative scores do not mean opponents.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+        ImportError, RuntimeError: CLIP cannot be had; the message says what to do instead.
+
+    Source: Radford et al., ICML 2021; as a baseline of Zheng et al., ICLR 2024 (D-TRAK).
+    """
+
+    signed = False
+
+    def __init__(
+        self,
+        extractor: Extractor | nn.Module | Callable[[Tensor], Tensor] | None = None,
+        similarity: str = "cosine",
+        *,
+        weights: str | os.PathLike = CLIP,
+        batch_size: int = 64,
+        progress: Progress = silent,
+    ):
+        self.similarity = check_similarity(similarity, "CLIPSimilarity")
+        self.extractor = clip(weights) if extractor is None else _as_extractor(extractor)
+        self.name = f"{self.extractor.name}-feature similarity"
+        self.batch_size, self.progress = batch_size, progress
+        self._train: Features | None = None
+
+    def fit(self, train) -> "CLIPSimilarity":
+        """Compute the features of the training images.
+
+        Args:
+            train: [N, C, H, W] uint8, or floating point in [-1, 1].
+
+        Returns:
+            self.
+
+        Raises:
+            TypeError, ValueError: not as above, or none.
+
+        Extra memory: the features, 4 N D bytes twice, and the encoder's for a batch.
+        """
+        self._train = self._features(as_images(train, "CLIPSimilarity", "train"))
+        return self
+
+    def scores(self, queries) -> Tensor:
+        """Similarities of all training images to each query.
+
+        Args:
+            queries: images [Q, C, H, W] (uint8, or floating point in [-1, 1]) or :class:`~pyattr.diffusion.Samples`.
+
+        Returns:
+            [Q, N] float32; a cosine is 0 where either side is zero.
+
+        Raises:
+            RuntimeError: :meth:`fit` was not called.
+            TypeError, ValueError: the queries are not as above, or their features have another width.
+
+        Extra memory: the queries' features, and that of :func:`~pyattr.attribution.products.inner_products`.
+        """
+        if self._train is None:
+            raise RuntimeError("CLIPSimilarity: fit must be called before scores")
+        images = query_images(queries, "CLIPSimilarity")
+        if len(images) == 0:
+            return torch.empty(0, len(self._train), dtype=torch.float32, device="cpu")
+        ours = self._features(images)
+        if ours.dim != self._train.dim:
+            raise ValueError(
+                f"CLIPSimilarity: queries must have {self._train.dim} features like the training images, got {ours.dim}"
+            )
+        return inner_products(ours, self._train, cosine=self.similarity == "cosine")
+
+    def _features(self, images: Tensor) -> Features:
+        found = self.extractor(images, batch_size=self.batch_size, progress=self.progress)  # [N, D]
+        return Features.from_tensor(found, torch.arange(len(found)))
+
+
+class _Function(nn.Module):
+    """A function as a module, for :class:`~pyattr.evaluation.Extractor`."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+
+def _as_extractor(encoder: Extractor | nn.Module | Callable[[Tensor], Tensor]) -> Extractor:
+    if isinstance(encoder, Extractor):
+        return encoder
+    if isinstance(encoder, nn.Module):
+        return Extractor(type(encoder).__name__, encoder)
+    if not callable(encoder):
+        raise TypeError(
+            f"CLIPSimilarity: extractor must be an Extractor, a module or a function, got {type(encoder).__name__}"
+        )
+    return Extractor(getattr(encoder, "__name__", type(encoder).__name__), _Function(encoder))
 
 
 def check_similarity(similarity: str, op: str) -> str:

@@ -3,6 +3,7 @@
 from .ablation import ClassAblation, Share, class_ablation, share
 from .agreement import Agreement, Comparison, agreement, compare
 from .classifier import Classifier
+from .clip import clip
 from .convergence import Convergence, Principal, convergence, nested_codes, pca
 from .distances import Distance, Distances, feature_distances, fid, l2, lpips
 from .features import Extractor, inception
@@ -21,6 +22,7 @@ __all__ = [
     "Share",
     "agreement",
     "class_ablation",
+    "clip",
     "compare",
     "convergence",
     "feature_distances",

@@ -4,10 +4,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyattr.attribution import RawPixel, products
+from pyattr.attribution import CLIPSimilarity, RawPixel, products
 from pyattr.attribution.products import divided, inner_products, row_norms
 from pyattr.diffusion import sample
 from pyattr.diffusion.features import Features
+from pyattr.evaluation import Classifier, Extractor
 
 
 def unit(images):
@@ -82,6 +83,62 @@ def test_refusals(images):
         ValueError, match=r"RawPixel: queries must have the shape of the training images, \[1, 2, 2\], got \[1, 1, 2\]"
     ):
         RawPixel().fit(images).scores(images[:, :, :1])
+
+
+# Encoders
+
+
+def halves(batch):
+    """Sums over the upper and the lower row, [B, 2]."""
+    return batch.sum((1, 3))
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_features_of_any_encoder(images, batch_size):
+    queries = torch.rand(3, 1, 2, 2) * 2 - 1
+    ours, theirs = queries.double().sum((1, 3)), unit(images).view(-1, 2, 2).sum(2)
+    for similarity in ("dot", "cosine"):
+        expected = ours @ theirs.T
+        if similarity == "cosine":
+            expected = expected / (ours.norm(dim=1)[:, None] * theirs.norm(dim=1))
+        method = CLIPSimilarity(halves, similarity, batch_size=batch_size)
+        assert method.fit(images) is method
+        found = method.scores(queries)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-4)
+    assert method.name == "halves-feature similarity" and CLIPSimilarity.signed is False
+    assert method.scores(queries[:0]).shape == (0, 9)
+
+
+def test_modules_and_extractors_bear_their_names(images):
+    flat = torch.nn.Flatten()
+    prepared = Extractor("brightness", flat, prepare=lambda x: x.mean((1, 2, 3), keepdim=True))
+    assert CLIPSimilarity(flat).name == "Flatten-feature similarity"
+    method = CLIPSimilarity(prepared, "dot").fit(images)
+    assert method.name == "brightness-feature similarity"
+    means = unit(images).mean(1)
+    torch.testing.assert_close(method.scores(images).double(), torch.outer(means, means), atol=1e-5, rtol=1e-5)
+
+
+def test_a_classifier_where_clip_cannot_be_had(images):
+    classifier = Classifier(epochs=1, width=2, num_features=5).fit(images, torch.arange(9) % 2)
+    method = CLIPSimilarity(classifier.extractor, "dot").fit(images)
+    assert method.name == "classifier-feature similarity"
+    found = classifier.extractor(images).double()
+    torch.testing.assert_close(method.scores(images[:2]).double(), found[:2] @ found.T, atol=1e-6, rtol=1e-5)
+
+
+def test_encoders_that_are_refused(images):
+    with pytest.raises(ValueError, match="CLIPSimilarity: similarity must be one of dot, cosine, got 'l2'"):
+        CLIPSimilarity(halves, "l2")
+    with pytest.raises(
+        TypeError, match="CLIPSimilarity: extractor must be an Extractor, a module or a function, got int"
+    ):
+        CLIPSimilarity(3)
+    with pytest.raises(RuntimeError, match="CLIPSimilarity: fit must be called before scores"):
+        CLIPSimilarity(halves).scores(images)
+    with pytest.raises(ValueError, match="queries must have 2 features like the training images, got 1"):
+        CLIPSimilarity(halves).fit(images).scores(images[:, :, :1])
 
 
 # Products in blocks
