@@ -23,9 +23,8 @@ class Readout:
     ``head``            t where abs t is among the query's largest, else 0
     ==================  =================================================
 
-    Squares weigh the many small scores of a query, which are mostly noise, less against the few large ones. ``squared`` loses
-    the sign: it can predict a sum of influences, as in the linear datamodeling score, yet ranks an opponent beside a
-    proponent.
+    Squares weigh the many small scores of a query less against the few large ones. ``squared`` loses the sign: it may predict
+    the loss of models trained on subsets better, yet ranks an opponent beside a proponent.
 
     Args:
         name: one of the above.
@@ -34,7 +33,7 @@ class Readout:
     Raises:
         ValueError: an argument is not as above.
 
-    Source: Lin et al., "Diffusion Attribution Score", ICLR 2025, whose score is a square.
+    Source: Lin, Tao, Dong, Xu, "Diffusion Attribution Score", ICLR 2025, whose score is a square.
     """
 
     name: str

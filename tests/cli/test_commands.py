@@ -294,6 +294,30 @@ def test_timesteps_in_a_line():
     assert listed(list(range(0, 700, 100))) == "0, 100, 200, 300, …, 600"  # a dot stands for what is left out alone
 
 
+def test_methods_of_one_gradient_share_its_features(out, succeeds, arrays):
+    methods = ["gradient-dot", "gradient-cosine", "relative-influence", "renormalized-influence", "trak"]
+    told = succeeds("attribute", "--out", out, "--top", 2, *(x for m in methods for x in ("-m", m)), *SCORE)
+    assert "1/6  TRAK features" in told and len(list(out.glob("trak-features-*"))) == 1
+    assert not list(out.glob("gradient-*-features-*"))
+    found = arrays(out / "scores.npz")
+    settings = json.loads(str(found["settings"]))
+    assert [m["name"] for m in settings["methods"]] == found["methods"].tolist()
+    assert ["lambda" in m for m in settings["methods"]] == [False, False, True, True, True]
+    assert [m.get("lambda") == settings["methods"][4]["lambda"] for m in settings["methods"][2:]] == [True] * 3
+    dots, cosines, relative, renormalized, trak = (found[f"scores{n}"] for n in ("", "_2", "_3", "_4", "_5"))
+    assert np.abs(cosines).max() <= 1 and not np.allclose(dots, trak)
+    for divided in (relative, renormalized):
+        divisors = trak / divided  # the same for all queries
+        np.testing.assert_allclose(divisors, np.broadcast_to(divisors[0], divisors.shape), rtol=1e-3)
+        assert (divisors > 0).all()
+    lengths = np.abs(dots / cosines)  # |phi_q| |phi_n|
+    np.testing.assert_allclose(
+        lengths / lengths[:1], np.broadcast_to((lengths / lengths[:1])[:, :1], lengths.shape), rtol=1e-3
+    )
+    page = (out / "report.html").read_text()
+    assert "what one step of training on the one would do" in page and "divided by the length" in page
+
+
 # info, demo
 
 
