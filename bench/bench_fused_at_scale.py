@@ -9,7 +9,7 @@ import torch
 
 from bench import bench_conv2d_grad_project, bench_kron_grad_project, bench_linear_grad_project, layers
 from bench.contenders import Here
-from bench.figures import Goal
+from bench.figures import Goal, lead
 from pyattr import ops
 
 PARAMETERS, SEED = 35_746_307, 20  # DDPM's U-Net for CIFAR-10
@@ -39,12 +39,7 @@ def table_of(op: str) -> str:
 
 def of(op: str, above: str, below: tuple[str, ...], column: str, text: str, wanted: float) -> Goal:
     """How many times the work per second of the fastest of ``below`` the row ``above`` does."""
-
-    def measured(rate):
-        ours, theirs = rate(above, column), [found for row in below if (found := rate(row, column))]
-        return ours / max(theirs) if ours and theirs else None
-
-    return Goal(table_of(op), f"{column}: at least {text}", measured, wanted)
+    return Goal(table_of(op), f"{column}: at least {text}", lead(above, below, column), wanted)
 
 
 GOALS = [

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from bench import machine
 from bench.contenders import Here
-from bench.figures import Goal
+from bench.figures import Goal, lead
 from bench.memory import peak_mib, print_peak
 from pyattr import ops
 from pyattr.ops import mask_indices, sign_matrix, sparse_project
@@ -145,16 +145,8 @@ def main(row: str, column: str):
     print_peak(lambda: ROWS[row](setting))
 
 
-def _lead(above: str, below: str, column: str):
-    def measured(rate):
-        ours, theirs = rate(above, column), rate(below, column)
-        return ours / theirs if ours and theirs else None
-
-    return measured
-
-
 GOALS = [
-    Goal(TABLE, f"{column}: at least 1.5 times {text}", _lead(above, below, column), 1.5)
+    Goal(TABLE, f"{column}: at least 1.5 times {text}", lead(above, below, column), 1.5)
     for column in SETTINGS
     for above, below, text in (
         (OURS, FORM, "forming the gradients, then projecting"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.contenders import Here
-from bench.figures import Goal
+from bench.figures import Goal, lead
 from pyattr import ops, testing
 
 PARAMETERS = 35_746_307  # DDPM's U-Net for CIFAR-10
@@ -24,17 +24,11 @@ def table_of(proj_dim: int) -> str:
     return f"sparse_project_at_scale_{proj_dim}"
 
 
-def of(rate, above, below, column):
-    """How many times the work per second of one row another does."""
-    ours, theirs = rate(above, column), rate(below, column)
-    return ours / theirs if ours and theirs else None
-
-
 def against_copy(proj_dim: int, nonzeros: int) -> Goal:
     return Goal(
         table_of(proj_dim),
         f"B=64, float32, s={nonzeros}: at least 75% of the bandwidth of a copy",
-        lambda rate: of(rate, f"pyattr cuda float32 s={nonzeros}", COPY, "B=64"),
+        lead(f"pyattr cuda float32 s={nonzeros}", COPY, "B=64"),
         0.75,
     )
 
@@ -44,7 +38,7 @@ def against_sjlt(nonzeros: int, wanted: float) -> Goal:
     return Goal(
         table_of(4096),
         f"B={SHARED}, float32, s={nonzeros}: at least {wanted:.0f} times sjlt",
-        lambda rate: of(rate, ours, theirs, f"B={SHARED}"),
+        lead(ours, theirs, f"B={SHARED}"),
         wanted,
     )
 

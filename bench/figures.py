@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STATS = ("min", "max", "mean", "median", "stddev", "iqr", "outliers", "ops", "rounds", "iterations")
+PEAK = "peak of "  # before a row: its memory, not its rate
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,20 @@ class Goal:
     measure: Callable[[Callable[[str, str], float | None]], float | None]
     wanted: float
     missing: str = "not measured in this run"
+
+
+def lead(above: str | Iterable[str], below: str | Iterable[str], column: str) -> Callable:
+    """A goal's ``measure``: the rate of a row, or of the fastest of several, in that of another row or several."""
+
+    def fastest(rate, rows):
+        rates = [rate(row, column) for row in ([rows] if isinstance(rows, str) else rows)]
+        return max((found for found in rates if found), default=None)
+
+    def measured(rate):
+        ours, theirs = fastest(rate, above), fastest(rate, below)
+        return ours / theirs if ours and theirs else None
+
+    return measured
 
 
 def describe(
@@ -74,7 +89,8 @@ def _rivalry(info: dict):
 def check_goals(goals: Iterable[Goal], benchmarks: list[dict], ceilings: dict | None = None) -> list[dict]:
     """Each goal with what was measured, and whether that meets it (None: not measured).
 
-    A goal reads the machine's ceilings as ``rate("ceiling", name)``.
+    A goal reads the machine's ceilings as ``rate("ceiling", name)``, and the MiB that a figure took at most as
+    ``rate(PEAK + row, column)``.
     """
     checked = []
     for goal in goals:
@@ -82,6 +98,11 @@ def check_goals(goals: Iterable[Goal], benchmarks: list[dict], ceilings: dict | 
             (f["extra_info"]["row"], f["extra_info"]["column"]): f["extra_info"]["work_per_s"]
             for f in benchmarks
             if f["extra_info"].get("table") == goal.table
+        }
+        rates |= {
+            (PEAK + f["extra_info"]["row"], f["extra_info"]["column"]): f["extra_info"]["peak_mib"]
+            for f in benchmarks
+            if f["extra_info"].get("table") == goal.table and "peak_mib" in f["extra_info"]
         }
         rates |= {("ceiling", name): value for name, value in (ceilings or {}).items()}
         measured = goal.measure(lambda row, column, rates=rates: rates.get((row, column)))

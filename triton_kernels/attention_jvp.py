@@ -61,8 +61,13 @@ def add_products(
 
 
 @triton.jit
-def biased(
-    scores,  # [BL, BS]
+def scores_of(
+    query_ptr,
+    query_row,
+    query_column,
+    key_ptr,
+    key_row,
+    key_column,
     mask_ptr,
     mask_row,
     mask_column,
@@ -70,12 +75,22 @@ def biased(
     num_rows,
     key,
     num_keys,
+    width,
+    scale,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
     BL: tl.constexpr,
     BS: tl.constexpr,
+    BE: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """The scores with the mask added, -inf where a pair is forbidden, and which are."""
+    """[BL, BS] scaled products with the mask added, -inf where a pair is forbidden, and which are."""
+    scores = add_products(
+        tl.zeros([BL, BS], tl.float32), query_ptr, query_row, query_column, key_ptr, key_row, key_column,
+        row, num_rows, key, num_keys, width, BL, BS, BE, DOT_TYPE, PRECISION,
+    )  # fmt: skip
+    scores *= scale
     rows, keys = tl.arange(0, BL), tl.arange(0, BS)
     forbidden = (keys[None, :] >= num_keys - key) | (rows[:, None] < 0)  # none of them, but of the tile's shape
     if CAUSAL:
@@ -143,13 +158,10 @@ def primal_kernel(
     most = tl.full([BL], -float("inf"), tl.float32)
     total = tl.zeros([BL], tl.float32)
     for start in range(0, num_keys, BS):
-        scores = add_products(
-            tl.zeros([BL, BS], tl.float32), query_ptr, query_row, query_column, key_ptr, key_row, key_column,
-            row, end, start, num_keys, width, BL, BS, BE, DOT_TYPE, PRECISION,
+        scores, _ = scores_of(
+            query_ptr, query_row, query_column, key_ptr, key_row, key_column, mask_ptr, mask_row, mask_column,
+            row, end, start, num_keys, width, scale, MASK, CAUSAL, BL, BS, BE, DOT_TYPE, PRECISION,
         )  # fmt: skip
-        scores, _ = biased(
-            scores * scale, mask_ptr, mask_row, mask_column, row, end, start, num_keys, MASK, CAUSAL, BL, BS
-        )
         higher = tl.maximum(most, tl.max(scores, 1))
         base = tl.where(higher == -float("inf"), 0.0, higher)
         total = total * tl.exp2((most - base) * LOG2_E) + tl.sum(tl.exp2((scores - base[:, None]) * LOG2_E), 1)
@@ -159,13 +171,10 @@ def primal_kernel(
 
     y = tl.zeros([BL, BV], tl.float32)
     for start in range(0, num_keys, BS):
-        scores = add_products(
-            tl.zeros([BL, BS], tl.float32), query_ptr, query_row, query_column, key_ptr, key_row, key_column,
-            row, end, start, num_keys, width, BL, BS, BE, DOT_TYPE, PRECISION,
+        scores, forbidden = scores_of(
+            query_ptr, query_row, query_column, key_ptr, key_row, key_column, mask_ptr, mask_row, mask_column,
+            row, end, start, num_keys, width, scale, MASK, CAUSAL, BL, BS, BE, DOT_TYPE, PRECISION,
         )  # fmt: skip
-        scores, forbidden = biased(
-            scores * scale, mask_ptr, mask_row, mask_column, row, end, start, num_keys, MASK, CAUSAL, BL, BS
-        )
         p = tl.exp2((scores - base[:, None]) * LOG2_E) / total[:, None]
         p = tl.where(forbidden, -0.0, p)
         values = tile(value_ptr, start, num_keys, value_row, column, value_width, value_column, BS, BV)

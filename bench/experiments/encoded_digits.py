@@ -1,8 +1,7 @@
-"""What the two experiments with encoded ensembles share: the digits, the small network's training, a classifier, writing."""
+"""What the two experiments with encoded ensembles share: the digits, the small network's training, a classifier."""
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,7 @@ from rich.console import Console
 from pyattr.attribution import EncodedEnsemble
 from pyattr.cli.display import Display
 from pyattr.diffusion import Schedule
-from pyattr.diffusion.images import to_bytes
-from pyattr.evaluation import Classifier, Comparison, Share
-from pyattr.files import whole_file
+from pyattr.evaluation import Classifier
 
 # As noisy at its end as 1,000 steps of 1e-4 to 0.02: abar_T is 2e-5 here and 4e-5 there.
 SCHEDULE = Schedule(100, 1e-3, 0.2)
@@ -60,32 +57,6 @@ def classifier(images: np.ndarray, labels: np.ndarray, path: Path, display: Disp
 def accuracy(model: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
     """The share of digits that it names right."""
     return float((model.predict(images) == labels).mean())
-
-
-def as_bytes(images: torch.Tensor) -> np.ndarray:
-    """uint8 pixels of images in [-1, 1], as an 8-bit file would hold them."""
-    return to_bytes(images).numpy()
-
-
-def numbers(x) -> object:
-    """JSON of results: dataclasses as dicts, arrays as lists, floats to five digits, NaN as null."""
-    if isinstance(x, Share):
-        return {"percent": numbers(100 * x.value), "of": x.of, "interval": numbers([100 * x.low, 100 * x.high])}
-    if isinstance(x, Comparison):
-        return {"p": numbers(x.p_value), "effect": numbers(x.effect), "counts": list(x.counts)}
-    if isinstance(x, dict):
-        return {name: numbers(value) for name, value in x.items()}
-    if isinstance(x, (list, tuple, np.ndarray)):
-        return [numbers(value) for value in x]
-    if isinstance(x, (float, np.floating)):
-        return None if np.isnan(x) else float(f"{x:.5g}")
-    return int(x) if isinstance(x, np.integer) else x
-
-
-def write_json(path: Path, found: dict) -> None:
-    """Write results, whole or not at all."""
-    with whole_file(path) as stream:
-        stream.write(json.dumps(numbers(found), indent=1).encode() + b"\n")
 
 
 def settings(steps: int, num_members: int) -> dict:

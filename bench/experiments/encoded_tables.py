@@ -11,21 +11,10 @@ import sys
 from pathlib import Path
 
 from pyattr.files import whole_file
+from pyattr.report.numbers import p_and_effect, percent
 
 LPIPS = "classifier-feature distance"
 FRECHET = "Fréchet distance of classifier features"
-
-
-def percent(share: dict) -> str:
-    """62.5% (54.4 to 70.0)."""
-    low, high = share["interval"]
-    return f"{share['percent']:.1f}% ({low:.1f} to {high:.1f})"
-
-
-def test(comparison: dict) -> str:
-    """p and the effect of a Mann-Whitney test."""
-    p = "< 1e-300" if comparison["p"] == 0 else f"= {comparison['p']:.1e}"
-    return f"p {p}, effect {comparison['effect']:.3f}"
 
 
 def classes(found: dict) -> str:
@@ -42,7 +31,7 @@ def classes(found: dict) -> str:
         ("the same, by chance", "14.3%", "14.3%"),
         ("ablating its own class changes the predicted class", percent(own), "93%"),
         ("ablating another class does", percent(another), "43%"),
-        ("own against other ablations, L2", test(by["L2"]["own against another"]), "p <= 1e-300"),
+        ("own against other ablations, L2", p_and_effect(by["L2"]["own against another"]), "p <= 1e-300"),
         (
             "Fréchet distance of classifier features to the training digits: ensemble; best and worst member",
             f"{quality['ensemble']:.3g}; {members[0]:.3g} and {members[-1]:.3g}",
@@ -64,7 +53,7 @@ def items(found: dict) -> str:
             cells.append(f"{figures[f'median {kind}']:.3f} ({low:.3f} to {high:.3f})")
         rows.append([f"{told}, median (quartiles)", *cells])
         against = found["Jacobian against"]
-        tests = [test(against[name][kind.lower()]) if name in against else "" for name in names]
+        tests = [p_and_effect(against[name][kind.lower()]) if name in against else "" for name in names]
         rows.append([f"the Jacobian's {kind} against theirs", *tests])
     header = ["", *names]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops._arguments import check_integer
 from ..reference.philox import philox4x32_10
 
 MAX_MEMBERS = 64
@@ -38,7 +39,7 @@ def random_codes(num_items: int, num_members: int, *, weight: int | None = None,
         [N] uint64; a function of the arguments alone.
 
     Raises:
-        ValueError: an argument is not as above.
+        TypeError, ValueError: an argument is not as above.
 
     Extra memory: about 40 N bytes.
 
@@ -46,11 +47,8 @@ def random_codes(num_items: int, num_members: int, *, weight: int | None = None,
     """
     op = "random_codes"
     _check_members(op, num_members)
-    weight = num_members // 2 if weight is None else weight
-    if not 1 <= weight < num_members:
-        raise ValueError(f"{op}: weight must lie in [1, {num_members - 1}], got {weight}")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"{op}: seed must lie in [0, {2**32 - 1}], got {seed}")
+    weight = num_members // 2 if weight is None else check_integer(op, "weight", weight, 1, num_members - 1)
+    seed = check_integer(op, "seed", seed, 0, 2**32 - 1)
     total = math.comb(num_members, weight)
     if not 0 <= num_items <= total:
         raise ValueError(
@@ -328,9 +326,7 @@ def bias_bound(
 
 def _precondition(op: str, num_items: int, num_members: int, weight: int | None) -> tuple[int, bool]:
     _check_members(op, num_members)
-    weight = num_members // 2 if weight is None else weight
-    if not 1 <= weight < num_members:
-        raise ValueError(f"{op}: weight must lie in [1, {num_members - 1}], got {weight}")
+    weight = num_members // 2 if weight is None else check_integer(op, "weight", weight, 1, num_members - 1)
     if num_items < 1:
         raise ValueError(f"{op}: num_items must be at least 1, got {num_items}")
     total = math.comb(num_members, weight)
@@ -338,8 +334,7 @@ def _precondition(op: str, num_items: int, num_members: int, weight: int | None)
 
 
 def _check_members(op: str, num_members: int) -> None:
-    if not 2 <= num_members <= MAX_MEMBERS:
-        raise ValueError(f"{op}: num_members must lie in [2, {MAX_MEMBERS}], got {num_members}")
+    check_integer(op, "num_members", num_members, 2, MAX_MEMBERS)
 
 
 def _all(num_members: int) -> np.uint64:

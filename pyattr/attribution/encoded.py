@@ -12,14 +12,15 @@ from ..diffusion.sampling import HELD, Samples, sample
 from ..diffusion.storage import differences
 from ..ops import TopK, code_topk
 from ..ops._arguments import check_integer
+from ..ops._codes import check_codes
 from .codes import ablation_weights, as_codes
 from .encoded_jacobian import jacobian
 from .encoded_lists import distinct_top
 from .encoded_members import Mixture
-from .encoded_samples import METHODS, Replay
+from .encoded_samples import METHODS, Replay, combine, default_steps
 from .encoded_training import TrainedEnsemble
 
-_BLOCK = 1 << 16  # codes weighed at a time
+_BLOCK = 1 << 14  # codes weighed at a time
 
 
 class EncodedEnsemble(TrainedEnsemble):
@@ -42,6 +43,7 @@ class EncodedEnsemble(TrainedEnsemble):
         schedule: of the diffusion.
         directory: where the codes and each member's checkpoints lie; None keeps the members in memory.
         seed: of random codes, and of each member's initial weights and training, which are independent of one another.
+        device: where members are trained and asked; None: where the model's factory puts them, of a preset the CPU.
         training: the options of :func:`pyattr.diffusion.train`; ``steps`` at least. Of ``keep_checkpoints`` the default is 1.
 
     Attributes:
@@ -90,7 +92,7 @@ class EncodedEnsemble(TrainedEnsemble):
         """
         members, schedule = self.members, self.recipe.schedule
         if steps is None:
-            steps = min(schedule.num_timesteps, 50) if method == "ddim" else schedule.num_timesteps
+            steps = default_steps(method, schedule)
         return sample(
             Mixture(members, self._weights(weights)),
             schedule,
@@ -116,6 +118,8 @@ class EncodedEnsemble(TrainedEnsemble):
             raise ValueError(
                 f"EncodedEnsemble: weights must have shape [{self.num_members}], got {list(weights.shape)}"
             )
+        if not weights.isfinite().all():
+            raise ValueError(f"EncodedEnsemble: weights must be finite, got {weights.tolist()}")
         return weights
 
     def counterfactual(
@@ -184,21 +188,25 @@ class EncodedEnsemble(TrainedEnsemble):
         Extra memory: the result once more where it is kept, 6 (n + 1) batches of images, and what
         :func:`pyattr.jvp.dual_forward` needs for ``batch_size`` images and their tangents.
         """
-        options = {"batch_size": batch_size, "tangents_per_pass": tangents_per_pass}
-        # A copy, since what the caller writes into it must not change later answers.
-        return self._kept_jacobian(samples, directory=directory, progress=progress, **options).clone()
-
-    def _kept_jacobian(
-        self, samples: Samples, *, batch_size: int = 8, tangents_per_pass: int = 32, directory=None, progress=silent
-    ) -> Tensor:
         replay = self._replay(samples, batch_size, directory, progress)
+        # A copy, since what the caller writes into it must not change later answers.
+        return self._kept_jacobian(replay, tangents_per_pass).clone()
+
+    def _kept_jacobian(self, replay: Replay, tangents_per_pass: int = 32) -> Tensor:
         if tangents_per_pass < 1:
             raise ValueError(f"EncodedEnsemble: tangents_per_pass must be at least 1, got {tangents_per_pass}")
-        key = replay.key, replay.weights.tolist()
-        if directory is None and self._jacobian is not None and self._jacobian[0] == key:
+        key = replay.key, replay.samples.settings
+        if replay.directory is None and self._jacobian is not None and self._jacobian[0] == key:
             return self._jacobian[1]
         self._jacobian = key, jacobian(replay, tangents_per_pass)
         return self._jacobian[1]
+
+    def _derivatives(
+        self, samples: Samples, *, batch_size: int = 8, directory=None, progress: Progress = silent, **options
+    ) -> tuple[Tensor, Tensor]:  # -> [Q, D, n], [n]
+        """The Jacobian, not to be written to, and the weights of the samples."""
+        replay = self._replay(samples, batch_size, directory, progress)
+        return self._kept_jacobian(replay, **options), replay.weights
 
     def gram(self, samples: Samples, **options) -> Tensor:
         """``J^T J`` of each sample: all that the influence of any item needs.
@@ -214,10 +222,11 @@ class EncodedEnsemble(TrainedEnsemble):
 
         Extra memory: the Jacobian, and that of one sample in float64.
         """
-        columns = self._kept_jacobian(samples, **options)
+        columns, _ = self._derivatives(samples, **options)
         out = torch.empty(len(columns), self.num_members, self.num_members, dtype=torch.float64, device="cpu")
         for gram, J in zip(out, columns, strict=True):
-            torch.mm(J.double().T, J.double(), out=gram)
+            J = J.double()
+            torch.mm(J.T, J, out=gram)
         return (out + out.mT) / 2  # a library may sum the two halves in different orders
 
     def approximate(
@@ -251,7 +260,7 @@ class EncodedEnsemble(TrainedEnsemble):
         Raises:
             TypeError, ValueError: see :meth:`counterfactual`.
 
-        Extra memory: the Jacobian, or n images for each sample.
+        Extra memory: the Jacobian, or n images for each sample; and the guesses of one sample, twice in float64.
 
         Source: Dai, Gifford 2023, sections 4 and 5.3.
         """
@@ -265,15 +274,14 @@ class EncodedEnsemble(TrainedEnsemble):
         if method == "last_step":
             return replay.last_steps(weights)
         if method == "jacobian":
-            options |= {"batch_size": batch_size, "directory": directory, "progress": progress}
-            columns, scale = self._kept_jacobian(samples, **options), 2  # pixels in [0, 1] become [-1, 1]
+            columns, scale = self._kept_jacobian(replay, **options), 2  # pixels in [0, 1] become [-1, 1]
         else:
             alone = replay.reweighted(torch.eye(self.num_members, dtype=torch.float64, device="cpu"), "members")
             columns, scale = (alone - samples.images[:, None]).flatten(2).mT, 1
         directions = scale * (weights - replay.weights)
         guesses = torch.empty(len(samples), len(codes), *samples.images.shape[1:], **HELD)
         for out, image, J in zip(guesses, samples.images, columns, strict=True):
-            out.copy_((image.double().flatten() + directions @ J.double().T).view(out.shape))
+            out.copy_((image.double().flatten() + combine(directions, J.double().T)).view(out.shape))
         return guesses
 
     def scores(self, queries: Samples, **options) -> Tensor:
@@ -289,17 +297,22 @@ class EncodedEnsemble(TrainedEnsemble):
         Raises:
             TypeError, ValueError: see :meth:`jacobian`.
 
-        Extra memory: the Jacobian, and 64 MB.
+        Extra memory: the Jacobian, that of one sample three times in float64, and 64 MB.
         """
-        columns, weights = self._kept_jacobian(queries, **options), self._made_with(queries)
+        columns, weights = self._derivatives(queries, **options)
         out = torch.empty(len(queries), len(self.codes), **HELD)
         for row, J in zip(out, columns, strict=True):
+            J = J.double()
+            spoilt = ~J.isfinite().all(0)  # [n]
+            beyond = J[:, spoilt].abs().sum(0)  # NaN or inf, for each such member
             # |J w| = |R w|, and R is no larger than the Gram while it keeps twice its digits.
-            R = torch.linalg.qr(J.double(), mode="r").R
+            R = torch.linalg.qr(torch.where(spoilt, 0, J), mode="r").R
             for start in range(0, len(self.codes), _BLOCK):
-                codes = self.codes[start : start + _BLOCK]
-                directions = torch.from_numpy(ablation_weights(codes, self.num_members)) - weights
-                row[start : start + _BLOCK] = torch.linalg.vector_norm(directions @ R.T, dim=1)
+                u = torch.from_numpy(ablation_weights(self.codes[start : start + _BLOCK], self.num_members))
+                # A member that takes part neither in the sample nor in the counterfactual does not count.
+                absent = (u[:, spoilt] == 0) & (weights[spoilt] == 0)
+                change = torch.linalg.vector_norm((u - weights) @ R.T, dim=1)
+                row[start : start + _BLOCK] = change + torch.where(absent, 0, beyond).sum(1)
         return out
 
     def search(self, queries: Samples, k: int, *, largest: bool = True, codes=None, **options) -> TopK:
@@ -324,8 +337,9 @@ class EncodedEnsemble(TrainedEnsemble):
         if not torch.equal(self._made_with(queries), self._weights(None)):
             raise ValueError("EncodedEnsemble: queries must be made with uniform weights to be searched for")
         codes = torch.from_numpy(self.codes) if codes is None else codes
-        most = 2**63 - 1 if isinstance(codes, (str, os.PathLike)) else len(codes)
-        k = check_integer("EncodedEnsemble", "k", k, 0, most)
+        # What can be refused is refused before the Jacobian, which may take hours.
+        checked, _ = check_codes("EncodedEnsemble", codes)
+        k = check_integer("EncodedEnsemble", "k", k, 0, len(checked.bits))
         values = torch.empty(len(queries), k, dtype=torch.float64, device="cpu")
         items = torch.empty(len(queries), k, dtype=torch.int64, device="cpu")
         for row, gram in enumerate(self.gram(queries, **options)):
@@ -347,30 +361,36 @@ class EncodedEnsemble(TrainedEnsemble):
         Raises:
             TypeError, ValueError: see :meth:`scores`, or fewer than m items are left.
 
-        Extra memory: twice that of the scores.
+        Extra memory: that of :meth:`scores` and of :func:`pyattr.attribution.encoded_lists.distinct_top`, and the scores.
         """
+        self._made_with(queries)
+        m = check_integer("EncodedEnsemble", "m", m, 1, len(self.codes))
         return distinct_top(self.scores(queries, **options), m)
 
     def _replay(self, samples: Samples, batch_size: int, directory, progress: Progress) -> Replay:
         weights = self._made_with(samples)
+        # Members are hashed once for each call, never kept from one to the next, in which they may have changed.
+        asked = Mixture(self.members, weights).identity()
+        differ = differences({name: samples.settings.get(name) for name in asked}, asked)
+        if differ:
+            raise ValueError(f"EncodedEnsemble: queries must be samples of this ensemble: {differ}")
         if batch_size < 1:
             raise ValueError(f"EncodedEnsemble: batch_size must be at least 1, got {batch_size}")
         directory = None if directory is None else Path(directory)
         return Replay(self.members, weights, samples, batch_size, directory, progress)
 
     def _made_with(self, samples: Samples) -> Tensor:  # -> [n] float64
-        """The weights that samples were made with, once it is clear that this ensemble made them."""
+        """The weights that samples were made with."""
         if not isinstance(samples, Samples):
             raise TypeError(
                 "EncodedEnsemble: queries must be Samples of this ensemble, which hold the noise that they were made from, "
                 f"got {type(samples).__name__}"
             )
-        made = samples.settings
-        if "weights" not in made:
+        if "weights" not in samples.settings:
             raise ValueError("EncodedEnsemble: queries must be samples of this ensemble, got those of a single model")
-        weights = self._weights(made["weights"])
-        asked = Mixture(self.members, weights).identity()
-        differ = differences({name: made.get(name) for name in asked}, asked)
-        if differ:
-            raise ValueError(f"EncodedEnsemble: queries must be samples of this ensemble: {differ}")
-        return weights
+        made, members = len(samples.settings["weights"]), len(self.members)
+        if made != members:
+            raise ValueError(
+                f"EncodedEnsemble: queries must be samples of this ensemble: members was {made}, now {members}"
+            )
+        return self._weights(samples.settings["weights"])

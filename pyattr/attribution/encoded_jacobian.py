@@ -57,18 +57,22 @@ def _batch(
     if found is not None:
         tensors, first = found
         x, x_dot = (sampler.place(tensors[name]) for name in ("x", "x_dot"))
+        del tensors, found  # or the old tangents would lie beside the new ones
+    wide = torch.promote_types(x.dtype, torch.float32)  # of the sums over members, as in a Mixture
     pace = Pace(SAVE_SECONDS)
     told(first * len(x))
     for number, step in enumerate(sampler.steps[first:], first):
         times = sampler.times(number, len(x))
-        e, e_dot = torch.zeros_like(x), torch.zeros_like(x_dot)
+        e, e_dot = (torch.zeros_like(like, dtype=wide) for like in (x, x_dot))
         for i, (member, weight) in enumerate(zip(replay.members, replay.weights.tolist(), strict=True)):
             if number == 0 or weight == 0:  # at the start the image depends on no weight
                 prediction = predict_noise(member, x, times)
             else:
                 prediction = _add_tangents(e_dot, weight, member, x, x_dot, times, tangents_per_pass)
-            e += weight * prediction
+            if weight != 0:  # one of weight 0 has no part in the image, not even where it predicts NaN
+                e += weight * prediction
             e_dot[i] += prediction
+        e, e_dot = e.to(x.dtype), e_dot.to(x.dtype)
         z = sampler.place(exogenous[:, number + 1]) if number + 1 < exogenous.shape[1] else None
         x, x_dot = step.apply(x, e, z), step.tangent(x, e, z, x_dot, e_dot)
         if number + 1 < len(sampler.steps):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops import TopK
+from ..ops._arguments import check_integer
 
 
 def distinct_top(scores: Tensor, m: int) -> TopK:
@@ -19,20 +20,25 @@ def distinct_top(scores: Tensor, m: int) -> TopK:
         TopK of [Q, m]: falling scores, and the items; equal scores by lowest index.
 
     Raises:
-        ValueError: m is not as above, or fewer than m items are left.
+        TypeError, ValueError: an argument is not as above, or fewer than m items are left.
 
-    Extra memory: the scores once more.
+    Extra memory: six rows of the scores.
 
     Source: Dai, Gifford, "Training Data Attribution for Diffusion Models", arXiv 2306.02174, figure 6.
     """
-    if m < 1:
-        raise ValueError(f"distinct_top: m must be at least 1, got {m}")
+    if scores.dim() != 2:
+        raise ValueError(f"distinct_top: scores must have shape [Q, N], got {list(scores.shape)}")
+    m = check_integer("distinct_top", "m", m, 1, scores.shape[1])
+    values = scores.new_empty(len(scores), m)
+    lists = torch.empty(len(scores), m, dtype=torch.int64, device=scores.device)
     left = torch.arange(scores.shape[1], device=scores.device)
     while True:
         if len(left) < m:
             raise ValueError(f"distinct_top: m must be at most the {len(left)} items that are left, got {m}")
-        values, places = scores[:, left].sort(dim=1, descending=True, stable=True)
-        values, lists = values[:, :m], left[places[:, :m]]  # [Q, m]
+        for row, best, items in zip(scores, values, lists, strict=True):
+            ordered = row[left].sort(descending=True, stable=True)
+            best.copy_(ordered.values[:m])
+            items.copy_(left[ordered.indices[:m]])
         items, lists_with = lists.unique(return_counts=True)
         repeated = items[lists_with > 1]
         if len(repeated) == 0:

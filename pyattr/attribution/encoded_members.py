@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import multiprocessing
-import queue
+import multiprocessing.connection
 import signal
 import sys
 import tempfile
@@ -26,11 +26,10 @@ from ..diffusion.train import train
 from ..reference.philox import philox4x32_10
 
 _MEMBERS = 0x6D656D62  # key word 1 of the members' seeds
-_LOOK_SECONDS = 1.0  # between looks at processes that may have died
 
 
 class Mixture(nn.Module):
-    """The weighted mean of members, as a model that predicts noise.
+    """The weighted mean of members, as a model that predicts noise; summed in float32 or better.
 
     Args:
         members: n networks.
@@ -53,17 +52,18 @@ class Mixture(nn.Module):
 
     def forward(self, images: Tensor, timesteps: Tensor) -> Tensor:  # [B, C, H, W], [B] -> [B, C, H, W]
         weights = self.weights.expand(len(images), -1)  # [B, n]
-        out = torch.zeros_like(images)
+        wide = torch.promote_types(images.dtype, torch.float32)  # of the sum, whatever the members work in
+        out = torch.zeros_like(images, dtype=wide)
         for i, member in enumerate(self.members):
             rows = weights[:, i].nonzero()[:, 0].to(images.device)
             if len(rows) == 0:
                 continue
-            scale = weights[:, i].to(images.device, images.dtype)[:, None, None, None]
+            scale = weights[:, i].to(images.device, wide)[:, None, None, None]
             if len(rows) == len(images):
                 out += scale * predict_noise(member, images, timesteps)
             else:
                 out[rows] += scale[rows] * predict_noise(member, images[rows], timesteps[rows])
-        return out
+        return out.to(images.dtype)
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,16 @@ class Recipe:
     Attributes:
         model: a factory, or the name of a preset.
         schedule: of the diffusion.
-        training: the options of :func:`pyattr.diffusion.train`.
+        training: all options of :func:`pyattr.diffusion.train`.
         seed: of the members' seeds.
+        device: where members are; None: where the factory puts them. Their initial weights are the same everywhere.
     """
 
     model: Callable[[], nn.Module] | str
     schedule: Schedule
     training: dict
     seed: int
+    device: torch.device | str | None = None
 
     def seeds(self, member: int) -> tuple[int, int]:
         """The seeds of a member's initial weights and of its training."""
@@ -100,12 +102,11 @@ class Recipe:
             model = factory()
         if not isinstance(model, nn.Module):
             raise TypeError(f"EncodedEnsemble: model must build a torch module, got {type(model).__name__}")
-        return model
+        return model if self.device is None else model.to(self.device)
 
     def train(self, member: int, images: Tensor, directory: Path | None, progress: Progress) -> nn.Module:
         """Train a member on its images, or go on where it was interrupted."""
         model = self.build(member, tuple(images.shape[1:]))
-        options = {"keep_checkpoints": 1, **self.training}
         return train(
             model,
             images,
@@ -113,7 +114,7 @@ class Recipe:
             seed=self.seeds(member)[1],
             checkpoint_directory=None if directory is None else folder(directory, member),
             progress=progress,
-            **options,
+            **self.training,
         ).model
 
 
@@ -180,77 +181,106 @@ def train_members(
 def _train_in_processes(
     recipe: Recipe, images: Tensor, splits: np.ndarray, members: list[int], directory: Path, workers: int, total: _Total
 ) -> None:
-    context = multiprocessing.get_context("spawn")
-    tasks, news = context.Queue(), context.Queue()
-    for task in [*members, *[None] * workers]:
-        tasks.put(task)
-    opened, to_open = context.Semaphore(0), workers
+    context, waiting = multiprocessing.get_context("spawn"), iter(members)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".images-", ignore_cleanup_errors=True) as temporary:
         # A file that all processes map, since shared memory is short where containers limit it.
         path = Path(temporary) / "images.pt"
         torch.save(images.cpu(), path)
-        arguments = recipe, path, opened, splits, directory, torch.get_num_threads(), tasks, news
-        processes = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(workers)]
-        with _running(processes):
-            at_work = workers
-            while at_work:
-                while to_open and opened.acquire(block=False):
-                    to_open -= 1
-                    if to_open == 0:
-                        path.unlink()  # it stays as long as it is mapped, but not after all are killed
-                try:
-                    member, done, error = news.get(timeout=_LOOK_SECONDS)
-                except queue.Empty:
-                    dead = [process.exitcode for process in processes if process.exitcode]
-                    if dead:
-                        raise RuntimeError(
-                            f"EncodedEnsemble: a training process ended with exit code {dead[0]}; fit again goes on from there"
-                        ) from None
-                    continue
-                if error is not None:
-                    raise RuntimeError(f"EncodedEnsemble: training of member {member} failed: {error}")
-                if member is None:
-                    at_work -= 1
-                else:
-                    total(member, done)
+        arguments = recipe, path, splits, directory, torch.get_num_threads()
+        to_open = workers
+        with _running() as running:
+            for _ in range(workers):
+                running.append(_Worker(context, arguments))
+                running[-1].give(next(waiting))
+            while at_work := {worker.connection: worker for worker in running if worker.member is not None}:
+                for connection in multiprocessing.connection.wait(list(at_work)):
+                    worker = at_work[connection]
+                    kind, news = worker.hear()
+                    if kind == "opened":
+                        to_open -= 1
+                        if to_open == 0:
+                            path.unlink()  # it stays as long as it is mapped, but not after all are killed
+                    elif kind == "steps":
+                        total(worker.member, news)
+                    elif kind == "trained":
+                        worker.give(next(waiting, None))
+                    else:
+                        raise RuntimeError(f"EncodedEnsemble: training of member {worker.member} failed: {news}")
+
+
+class _Worker:
+    """A training process, as the calling one sees it.
+
+    Each has a pipe of its own: what several share is left locked, or with half a message in it, by one that is killed.
+
+    Attributes:
+        member: the one that it trains; None once it has no more to do.
+    """
+
+    def __init__(self, context, arguments: tuple):
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, *arguments), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the pipe ends with the process
+        self.member: int | None = None
+
+    def give(self, member: int | None) -> None:
+        """A member to train; None: no more."""
+        self.member = member
+        with contextlib.suppress(OSError):  # that the process is dead is what is heard next
+            self.connection.send(member)
+
+    def hear(self) -> tuple:
+        """The next message of the process, (kind, content); its death is an error."""
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+        code = self.process.exitcode
+        how = {-signal.SIGKILL: " (killed: the memory may not suffice for so many workers)"}.get(code, "")
+        raise RuntimeError(
+            f"EncodedEnsemble: the process of member {self.member} ended with exit code {code}{how}; "
+            "what is trained is kept, and fit again goes on from there"
+        )
 
 
 @contextlib.contextmanager
-def _running(processes: list) -> Iterator[None]:
+def _running() -> Iterator[list[_Worker]]:
     """Processes that end with the block, however it ends."""
+    workers: list[_Worker] = []
     try:
-        for process in processes:
-            process.start()
-        yield
-        for process in processes:
-            process.join()
+        yield workers
+        for worker in workers:
+            worker.process.join()
     finally:
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
-                process.join()
+        for worker in workers:
+            if worker.process.is_alive():
+                worker.process.terminate()
+                worker.process.join()
+            worker.connection.close()
 
 
-def _work(recipe: Recipe, path: Path, opened, splits: np.ndarray, directory: Path, threads: int, tasks, news) -> None:
+def _work(connection, recipe: Recipe, path: Path, splits: np.ndarray, directory: Path, threads: int) -> None:
     """A training process. As many threads as in the calling one, on whose number the bits depend."""
     # Ctrl-C in a terminal reaches this process too; the calling one tells of it, and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    images = torch.load(path, mmap=True, weights_only=True)
-    opened.release()
 
-    def tell(member: int, done: int) -> None:
-        if not multiprocessing.parent_process().is_alive():
-            # Killed. Left alone, this process would train on beside those of the next call, into the same files.
-            news.cancel_join_thread()
-            sys.exit(1)
-        news.put((member, done, None))
-
-    while (member := tasks.get()) is not None:
-        rows = torch.from_numpy(splits[:, member].nonzero()[0])
+    def tell(kind: str, content=None) -> None:
         try:
-            recipe.train(member, images[rows], directory, lambda done, _total, _stage, i=member: tell(i, done))
-        except Exception as error:
-            news.put((member, 0, f"{type(error).__name__}: {error}"))
-            return
-    news.put((None, 0, None))
+            connection.send((kind, content))
+        except OSError:
+            # The calling one was killed. Left alone, this process would train on beside those of the next call, into the
+            # same files.
+            sys.exit(1)
+
+    images = torch.load(path, mmap=True, weights_only=True)
+    tell("opened")
+    with contextlib.suppress(EOFError):  # the calling one was killed
+        while (member := connection.recv()) is not None:
+            rows = torch.from_numpy(splits[:, member].nonzero()[0])
+            try:
+                recipe.train(member, images[rows], directory, lambda done, _total, _stage: tell("steps", done))
+            except Exception as error:
+                return tell("failed", f"{type(error).__name__}: {error}")
+            tell("trained")

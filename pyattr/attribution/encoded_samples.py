@@ -14,6 +14,22 @@ from ..diffusion.storage import DamagedFileError, differences, load_tensors, sav
 from .encoded_members import Mixture
 
 METHODS = ("jacobian", "last_step", "members")
+DDIM_STEPS = 50
+
+
+def default_steps(method: str, schedule: Schedule) -> int:
+    """How many steps a sampler takes where nobody says: T, or for "ddim" the smaller of T and 50."""
+    return min(schedule.num_timesteps, DDIM_STEPS) if method == "ddim" else schedule.num_timesteps
+
+
+def combine(weights: Tensor, columns: Tensor) -> Tensor:  # [M, n], [n, D] -> [M, D]
+    """Weighted sums of rows; one of weight 0 has no part in a sum, even where it is NaN or infinite."""
+    finite = columns.isfinite().all(1, keepdim=True)  # [n, 1]
+    out = weights @ torch.where(finite, columns, 0)
+    for i in (~finite[:, 0]).nonzero()[:, 0].tolist():
+        weight = weights[:, i : i + 1]
+        out += torch.where(weight == 0, 0, weight * columns[i])
+    return out
 
 
 class Replay:
@@ -155,7 +171,8 @@ class Replay:
 
         out = torch.empty(len(self.samples), len(weights), *self.samples.images.shape[1:], **HELD)
         for batch, result in self.batches("last_step", len(self.samples), number + 1, {}, make):
-            x, predictions = result[:, :1].double(), result[:, 1:].double()
-            e = torch.einsum("mi,qichw->qmchw", weights, predictions)
-            out[batch] = self.sampler.steps[number].apply(x, e)
+            for image, made in zip(out[batch], result, strict=True):
+                x, predictions = made[:1].double(), made[1:].double()
+                e = combine(weights, predictions.flatten(1)).view(image.shape)
+                image.copy_(self.sampler.steps[number].apply(x, e))
         return out

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..diffusion.images import as_images
 from ..diffusion.presets import PRESETS
@@ -25,7 +25,8 @@ _DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(train).parameters.items()
     if name not in ("model", "images", "schedule", "seed", "checkpoint_directory", "progress")
-}
+} | {"keep_checkpoints": 1}
+_PACE = ("checkpoint_every", "keep_checkpoints")  # options that decide which files there are, but not what is trained
 
 
 class TrainedEnsemble:
@@ -41,6 +42,7 @@ class TrainedEnsemble:
         schedule: Schedule,
         directory: str | os.PathLike | None = None,
         seed: int = 0,
+        device: torch.device | str | None = None,
         **training,
     ):
         if isinstance(model, str):
@@ -55,29 +57,37 @@ class TrainedEnsemble:
             raise TypeError(f"EncodedEnsemble: {unknown[0]} is no option of training")
         if "steps" not in training:
             raise TypeError("EncodedEnsemble: steps must be given, the optimiser steps of each member")
+        training = {**_DEFAULTS, **training}
         checked = set(inspect.signature(check_options).parameters) - {"seed"}
-        check_options(**{name: {**_DEFAULTS, **training}[name] for name in checked}, seed=seed)
+        check_options(**{name: training[name] for name in checked}, seed=seed)
         if codes is None:
             random_codes(0, num_members, weight=weight, seed=seed)  # refuses what it cannot take
         elif weight is not None:
             raise ValueError("EncodedEnsemble: weight must be None where codes are given")
         self.num_members = num_members
-        self.codes = None if codes is None else as_codes(codes, num_members, "EncodedEnsemble")
+        # A copy, since what the caller does to theirs must not change what the members are said to have seen.
+        self.codes = None if codes is None else as_codes(codes, num_members, "EncodedEnsemble").copy()
         self.directory = None if directory is None else Path(directory)
-        self.recipe = Recipe(model, schedule, training, seed)
+        self.recipe = Recipe(model, schedule, training, seed, device)
         self.shape: tuple[int, int, int] | None = None  # of an image, once it is known
         self._weight = weight
         self._members: dict[int, nn.Module] = {}
+        self._images: str | None = None  # a hash of those that they were trained on, once it is known
 
     @classmethod
     def open(
-        cls, directory: str | os.PathLike, model: Callable[[], nn.Module] | str | None = None
+        cls,
+        directory: str | os.PathLike,
+        model: Callable[[], nn.Module] | str | None = None,
+        *,
+        device: torch.device | str | None = None,
     ) -> "TrainedEnsemble":
         """An ensemble from its directory, without its images.
 
         Args:
             directory: that of an ensemble on which :meth:`fit` was called.
             model: what built its members; needed where that was no preset.
+            device: where members are; None: where the model's factory puts them.
 
         Raises:
             FileNotFoundError, DamagedFileError: there is no such ensemble, or its bytes changed.
@@ -93,6 +103,7 @@ class TrainedEnsemble:
             schedule=Schedule(**record["schedule"]),
             directory=directory,
             seed=record["seed"],
+            device=device,
             **record["training"],
         )
         ensemble.shape = tuple(record["shape"])
@@ -107,28 +118,29 @@ class TrainedEnsemble:
 
         Args:
             images: [N, C, H, W] uint8, or floating point in [-1, 1].
-            workers: processes that train members side by side, with as many threads each as torch has here; the members are
-                the same bits as from one. The model must then be importable by name, and a directory be given.
+            workers: processes that train members side by side on the one device, with as many threads each as torch has
+                here; the members are the same bits as from one. The model must then be importable by name, and a directory
+                be given.
             members: which to train; None: all.
             progress: stage "train", counts optimiser steps of all these members.
 
         Returns:
-            self.
+            self. A call that fails leaves it as it was.
 
         Raises:
             ValueError: an argument is not as above, codes and images do not fit together, or the directory holds another
                 ensemble.
-            RuntimeError: a process failed.
+            RuntimeError: training failed, or a process died; the message names the member, and the others' work is kept.
 
         Extra memory: for each worker its member's images and that of :func:`pyattr.diffusion.train`; workers share a file of
         all images, which lies in the directory meanwhile.
         """
         images = as_images(images, "EncodedEnsemble", "images")
-        if self.codes is None:
-            seed, weight = self.recipe.seed, self._weight
-            self.codes = random_codes(len(images), self.num_members, weight=weight, seed=seed)
-        if len(self.codes) != len(images):
-            raise ValueError(f"EncodedEnsemble: images must be as many as codes, {len(self.codes)}, got {len(images)}")
+        codes = self.codes
+        if codes is None:
+            codes = random_codes(len(images), self.num_members, weight=self._weight, seed=self.recipe.seed)
+        if len(codes) != len(images):
+            raise ValueError(f"EncodedEnsemble: images must be as many as codes, {len(codes)}, got {len(images)}")
         members = list(range(self.num_members)) if members is None else sorted(set(members))
         for member in members:
             if not 0 <= member < self.num_members:
@@ -137,18 +149,20 @@ class TrainedEnsemble:
             raise ValueError(f"EncodedEnsemble: workers must be at least 1, got {workers}")
         if workers > 1:
             self._check_processes()
-        splits = membership(self.codes, self.num_members)
+        splits = membership(codes, self.num_members)
         empty = [member for member in members if not splits[:, member].any()]
         if empty:
             raise ValueError(f"EncodedEnsemble: codes must give each member an image, got none for member {empty[0]}")
-        self.shape = tuple(images.shape[1:])
+        shape, seen = tuple(images.shape[1:]), data_hash(images)
         if self.directory is not None:
             if members:  # what cannot be built is refused before anything is written
-                self.recipe.build(members[0], self.shape)
-            self._record(images)
-        # One of an earlier call may have seen other images.
-        self._members = {i: member for i, member in self._members.items() if i not in members}
-        self._members |= train_members(self.recipe, images, splits, members, self.directory, workers, progress)
+                self.recipe.build(members[0], shape)
+            self._record(codes, shape, seen)
+        made = train_members(self.recipe, images, splits, members, self.directory, workers, progress)
+        # All at once, and last, so that a call that fails leaves what was there.
+        earlier = self._members if self._images in (None, seen) else {}  # those of other images are of another ensemble
+        self._members = {i: member for i, member in earlier.items() if i not in members} | made
+        self.codes, self.shape, self._images = codes, shape, seen
         return self
 
     def _check_processes(self) -> None:
@@ -161,7 +175,7 @@ class TrainedEnsemble:
                 f"EncodedEnsemble: model must be importable by name where workers are several, got {error}"
             ) from None
 
-    def _record(self, images: Tensor) -> None:
+    def _record(self, codes: np.ndarray, shape: tuple[int, int, int], images: str) -> None:
         """Write what the ensemble is, or compare it with what is there."""
         recipe = self.recipe
         record = {
@@ -171,17 +185,17 @@ class TrainedEnsemble:
             "schedule": dataclasses.asdict(recipe.schedule),
             "training": recipe.training,
             "seed": recipe.seed,
-            "shape": list(self.shape),
-            "images": data_hash(images),
+            "shape": list(shape),
+            "images": images,
         }
-        tensors = {"codes": torch.from_numpy(self.codes.view(np.int64))}
+        tensors = {"codes": torch.from_numpy(codes.view(np.int64))}
         path = self.directory / RECORD
         if not path.exists():
             self.directory.mkdir(parents=True, exist_ok=True)
             save_tensors(path, tensors, record)
             return
         kept, made = load_tensors(path)
-        differ = differences(made, record)
+        differ = differences(_deciding(made), _deciding(record))
         if not torch.equal(kept["codes"], tensors["codes"]):
             differ = differ or "the codes differ"
         if differ:
@@ -211,3 +225,9 @@ class TrainedEnsemble:
         for i in missing:
             self._members[i] = load(self.recipe, self.directory, i, self.shape)
         return [self._members[i] for i in range(self.num_members)]
+
+
+def _deciding(record: dict) -> dict:
+    """What of a record decides the members; options that it does not name are the default."""
+    training = {**_DEFAULTS, **record["training"]}
+    return {**record, "training": {name: value for name, value in training.items() if name not in _PACE}}

@@ -28,6 +28,7 @@ UNITS = {
     "members": "denoising steps",
     "classifier": "epochs",
     "image features": "images",
+    "image distances": "pairs of images",
     "features": "images",
     "query features": "images",
     "scores": "queries",

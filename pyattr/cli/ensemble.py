@@ -6,15 +6,15 @@ from typing import Annotated
 
 import typer
 
-from .commands import DATA_HELP, RUN, SAMPLE, TRAIN, Limit, Out, Root, Seed, Size, Threads, _data
-from .options import CODES, CodeOptions, TrainOptions
+from .commands import DATA_HELP, RUN, SAMPLE, TRAIN, Device, Limit, Out, Root, Seed, Size, Threads, _data
+from .options import CODES, EXTRACTORS, CodeOptions, EvaluateOptions, Machine, TrainOptions
 
 commands = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Which training images made this one, by leaving them out: an ensemble whose members never saw all of them.",
 )
-CODE = CodeOptions()
+CODE, EVALUATE = CodeOptions(), EvaluateOptions()
 
 
 @commands.command()
@@ -64,7 +64,10 @@ def train(
     ema: Annotated[float | None, typer.Option(help="Decay of a moving average of the weights.")] = TRAIN.ema,
     weighting: Annotated[str, typer.Option(help="Of timesteps in the loss: simple or velocity.")] = TRAIN.weighting,
     seed: Seed = TRAIN.seed,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that train members side by side.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that train members side by side, all on the one device.")
+    ] = 1,
+    device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Train the members; an interrupted training goes on where it was."""
@@ -82,7 +85,7 @@ def train(
         weighting=weighting,
         seed=seed,
     )
-    ensemble_run.train(out, options, timesteps, workers, threads)
+    ensemble_run.train(out, options, timesteps, workers, Machine(device, threads))
 
 
 @commands.command()
@@ -98,12 +101,13 @@ def sample(
     eta: Annotated[float, typer.Option(min=0, max=1, help="DDIM: 0 adds no noise, 1 as much as DDPM.")] = SAMPLE.eta,
     seed: Seed = SAMPLE.seed,
     batch_size: Annotated[int, typer.Option(min=1, help="Images made together.")] = SAMPLE.batch_size,
+    device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Generate images from the whole ensemble, keeping every random number."""
     from . import ensemble_run
 
-    ensemble_run.sample(out, num_images, method, steps, eta, seed, batch_size, threads)
+    ensemble_run.sample(out, num_images, method, steps, eta, seed, batch_size, Machine(device, threads))
 
 
 @commands.command()
@@ -117,12 +121,13 @@ def ablate(
         typer.Option("--label", "-l", help="A class, where classes have codes; default: all of them."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images made together.")] = SAMPLE.batch_size,
+    device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Make the images again without training images or classes: exactly, and from the same noise."""
     from . import ensemble_run
 
-    ensemble_run.ablate(out, item or [], label or [], batch_size, threads)
+    ensemble_run.ablate(out, item or [], label or [], batch_size, Machine(device, threads))
 
 
 @commands.command()
@@ -133,9 +138,45 @@ def search(
         bool, typer.Option("--distinct", help="Drop those that are in the lists of several generated images.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images whose derivatives are taken together.")] = 8,
+    device: Device = "auto",
     threads: Threads = None,
 ) -> None:
     """Find the training images whose absence would change each generated image most, by the ensemble's Jacobian."""
     from . import ensemble_run
 
-    ensemble_run.search(out, top, distinct, batch_size, threads)
+    ensemble_run.search(out, top, distinct, batch_size, Machine(device, threads))
+
+
+@commands.command()
+def evaluate(
+    out: Out = RUN,
+    items: Annotated[
+        int,
+        typer.Option(min=2, help="Training images, drawn at random, without which samples are made and guessed."),
+    ] = EVALUATE.items,
+    guesses: Annotated[
+        bool,
+        typer.Option("--guesses/--no-guesses", help="Whether guessed counterfactuals are compared with exact ones."),
+    ] = EVALUATE.guesses,
+    extractor: Annotated[
+        str,
+        typer.Option(
+            help="classifier: of the folder's own classes; standard: LPIPS and FID by torchvision's networks."
+        ),
+    ] = EVALUATE.extractor,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes of the classifier over the images.")] = EVALUATE.epochs,
+    seed: Seed = EVALUATE.seed,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images made together.")] = EVALUATE.batch_size,
+    jacobian_batch_size: Annotated[
+        int, typer.Option(min=1, help="Images whose derivatives are taken together.")
+    ] = EVALUATE.jacobian_batch_size,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Measure what ablating classes does, how well ablations are guessed, and how the images settle as members are added."""
+    from . import ensemble_evaluate
+
+    if extractor not in EXTRACTORS:
+        raise typer.BadParameter(f"must be one of {', '.join(EXTRACTORS)}, got {extractor}", param_hint="--extractor")
+    options = EvaluateOptions(items, guesses, extractor, epochs, seed, batch_size, jacobian_batch_size)
+    ensemble_evaluate.evaluate(out, options, Machine(device, threads))

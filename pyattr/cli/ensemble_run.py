@@ -1,39 +1,43 @@
-"""What the commands of encoded ensembles do, each in its stage of the output folder."""
+"""What the commands of encoded ensembles do but `evaluate`, each in its stage of the output folder."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .. import diffusion
 from ..attribution import EncodedEnsemble
 from ..attribution.codes import ablation_weights, group_codes, guarantee, membership, random_codes, walsh_codes
+from ..attribution.encoded_samples import default_steps
 from ..datasets import DataError, ImageDataset
 from ..diffusion.images import to_bytes
-from ..diffusion.progress import silent
 from ..diffusion.sampling import check_options as check_sampling
 from ..diffusion.sampling import num_noises
 from ..diffusion.train import check_options as check_training
+from ..evaluation import change_sizes
 from ..ops import TopK
 from ..report.grid import matplotlib, write_grid
+from .ensemble_folder import (
+    MEMORY,
+    SHOWN,
+    Ablating,
+    Derivatives,
+    class_rows,
+    found_codes,
+    found_ensemble,
+    found_samples,
+    labels_hash,
+    samples_of,
+)
 from .options import CodeOptions, DataOptions, Machine, TrainOptions
-from .run import Session, session
-from .stages import Step, check_fits, read_npz, write_images, write_npz
-from .workspace import Stage, WorkspaceError
-
-SHOWN = 20  # generated images in a picture
-MEMORY = ("ensemble codes", "ensemble", "ensemble samples")  # in the order in which they build on each other
-COMMANDS = ("encode SOURCE", "train", "sample")  # that make them
+from .run import session
+from .stages import Step, check_fits, write_npz
+from .workspace import WorkspaceError
 
 
 def encode(out: Path, data: DataOptions, options: CodeOptions) -> None:
@@ -46,7 +50,7 @@ def encode(out: Path, data: DataOptions, options: CodeOptions) -> None:
             raise WorkspaceError(
                 f"member {int((splits == 0).argmax())} would see no image at all: give fewer --num-members, or more images"
             )
-        labels = _labels_hash(images, options.kind)
+        labels = labels_hash(images, options.kind)
         settings = {"data": images.fingerprint(), "labels": labels, **dataclasses.asdict(options)}
         stage = work.workspace.stage("ensemble-codes", settings)
         step = Step("Encoding", f"{len(images):,} images for {options.num_members} members", stage, 16 * len(images))
@@ -80,14 +84,6 @@ def _codes(images: ImageDataset, options: CodeOptions) -> np.ndarray:
     return walsh_codes(images.labels, n)
 
 
-def _labels_hash(images: ImageDataset, kind: str) -> str | None:
-    """What tells the images' labels from others; None where codes do not depend on them."""
-    if kind == "items" or images.labels is None:
-        return None
-    names = json.dumps([images.class_names[label] for label in images.labels])
-    return hashlib.sha256(names.encode()).hexdigest()
-
-
 def _enough_codes(wanted: int, what: str, num_members: int, weight: int | None) -> None:
     weight = num_members // 2 if weight is None else weight
     there_are = math.comb(num_members, weight)
@@ -98,10 +94,10 @@ def _enough_codes(wanted: int, what: str, num_members: int, weight: int | None) 
         )
 
 
-def train(out: Path, options: TrainOptions, timesteps: int, workers: int, threads: int | None) -> None:
+def train(out: Path, options: TrainOptions, timesteps: int, workers: int, machine: Machine) -> None:
     """Train the members of the folder's codes."""
-    with session(out, Machine("cpu", threads)) as work:
-        images, codes, encoded = _encoded(work)
+    with session(out, machine) as work:
+        images, codes, encoded = found_codes(work)
         check_fits(options.network, images.shape)
         training = {
             name: value
@@ -128,8 +124,10 @@ def train(out: Path, options: TrainOptions, timesteps: int, workers: int, thread
             f"{members} members of {options.network} ({parameters:,} parameters each), {options.steps:,} steps of "
             f"{options.batch_size} images each",
             stage,
-            # Weights, two moments and perhaps an average of each, and of those at work what is being written.
-            4 * parameters * (3 if options.ema is None else 4) * (members + 2 * workers),
+            # Weights, two moments and perhaps an average of each, and of those at work what is being written; and the
+            # file of images that several processes read.
+            4 * parameters * (3 if options.ema is None else 4) * (members + 2 * workers)
+            + (images.images.nbytes if workers > 1 else 0),
         )
         work.plan([step])
         work.begin(step)
@@ -142,6 +140,7 @@ def train(out: Path, options: TrainOptions, timesteps: int, workers: int, thread
                     schedule=schedule,
                     directory=stage.folder,
                     seed=options.seed,
+                    device=work.device,
                     **training,
                 )
                 ensemble.fit(torch.from_numpy(images.images), workers=workers, progress=work.display.progress)
@@ -158,14 +157,14 @@ def sample(
     eta: float,
     seed: int,
     batch_size: int,
-    threads: int | None,
+    machine: Machine,
 ) -> None:
     """Generate images from the folder's ensemble."""
     matplotlib()
-    with session(out, Machine("cpu", threads)) as work:
-        trained, ensemble = _ensemble(work)
+    with session(out, machine) as work:
+        trained, ensemble = found_ensemble(work)
         schedule = ensemble.recipe.schedule
-        steps = steps or (min(50, schedule.num_timesteps) if method == "ddim" else schedule.num_timesteps)
+        steps = steps or default_steps(method, schedule)
         options = {"method": method, "steps": steps, "eta": eta, "seed": seed, "batch_size": batch_size}
         check_sampling(schedule, **options)
         stage = work.workspace.stage("ensemble-samples", {"model": trained.key, "num_images": num_images, **options})
@@ -178,7 +177,7 @@ def sample(
         )
         work.plan([step])
         work.begin(step)
-        samples = _samples(work, ensemble, stage)
+        samples = samples_of(work, ensemble, stage)
         work.workspace.remember(MEMORY[2], {"stage": stage.key})
         picture = work.workspace.folder / "ensemble-samples.png"
         shown, across = samples.uint8().numpy()[: 10 * SHOWN], 10
@@ -187,41 +186,27 @@ def sample(
         work.display.say(f"picture  {picture}")
 
 
-def _samples(work: Session, ensemble: EncodedEnsemble, stage: Stage) -> diffusion.Samples:
-    """The samples of a stage, made or found."""
-    options = {name: value for name, value in stage.settings.items() if name != "model"}
-    told = silent if stage.finished else work.display.progress
-    with contextlib.nullcontext() if stage.finished else stage.work():
-        samples = ensemble.sample(directory=stage.folder, progress=told, **options)
-        write_images(stage.folder, samples)
-    return samples
-
-
-def ablate(out: Path, items: Sequence[str], labels: Sequence[str], batch_size: int, threads: int | None) -> None:
+def ablate(out: Path, items: Sequence[str], labels: Sequence[str], batch_size: int, machine: Machine) -> None:
     """Make the folder's samples again without images or classes."""
     matplotlib()
-    with session(out, Machine("cpu", threads)) as work:
-        images, codes, encoded = _encoded(work)
-        sampled, ensemble = _sampled(work)
+    with session(out, machine) as work:
+        images, codes, encoded = found_codes(work)
+        sampled, ensemble = found_samples(work)
         names, chosen = _chosen(images, codes, encoded.settings["kind"], items, labels)
-        stage = work.workspace.stage(
-            "ensemble-ablation", {"samples": sampled.key, "codes": [int(c) for c in chosen], "batch_size": batch_size}
-        )
-        queries, distinct = sampled.settings["num_images"], len(np.unique(chosen))
-        step = Step(
+        step = Ablating(
+            work.workspace,
+            sampled,
+            ensemble,
+            chosen,
+            batch_size,
             "Ablating",
-            f"{queries} images, each without {len(names)} in turn",
-            stage,
-            2 * 4 * queries * (distinct + len(names)) * int(np.prod(ensemble.shape)),
+            f"each without {len(names)} in turn",
         )
         work.plan([step])
         work.begin(step)
-        samples = _samples(work, ensemble, sampled)
-        with step.working():
-            made = ensemble.counterfactual(
-                samples, chosen, batch_size=batch_size, directory=stage.folder, progress=work.display.progress
-            )
-        changes = _norms(made, samples)  # [Q, M]
+        samples = samples_of(work, ensemble, sampled)
+        made = step.run(ensemble, samples, work.display)
+        changes = change_sizes(samples.images, made).astype(np.float32)  # [Q, M], of pixels in [0, 1]
         folder = work.workspace.folder
         write_npz(
             folder / "ensemble-ablation.npz",
@@ -256,9 +241,7 @@ def _chosen(
                 "every member saw some images of each class: give --item NAME, or encode again with --codes classes or walsh"
             )
         return list(items), codes[[places[name] for name in items]]
-    # Of a part of the data (--limit) some classes may have no image, and then no code.
-    firsts = dict(zip(*np.unique(images.labels, return_index=True), strict=True))
-    rows = {images.class_names[label]: row for label, row in firsts.items()}
+    rows = class_rows(images)
     classes = list(labels) if labels or items else list(rows)
     for name in classes:
         if name not in rows:
@@ -266,30 +249,19 @@ def _chosen(
     return [*classes, *items], codes[[rows[name] for name in classes] + [places[name] for name in items]]
 
 
-def search(out: Path, top: int, distinct: bool, batch_size: int, threads: int | None) -> None:
+def search(out: Path, top: int, distinct: bool, batch_size: int, machine: Machine) -> None:
     """Find the most influential training images of the folder's samples."""
     matplotlib()
-    with session(out, Machine("cpu", threads)) as work:
-        images, _, _ = _encoded(work)
-        sampled, ensemble = _sampled(work)
+    with session(out, machine) as work:
+        images, _, _ = found_codes(work)
+        sampled, ensemble = found_samples(work)
         if top > len(images):
             raise WorkspaceError(f"--top must be at most the number of training images, {len(images)}, got {top}")
-        stage = work.workspace.stage("ensemble-jacobian", {"samples": sampled.key, "batch_size": batch_size})
-        queries = sampled.settings["num_images"]
-        step = Step(
-            "Derivatives",
-            f"of {queries} images with respect to {ensemble.num_members} members",
-            stage,
-            8 * queries * ensemble.num_members * int(np.prod(ensemble.shape)),
-        )
+        step = Derivatives(work.workspace, sampled, ensemble, batch_size)
         work.plan([step])
         work.begin(step)
-        samples = _samples(work, ensemble, sampled)
-        with step.working():
-            # Kept by the ensemble, so that what follows does not ask the models again.
-            columns = ensemble.jacobian(
-                samples, batch_size=batch_size, directory=stage.folder, progress=work.display.progress
-            )  # [Q, D, n]
+        samples = samples_of(work, ensemble, sampled)
+        columns = step.run(ensemble, samples, work.display)  # [Q, D, n]
         found = _distinct(ensemble, samples, top) if distinct else ensemble.search(samples, top)
         scores = ensemble.scores(samples).numpy()
         folder, places = work.workspace.folder, found.indices.numpy()
@@ -327,57 +299,5 @@ def _distinct(ensemble: EncodedEnsemble, samples: diffusion.Samples, top: int) -
         ) from error
 
 
-def _norms(made: Tensor, samples: diffusion.Samples) -> np.ndarray:  # [Q, M, C, H, W] -> [Q, M] float32
-    """How far images moved, in L2 of pixels in [0, 1]."""
-    return ((made - samples.images[:, None]) / 2).flatten(2).norm(dim=2).numpy()
-
-
 def _short(name: str) -> str:
     return name if len(name) <= 12 else f"…{name[-11:]}"
-
-
-def _recalled(work: Session, which: int) -> tuple[Stage, dict[str, Any]]:
-    """A stage that an earlier command finished, and what it remembered."""
-    told = work.workspace.recall(MEMORY[which])
-    stage = work.workspace.existing(told.get("stage", "."))
-    if stage is None:
-        folder = work.workspace.folder
-        what = ("codes", "trained ensemble", "images of an ensemble")[which]
-        raise WorkspaceError(f"no {what} in {folder}: run `pyattr ensemble {COMMANDS[which]} --out {folder}` first")
-    return stage, told
-
-
-def _encoded(work: Session) -> tuple[ImageDataset, np.ndarray, Stage]:
-    """The images, their codes [N] uint64, and the stage that made these."""
-    stage, told = _recalled(work, 0)
-    images = work.load(DataOptions(**told["data"]))
-    made = stage.settings
-    if (images.fingerprint(), _labels_hash(images, made["kind"])) != (made["data"], made["labels"]):
-        raise WorkspaceError(
-            f"{told['data']['source']} has changed since its images were encoded: put them back, or encode again"
-        )
-    return images, read_npz(stage.folder / "codes.npz")["codes"], stage
-
-
-def _ensemble(work: Session) -> tuple[Stage, EncodedEnsemble]:
-    """The ensemble of the folder's codes, and the stage that trained it."""
-    codes, _ = _recalled(work, 0)
-    stage, _ = _recalled(work, 1)
-    if stage.settings["codes"] != codes.key:
-        folder = work.workspace.folder
-        raise WorkspaceError(
-            f"the ensemble in {folder} was trained on other codes: run `pyattr ensemble train --out {folder}` first"
-        )
-    return stage, EncodedEnsemble.open(stage.folder)
-
-
-def _sampled(work: Session) -> tuple[Stage, EncodedEnsemble]:
-    """The ensemble, and the stage that made its samples."""
-    trained, ensemble = _ensemble(work)
-    stage, _ = _recalled(work, 2)
-    if stage.settings["model"] != trained.key:
-        folder = work.workspace.folder
-        raise WorkspaceError(
-            f"the images in {folder} are of another ensemble: run `pyattr ensemble sample --out {folder}` first"
-        )
-    return stage, ensemble

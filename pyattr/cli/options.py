@@ -75,6 +75,26 @@ class CodeOptions:
     seed: int = 0
 
 
+EXTRACTORS = ("classifier", "standard")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What of an ensemble is measured, and by which features.
+
+    `items` training images are ablated, drawn by `seed`, and guessed, unless `guesses` is False; `extractor` is "classifier",
+    trained on the folder's labels for `epochs`, or "standard".
+    """
+
+    items: int = 16
+    guesses: bool = True
+    extractor: str = "classifier"
+    epochs: int = 6
+    seed: int = 0
+    batch_size: int = 64
+    jacobian_batch_size: int = 8
+
+
 @dataclass(frozen=True)
 class SampleOptions:
     """How images are generated; see :func:`pyattr.diffusion.sample`."""

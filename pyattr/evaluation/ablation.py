@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.stats
 
-from .agreement import Comparison, compare
+from .agreement import Comparison, PairedComparison, compare, compare_paired
+from .inputs import as_booleans, as_integers, as_numbers
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,12 @@ class Share:
 
 
 def share(happened) -> Share:
-    """The share of True in an array of booleans."""
-    happened = np.asarray(happened, bool).ravel()
+    """The share of True in an array of booleans.
+
+    Raises:
+        TypeError: not booleans.
+    """
+    happened = as_booleans(happened, "share", "happened")
     count, of = int(happened.sum()), happened.size
     if not of:
         return Share(0, 0, float("nan"), float("nan"))
@@ -48,7 +53,8 @@ class ClassAblation:
         own_flips: how often ablating its own class changes a sample's predicted class.
         other_flips: the same for the ablations of the other classes.
         own_distances, other_distances: [Q] and [Q (C - 1)] float64, how far the two kinds of ablation move a sample.
-        distances: their comparison.
+        distances: their comparison, which takes all distances for independent (see :func:`~pyattr.evaluation.compare`).
+        paired: their comparison over samples, each one's own against the median of its others.
     """
 
     recovered: Share
@@ -58,6 +64,7 @@ class ClassAblation:
     own_distances: np.ndarray
     other_distances: np.ndarray
     distances: Comparison
+    paired: PairedComparison
 
 
 def class_ablation(distances, classes, ablated_classes) -> ClassAblation:
@@ -73,13 +80,15 @@ def class_ablation(distances, classes, ablated_classes) -> ClassAblation:
         :class:`ClassAblation`. Of ablations at an equal distance, the first counts as the most influential.
 
     Raises:
+        TypeError: distances are no real numbers, or classes no integers.
         ValueError: the shapes do not go together, a class is out of range, a distance is NaN, or there are no samples or fewer
             than two classes.
 
     Source: Dai, Gifford 2023, section 5.1.
     """
-    distances = np.asarray(distances, np.float64)
-    classes, ablated_classes = np.asarray(classes), np.asarray(ablated_classes)
+    distances = as_numbers(distances, "class_ablation", "distances")
+    classes = as_integers(classes, "class_ablation", "classes")
+    ablated_classes = as_integers(ablated_classes, "class_ablation", "ablated_classes")
     if distances.ndim != 2 or len(distances) == 0 or distances.shape[1] < 2:
         raise ValueError(
             "class_ablation: distances must have shape [Q, C] with at least one sample and two classes, "
@@ -108,4 +117,5 @@ def class_ablation(distances, classes, ablated_classes) -> ClassAblation:
         own_distances=distances[own],
         other_distances=distances[~own],
         distances=compare(distances[own], distances[~own]),
+        paired=compare_paired(distances[own], distances[~own].reshape(samples, count - 1)),
     )

@@ -1,6 +1,7 @@
 """A small classifier of the data itself, for predicted classes and for features where standard networks cannot be had."""
 
 import itertools
+import numbers
 import os
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from ..diffusion.images import as_images, evaluating, to_unit
 from ..diffusion.progress import Progress, silent
 from ..diffusion.storage import DamagedFileError, data_hash, differences, load_tensors, save_tensors
+from ..ops._arguments import check_integer
 from .features import Extractor
+from .inputs import as_integers
 
 _ORDER = 0x636C6173  # key word 1 of the data order
 NAME = "classifier"
@@ -29,6 +32,11 @@ class _Network(nn.Module):
         self.classes = nn.Linear(features, classes)
 
     def features(self, images: Tensor) -> Tensor:  # [B, C, H, W] -> [B, D]
+        channels = self.convolutions[0].in_channels
+        if images.shape[1] != channels or 0 in images.shape[2:]:
+            raise ValueError(
+                f"Classifier: images must have pixels and {channels} channels, as in fit, got {list(images.shape[1:])}"
+            )
         x = images
         for convolution in self.convolutions:
             x = F.max_pool2d(F.relu(convolution(x)), 2, ceil_mode=True)
@@ -63,6 +71,7 @@ class Classifier:
         seed: in [0, 2^32).
 
     Raises:
+        TypeError: an argument is no number of its kind.
         ValueError: an argument is not positive, or the seed out of range.
     """
 
@@ -76,19 +85,18 @@ class Classifier:
         num_features: int = 64,
         seed: int = 0,
     ):
+        if not isinstance(learning_rate, numbers.Real):
+            raise TypeError(f"Classifier: learning_rate must be a real number, got {type(learning_rate).__name__}")
+        if not 0 < learning_rate < float("inf"):
+            raise ValueError(f"Classifier: learning_rate must be positive and finite, got {learning_rate}")
         self.settings = {
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "width": width,
-            "num_features": num_features,
+            "epochs": check_integer("Classifier", "epochs", epochs, 1, 2**31),
+            "batch_size": check_integer("Classifier", "batch_size", batch_size, 1, 2**31),
+            "learning_rate": float(learning_rate),
+            "width": check_integer("Classifier", "width", width, 1, 2**16),
+            "num_features": check_integer("Classifier", "num_features", num_features, 1, 2**24),
+            "seed": check_integer("Classifier", "seed", seed, 0, 2**32 - 1),
         }
-        for name, value in self.settings.items():
-            if not value > 0:
-                raise ValueError(f"Classifier: {name} must be positive, got {value}")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"Classifier: seed must lie in [0, {2**32 - 1}], got {seed}")
-        self.settings["seed"] = seed
         self._network: _Network | None = None
 
     def fit(
@@ -111,15 +119,13 @@ class Classifier:
         Extra memory: one batch's activations, four copies of the weights.
         """
         images = as_images(images, "Classifier", "images")
-        labels = torch.as_tensor(np.asarray(labels))
-        if len(images) == 0 or labels.shape != (len(images),):
-            raise ValueError(
-                f"Classifier: labels must have shape [{len(images)}], one for each of at least one image, "
-                f"got {list(labels.shape)}"
-            )
-        if labels.is_floating_point() or labels.dtype == torch.bool or int(labels.min()) < 0:
-            raise ValueError("Classifier: labels must be integers that are not negative")
-        labels = labels.long()
+        if images.numel() == 0:
+            raise ValueError(f"Classifier: images must hold at least one image of one pixel, got {list(images.shape)}")
+        labels = torch.from_numpy(as_integers(labels, "Classifier", "labels"))
+        if labels.shape != (len(images),):
+            raise ValueError(f"Classifier: labels must have shape [{len(images)}], got {list(labels.shape)}")
+        if int(labels.min()) < 0:
+            raise ValueError(f"Classifier: labels must not be negative, got {int(labels.min())}")
         settings = {
             **self.settings,
             "kind": NAME,
@@ -181,7 +187,12 @@ class Classifier:
 
         Returns:
             [N] int64; of equally likely classes the first.
+
+        Raises:
+            RuntimeError: :meth:`fit` was not called.
+            TypeError, ValueError: an argument is not as above, or the images have other channels than those of fit.
         """
+        batch_size = check_integer("Classifier", "batch_size", batch_size, 1, 2**62)
         images = as_images(images, "Classifier", "images")
         network, found = self.network, [torch.empty(0, dtype=torch.int64)]
         with torch.no_grad(), evaluating(network):

@@ -1,11 +1,13 @@
 """How an ensemble's samples settle as members are added, and the plane in which features spread most."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from .agreement import as_array
+from ..ops._arguments import check_integer
 from .frechet import as_features
+from .inputs import as_numbers
 
 
 def nested_codes(num_members: int, *, seed: int = 0) -> np.ndarray:
@@ -21,14 +23,12 @@ def nested_codes(num_members: int, *, seed: int = 0) -> np.ndarray:
         [n] uint64; the last is 0, the ensemble itself.
 
     Raises:
-        ValueError: an argument is not as above.
+        TypeError, ValueError: an argument is not as above.
 
     Source: Dai, Gifford 2023, figure 4.
     """
-    if not 1 <= num_members <= 64:
-        raise ValueError(f"nested_codes: num_members must lie in [1, 64], got {num_members}")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"nested_codes: seed must lie in [0, {2**32 - 1}], got {seed}")
+    num_members = check_integer("nested_codes", "num_members", num_members, 1, 64)
+    seed = check_integer("nested_codes", "seed", seed, 0, 2**32 - 1)
     order = np.random.Generator(np.random.Philox(key=[seed, 0x6E657374])).permutation(num_members)
     left = np.uint64(2**num_members - 1)
     codes = np.empty(num_members, np.uint64)
@@ -61,12 +61,13 @@ def convergence(images) -> Convergence:
         :class:`Convergence`, in the unit of the pixels, float64.
 
     Raises:
+        TypeError: not real numbers.
         ValueError: another shape, or no subset.
     """
-    images = as_array(images)
+    images = as_numbers(images, "convergence", "images")
     if images.ndim < 3 or images.shape[1] == 0:
         raise ValueError(f"convergence: images must have shape [Q, S, ...] with S at least 1, got {list(images.shape)}")
-    flat = images.reshape(*images.shape[:2], -1)
+    flat = images.reshape(*images.shape[:2], math.prod(images.shape[2:]))
     return Convergence(np.linalg.norm(flat - flat[:, -1:], axis=2), np.linalg.norm(np.diff(flat, axis=1), axis=2))
 
 
@@ -85,8 +86,15 @@ class Principal:
     explained: np.ndarray
 
     def project(self, features) -> np.ndarray:
-        """Coordinates of features, [N, D] -> [N, K]."""
-        return (as_features(features, "pca", "features") - self.mean) @ self.directions.T
+        """Coordinates of features, [N, D] -> [N, K].
+
+        Raises:
+            TypeError, ValueError: not real numbers of this shape.
+        """
+        features = as_features(features, "project", "features")
+        if features.shape[1] != len(self.mean):
+            raise ValueError(f"project: features must have {len(self.mean)} columns, got {features.shape[1]}")
+        return (features - self.mean) @ self.directions.T
 
 
 def pca(features, components: int = 2) -> Principal:
@@ -100,15 +108,14 @@ def pca(features, components: int = 2) -> Principal:
         :class:`Principal`, float64; other features are projected onto the same plane by its :meth:`Principal.project`.
 
     Raises:
-        ValueError: an argument is not as above, or all features are equal.
+        TypeError, ValueError: an argument is not as above, or the features are all equal or not all finite.
     """
     features = as_features(features, "pca", "features")
-    limit = min(len(features) - 1, features.shape[1])
-    if not 1 <= components <= limit:
-        raise ValueError(
-            f"pca: components must lie in [1, {limit}] for {len(features)} features of {features.shape[1]} numbers, "
-            f"got {components}"
-        )
+    if len(features) < 2 or features.shape[1] == 0:
+        raise ValueError(f"pca: features must have at least 2 rows and a column, got shape {list(features.shape)}")
+    components = check_integer("pca", "components", components, 1, min(len(features) - 1, features.shape[1]))
+    if not np.isfinite(features).all():
+        raise ValueError("pca: features must be finite")
     mean = features.mean(0)
     _, sizes, directions = np.linalg.svd(features - mean, full_matrices=False)
     total = np.square(sizes).sum()

@@ -1,6 +1,8 @@
 """What turns images into features: the networks of the published scores where they can be had, or any other under its name."""
 
+import http.client
 import importlib
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from ..diffusion.images import as_images, evaluating, to_unit
 from ..diffusion.progress import Progress, silent
+from ..ops._arguments import check_integer
 
 INCEPTION_SIZE = 299
 WEIGHTS_HELP = (
@@ -34,6 +37,10 @@ class Extractor:
     prepare: Callable[[Tensor], Tensor] = lambda images: images
     standard: bool = False
 
+    def __post_init__(self):
+        if not isinstance(self.module, nn.Module):
+            raise TypeError(f"Extractor: module must be a torch.nn.Module, got {type(self.module).__name__}")
+
     def __call__(self, images, *, batch_size: int = 64, progress: Progress = silent) -> Tensor:
         """The features of images.
 
@@ -45,18 +52,25 @@ class Extractor:
             [N, D] float32 on the CPU; the module is evaluated in eval mode and left in its own.
 
         Raises:
-            TypeError, ValueError: the images are not as above, or none.
+            TypeError, ValueError: the images are not as above, or none; or the module gives no row for each of them.
 
         Extra memory: that of the module for ``batch_size`` images.
         """
         images = as_images(images, "Extractor", "images")
-        if len(images) == 0 or batch_size < 1:
-            raise ValueError(f"Extractor: needs an image and a batch_size, got {len(images)} and {batch_size}")
+        if images.numel() == 0:
+            raise ValueError(f"Extractor: images must hold at least one image of one pixel, got {list(images.shape)}")
+        batch_size = check_integer("Extractor", "batch_size", batch_size, 1, 2**62)
         like = next(self.module.parameters(), torch.empty(0))
         parts = []
         with torch.no_grad(), evaluating(self.module):
             for batch in images.split(batch_size):
                 found = self.module(self.prepare(to_unit(batch, like)))
+                if not isinstance(found, Tensor):
+                    raise TypeError(f"Extractor: module must return a tensor, got {type(found).__name__}")
+                if found.dim() < 2 or len(found) != len(batch):
+                    raise ValueError(
+                        f"Extractor: module must return [B, D, ...] for {len(batch)} images, got {list(found.shape)}"
+                    )
                 parts.append(found.flatten(1).float().cpu())
                 progress(sum(map(len, parts)), len(images), "image features")
         return torch.cat(parts)
@@ -95,8 +109,8 @@ def inception() -> Extractor:
     and Gifford report, not the one of the usual FID programs, which take another network's 2,048 pooled numbers.
 
     Raises:
-        ImportError: torchvision is missing.
-        RuntimeError: the weights can be neither found nor downloaded.
+        ImportError: torchvision is missing, or does not load.
+        RuntimeError: the weights can be neither found nor downloaded, or the file is damaged.
 
     Source: Dai, Gifford, "Training Data Attribution for Diffusion Models", arXiv 2306.02174; Heusel et al., NeurIPS 2017.
     """
@@ -112,15 +126,21 @@ def package(name: str, op: str) -> Any:
     """A module of an optional dependency.
 
     Raises:
-        ImportError: it is not installed; the message says which extra to install.
+        ImportError: it is not installed, and the message says which extra to install; or it does not load, as torchvision does
+            not where it was built for another torch.
     """
+    top = name.split(".")[0]
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        top = name.split(".")[0]
         if error.name is None or error.name.split(".")[0] != top:
             raise
         raise ImportError(f"{op} needs the package {top}: install pyattr[evaluation]") from None
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ImportError(
+            f"{op} needs the package {top}, and the one installed does not load ({error}): "
+            f"install the build of it that is made for torch {torch.__version__}"
+        ) from error
 
 
 def with_weights(op: str, build: Callable[[], Any]) -> Any:
@@ -131,5 +151,6 @@ def with_weights(op: str, build: Callable[[], Any]) -> Any:
     """
     try:
         return build()
-    except OSError as error:  # of which URLError is one
+    except (OSError, http.client.HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        # The network, of which URLError is one, and then what torch says of a file that is cut short or another.
         raise RuntimeError(f"{op}: the network's weights cannot be had ({error}): {WEIGHTS_HELP}") from error

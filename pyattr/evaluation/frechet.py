@@ -2,7 +2,8 @@
 
 import numpy as np
 import scipy.linalg
-from torch import Tensor
+
+from .inputs import as_numbers
 
 
 def frechet_distance(first, second) -> float:
@@ -21,6 +22,7 @@ def frechet_distance(first, second) -> float:
         times the sum of the variances.
 
     Raises:
+        TypeError: not real numbers.
         ValueError: a shape is not as above.
 
     Extra memory: both sets in float64, and 3 D^2 numbers at most.
@@ -48,9 +50,10 @@ def as_features(features, op: str, argument: str) -> np.ndarray:
     """[N, D] float64 from torch or NumPy.
 
     Raises:
+        TypeError: not real numbers.
         ValueError: another shape.
     """
-    array = np.asarray(features.detach().cpu() if isinstance(features, Tensor) else features, np.float64)
+    array = as_numbers(features, op, argument)
     if array.ndim != 2:
         raise ValueError(f"{op}: {argument} must have shape [N, D], got {list(array.shape)}")
     return array

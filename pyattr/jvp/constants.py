@@ -2,6 +2,7 @@
 
 from .dual import Dual, Run
 from .rule import rule
+from .where import Refusal, current_function, has_own_jvp, here
 
 
 @rule(
@@ -29,5 +30,12 @@ def constant(run: Run, func, *args, **kwargs):
 
 @rule("detach")
 def detach(run: Run, func, x: Dual):
+    function = current_function()
+    if function is not None:  # what it computes of the plain value may well have a derivative, which only it knows
+        kind = Refusal if has_own_jvp(function) else NotImplementedError
+        raise kind(
+            f"dual_forward: {function.__name__}{here(run)}, a torch.autograd.Function, detaches a value that depends on x in "
+            "its forward"
+        )
     x.family.seen = True
     return func(x.primal)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from . import dispatch as dispatch  # it tells duals what to do
 from .dual import Dual, Run
+from .where import Refusal
+from .whole import Plan
 
 OP = "dual_forward"
 
@@ -22,10 +24,14 @@ def dual_forward(module: Callable, x: Tensor, x_dot: Tensor, *args, **kwargs) ->
     The module runs as it is, hooks included, on a tensor that stands for the primal and its K tangents; each operator that
     it comes to is done by a rule on all of them at once (a convolution is one library call on (K + 1) B images; group
     normalisation and the SiLU behind it are one pass). Operators without a rule are done by ``torch.func.jvp``, and a
-    warning says so once for each. Dropout in training mode draws one mask for primal and tangents. TorchScript modules
-    work; compiled ones run as they were before compilation. A ``torch.autograd.Function`` is differentiated through its
-    forward as it is written: its own jvp and backward are not asked. ``detach`` ends a tangent, as in torch. Decisions
-    that the module makes on values (``if``, ``item``, comparisons) see the primal.
+    warning says so once for each. Where an operator cannot be followed by itself (it writes to a tensor that does not
+    depend on x, say), the innermost module around it for which that works is done by ``torch.func.jvp`` as a whole, once
+    for each tangent, and a warning says so once; to find it, the first such call runs the module again from its start.
+    Dropout in training mode draws one mask for primal and tangents. TorchScript modules work; compiled ones run as they
+    were before compilation. A ``torch.autograd.Function`` is differentiated through its forward as it is written; only
+    where that detaches or cannot be followed, its own jvp is asked. Its backward never is. Elsewhere ``detach`` ends a
+    tangent, as in torch. Decisions that the module makes on values (``if``, ``item``, ``tolist``, comparisons) see the
+    primal.
 
     Args:
         module: a torch module or any other callable. It may return a tensor, a diffusers model output (of which ``sample``
@@ -43,7 +49,8 @@ def dual_forward(module: Callable, x: Tensor, x_dot: Tensor, *args, **kwargs) ->
     Raises:
         TypeError, ValueError: an argument is not as above.
         NotImplementedError: an operator has neither a rule nor a forward derivative in torch, or writes in place in a way
-            that cannot be followed; the message names the part of the module that it is in.
+            that cannot be followed, and no module around it can be done as a whole; the message names the part of the module
+            that it is in.
 
     Extra memory: while the module runs, K tangents of every activation that is alive, which are K + 1 times what inference
     takes; nothing is kept for a backward pass.
@@ -52,14 +59,19 @@ def dual_forward(module: Callable, x: Tensor, x_dot: Tensor, *args, **kwargs) ->
     2008, section 3.1 (vector mode).
     """
     _check(module, x, x_dot)
-    run = Run(len(x_dot), module)
+    plan = Plan(module)
     with torch.no_grad(), _not_compiled():
-        stack = torch.cat([x.detach()[None], x_dot.detach()])
-        try:
-            result = module(Dual(run, (stack,)), *args, **kwargs)
-            return _outcome(run, result)
-        finally:
-            run.open = False
+        while True:
+            run = Run(len(x_dot), module)
+            stack = torch.cat([x.detach()[None], x_dot.detach()])
+            try:
+                outcome = _outcome(run, plan.call(run, (Dual(run, (stack,)), *args), kwargs))
+                plan.done()
+                return outcome
+            except Refusal as refusal:
+                plan.add(refusal)
+            finally:
+                run.open = False
 
 
 def _check(module, x, x_dot):

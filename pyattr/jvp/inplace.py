@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .dual import Dual
 from .rule import functional
-from .where import here
+from .where import Refusal, here
 
 
 def write(run, func, args: tuple, kwargs: dict, call):
@@ -15,14 +15,14 @@ def write(run, func, args: tuple, kwargs: dict, call):
         call: ``(operator, args, kwargs)`` to the result by its rule.
 
     Raises:
-        NotImplementedError: the target is a tensor without tangents, or the write cannot be done here.
+        Refusal: the target is a tensor without tangents, or the write cannot be done here.
     """
     target, compute = args[0] if args else None, functional(func)
     name = func._schema.name
     if compute is None:
-        raise NotImplementedError(f"dual_forward: {name}{here(run)} writes to its arguments in a way that has no rule")
+        raise Refusal(f"dual_forward: {name}{here(run)} writes to its arguments in a way that has no rule")
     if not isinstance(target, Dual):
-        raise NotImplementedError(
+        raise Refusal(
             f"dual_forward: {name}{here(run)} writes a value that depends on x to a tensor that does not; "
             "have the module make a new tensor instead"
         )
@@ -35,7 +35,7 @@ def write(run, func, args: tuple, kwargs: dict, call):
         target.parts = result.parts
         return target
     if result.shape != target.shape:
-        raise NotImplementedError(f"dual_forward: {name}{here(run)} changes a shape in place")
+        raise Refusal(f"dual_forward: {name}{here(run)} changes a shape in place")
     run.settle()
     members = target.family.alive()
     if (
@@ -44,11 +44,9 @@ def write(run, func, args: tuple, kwargs: dict, call):
         target.assign(result if result.dtype == target.dtype else result.to(target.dtype))
         return target
     if target.family.split:
-        raise NotImplementedError(
-            f"dual_forward: {name}{here(run)} writes to a tensor of which a view had to be copied"
-        )
+        raise Refusal(f"dual_forward: {name}{here(run)} writes to a tensor of which a view had to be copied")
     if target.family.shared and target.family.seen:
-        raise NotImplementedError(
+        raise Refusal(
             f"dual_forward: {name}{here(run)} writes to a tensor that has been detached, and of which other results are made"
         )
     if target.family.shared:

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from ..ops.group_norm_silu_jvp import OP
+from ..ops.group_norm_silu_jvp import OP, empty_like
 from .dual import Dual, Run, combine
 from .rule import NoRule, duals, function_rule, rule
+from .where import here
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,18 @@ class GroupNorm:
     eps: float
 
     def compute(self, silu: bool = False) -> tuple[Tensor]:
+        # What the op's public face does, with both results in one stack, which the next library call takes as it is.
+        whole = empty_like(self.x, 1, len(self.x_dot) + 1)  # [K + 1, B, C, *S]
         positions = self.x.shape[2:].numel()
         x = self.x.reshape(*self.x.shape[:2], positions)  # [B, C, L]
         x_dot = self.x_dot.reshape(*self.x_dot.shape[:3], positions)  # [K, B, C, L]
-        # What the op's public face does, with both results in one stack, which the next library call takes as it is.
-        last = self.x.movedim(1, -1).is_contiguous() and not self.x.is_contiguous()
-        stack = x.new_empty((len(x_dot) + 1, *(x.mT if last else x).shape))
-        stack = stack.mT if last else stack
+        stack = whole.view(*whole.shape[:3], positions)
         if stack.numel() > 0:
             run = backends.choose(OP, None, x).run
             for images, weight, bias in self._alike():
                 out = stack[0, images], stack[1:, images]
                 run(x[images], x_dot[:, images], None, None, self.groups, weight, bias, float(self.eps), silu, out)
-        return (stack.view(len(stack), *self.x.shape),)
+        return (whole,)
 
     def _alike(self):
         """The images with their weight and bias: all at once, or one by one where each has its own."""
@@ -96,6 +96,7 @@ def any_group_norm(run: Run, x, num_groups, weight=None, bias=None, eps=1e-5):
         raise NoRule
     if any(a is not None and a.shape != x.shape[1:2] for a in (weight, bias)):
         raise NoRule  # torch says what is wrong
+    _check_devices(run, x, weight=weight, bias=bias)
     return GroupNorm(x.primal, x.tangents, num_groups, weight, bias, eps).deferred(run)
 
 
@@ -103,7 +104,18 @@ def any_group_norm(run: Run, x, num_groups, weight=None, bias=None, eps=1e-5):
 def group_norm(run: Run, func, x, weight, bias, batch, channels, positions, groups, eps):
     if duals(weight, bias):
         raise NoRule
+    _check_devices(run, x, weight=weight, bias=bias)
     return GroupNorm(x.primal, x.tangents, groups, weight, bias, eps).deferred(run), None, None
+
+
+def _check_devices(run: Run, x: Dual, **constants: Tensor | None):
+    """The kernels take addresses: they would read another device's as their own."""
+    for name, constant in constants.items():
+        if constant is not None and constant.device != x.device:
+            raise ValueError(
+                f"dual_forward: {name} of the group normalisation{here(run)} must be on {x.device} as its input is, got "
+                f"{constant.device}"
+            )
 
 
 def _wide(a: Tensor) -> Tensor:
@@ -142,6 +154,7 @@ def batch_norm(run: Run, func, x, weight, bias, running_mean, running_var, train
             )
         if x.shape[0] != 1:
             raise NoRule
+        _check_devices(run, x, weight=weight, bias=bias)
         # Over one image's positions: instance normalisation, a group of one channel each.
         return GroupNorm(x.primal, x.tangents, x.shape[1], weight, bias, eps).deferred(run), None, None
     primal, *rest = func(x.primal, weight, bias, running_mean, running_var, False, momentum, eps)

@@ -14,7 +14,6 @@ from .views import aligned, each
     *(
         "silu",
         "gelu",
-        "relu",
         "relu6",
         "sigmoid",
         "tanh",
@@ -65,7 +64,14 @@ def pointwise(run: Run, func, x: Dual, *args, **kwargs):
     if isinstance(value, tuple):
         raise NoRule
     factor = slope(run, func, primal, args, kwargs) if derivative is None else derivative(primal, value)
-    return combine(run, value, lambda out: torch.mul(x.tangents, factor, out=out))
+
+    def fill(out: Tensor):
+        torch.mul(x.tangents, factor, out=out)
+        if func.overloadpacket in _CHOOSING:
+            # Where torch takes 0 instead of the tangent, it does so of any tangent, also of inf and NaN.
+            out.masked_fill_(slope(run, func, primal, args, kwargs, tangent=torch.nan) == 0, 0)
+
+    return combine(run, value, fill)
 
 
 def _silu_slope(x: Tensor, y: Tensor) -> Tensor:
@@ -77,15 +83,33 @@ def _silu_slope(x: Tensor, y: Tensor) -> Tensor:
 # The common ones, without the detour over torch.func.
 _DERIVATIVES = {
     torch.ops.aten.silu.default: _silu_slope,
-    torch.ops.aten.relu.default: lambda x, y: (y > 0).to(y.dtype),
     torch.ops.aten.exp.default: lambda x, y: y,
 }
+_CHOOSING = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        *("relu6", "hardtanh", "hardswish", "hardsigmoid", "hardshrink", "softshrink", "threshold", "sinc"),
+        *("clamp", "clamp_min", "clamp_max"),
+    )
+}
+
+
+@rule("relu")
+def relu(run: Run, func, x: Dual):
+    if x.is_complex():
+        raise NoRule  # torch says what is wrong
+    y = func(x.primal)
+    # Chosen, as torch does: no tangent passes where y is 0, any where it is NaN.
+    backward = torch.ops.aten.threshold_backward.grad_input
+    return combine(run, y, lambda out: backward(x.tangents, y.expand_as(x.tangents), 0, grad_input=out))
 
 
 @rule("pow")
 def power(run: Run, func, x, exponent):
     if isinstance(exponent, (Tensor, complex)) or not isinstance(x, Dual) or x.is_complex():
         raise NoRule
+    if exponent == 0:  # of any tangent, also inf and NaN
+        return combine(run, func(x.primal, exponent), torch.Tensor.zero_)
     return combine(
         run,
         func(x.primal, exponent),

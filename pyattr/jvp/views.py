@@ -123,7 +123,7 @@ def unfold(run: Run, func, x: Dual, dim, size, step):
     return each(x, lambda a: a.unfold(moved(dim, x.dim()), size, step), view=True)
 
 
-@rule("split", "split_with_sizes")
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
 def split(run: Run, func, x: Dual, sizes, dim=0):
     return each_of_many(x, lambda a: a.split(sizes, moved(dim, x.dim())), view=True)
 

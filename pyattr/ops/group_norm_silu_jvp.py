@@ -141,17 +141,17 @@ def _check_tangents(array, name: str, x, count: int | None = None):
 # with a residual s, and with tangents of the residual s_dot.
 
 
-def _empty_like(x, channel: int):
-    """Channels-last where x is, otherwise contiguous."""
+def empty_like(x, channel: int, *lead: int):
+    """Unwritten [*lead, *x.shape], channels-last where x is, otherwise contiguous."""
     last = x.movedim(channel, -1)
     if last.is_contiguous() and not x.is_contiguous():
-        return last.new_empty(last.shape).movedim(-1, channel)
-    return x.new_empty(x.shape)
+        return last.new_empty((*lead, *last.shape)).movedim(-1, channel + len(lead))
+    return x.new_empty((*lead, *x.shape))
 
 
 def _outputs(x, x_dot, num_groups, weight, bias, eps, silu, residual, residual_dot, backend):
     like = [(x, 1), (x_dot, 2)] * (1 if residual is None else 2)
-    return [_empty_like(*one) for one in (like[:3] if residual is not None and residual_dot is None else like)]
+    return [empty_like(*one) for one in (like[:3] if residual is not None and residual_dot is None else like)]
 
 
 def _run(x, x_dot, num_groups, weight, bias, eps, silu, residual, residual_dot, backend):

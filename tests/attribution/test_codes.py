@@ -60,6 +60,18 @@ def test_fewer_items_have_the_first_codes():
     assert not np.array_equal(random_codes(20, 40, seed=8), many[:20])
 
 
+def test_the_codes_of_a_seed_are_these():
+    """They lie in the directories of trained ensembles, and must be the same from one version to the next."""
+    assert random_codes(4, 16, seed=0).tolist() == [3539, 60451, 36621, 43070]
+    assert random_codes(4, 16, seed=1).tolist() == [26424, 10489, 36442, 51727]
+    assert random_codes(3, 64, seed=7).tolist() == [13899520930588887667, 1846726178097130323, 14095563811468461955]
+    assert random_codes(3, 24, weight=5, seed=2**32 - 1).tolist() == [4358912, 17546, 92192]
+    assert random_codes(5, 4, seed=3).tolist() == [6, 10, 9, 3, 12]  # from a random order of all six
+    assert group_codes([30, 10, 20, 10], 8, seed=5).tolist() == [57, 154, 195, 154]
+    assert walsh_codes([0, 1, 2, 3, 4, 6, 8]).tolist() == [42, 25, 76, 7, 82, 97, 52]
+    assert walsh_codes([2, 0, 1], 3).tolist() == [4, 2, 1]
+
+
 def test_blocks_do_not_change_the_codes(monkeypatch):
     expected = random_codes(500, 20, seed=1), random_codes(60, 8, seed=1)
     monkeypatch.setattr(codes, "_BLOCK", 7)
@@ -191,6 +203,18 @@ def test_errors(call, message):
 def test_codes_are_integers():
     with pytest.raises(TypeError, match="op: codes must be integers, got float64"):
         as_codes([1.0], 4, "op")
+
+
+def test_numbers_of_members_are_integers():
+    for call, argument in (
+        (lambda: random_codes(5, 6.0), "num_members"),
+        (lambda: random_codes(5, 6, weight=3.0), "weight"),
+        (lambda: random_codes(5, 6, seed=0.5), "seed"),
+        (lambda: bias_bound(5, 6, weight=2.5), "weight"),
+        (lambda: as_codes([1], 4.0, "random_codes"), "num_members"),
+    ):
+        with pytest.raises(TypeError, match=rf"^(random_codes|bias_bound): {argument} must be an integer, got float$"):
+            call()
 
 
 def test_codes_of_any_kind():

@@ -125,7 +125,7 @@ class Member(nn.Module):
     def forward(self, images, timesteps):
         self.calls += 1
         if self.calls == 3 and Path(__file__).with_name("killed").exists():
-            os._exit(9)
+            os._exit(0)
         if self.calls == 2 and Path(__file__).with_name("broken").exists():
             raise ArithmeticError("not today")
         return self.layer(images)
@@ -140,7 +140,8 @@ def test_processes_train_the_same_members_and_may_fail_or_die(tmp_path, monkeypa
     directory, told = tmp_path / "ensemble", []
     (tmp_path / "killed").touch()
     with pytest.raises(
-        RuntimeError, match="EncodedEnsemble: a training process ended with exit code 9; fit again goes on"
+        RuntimeError,
+        match=r"^EncodedEnsemble: the process of member [01] ended with exit code 0; what is trained is kept, and fit again",
     ):
         ensemble(Member, directory=directory).fit(IMAGES, workers=2)
     (tmp_path / "killed").rename(tmp_path / "broken")

@@ -296,8 +296,12 @@ def test_distinct_top_by_hand():
     assert distinct_top(scores[:1], 3).indices.tolist() == [[0, 3, 1]]
     with pytest.raises(ValueError, match="m must be at most the 2 items that are left, got 3"):
         distinct_top(scores, 3)
-    with pytest.raises(ValueError, match="m must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^distinct_top: m must lie in \[1, 6\], got 0$"):
         distinct_top(scores, 0)
+    with pytest.raises(TypeError, match=r"^distinct_top: m must be an integer, got float$"):
+        distinct_top(scores, 2.0)
+    with pytest.raises(ValueError, match=r"^distinct_top: scores must have shape \[Q, N\], got \[6\]$"):
+        distinct_top(scores[0], 2)
 
 
 def test_distinct_top_of_an_ensemble():

@@ -11,6 +11,7 @@ from torch import nn
 
 from bench.experiments import encoded_classes, encoded_digits, encoded_items, encoded_tables
 from pyattr.diffusion import Schedule
+from pyattr.report.numbers import numbers, write_results
 
 
 class Net(nn.Module):
@@ -54,7 +55,7 @@ def args(tmp_path, monkeypatch):
 def test_an_experiment_from_end_to_end(args, experiment, table, pictures):
     found = experiment.run(args)
     assert found["settings"].pop("network") is Net
-    encoded_digits.write_json(args.out / f"encoded_{table}.json", found)
+    write_results(args.out / f"encoded_{table}.json", found)
     for ending in pictures:
         with Image.open(args.out / f"encoded_{table}{ending}.png") as picture:
             assert min(picture.size) > 50
@@ -65,7 +66,7 @@ def test_an_experiment_from_end_to_end(args, experiment, table, pictures):
     before = {path: path.stat().st_mtime_ns for path in args.work.rglob("*") if path.is_file()}
     again = experiment.run(args)
     again["settings"].pop("network")
-    assert json.dumps(encoded_digits.numbers(again)) == json.dumps(encoded_digits.numbers(found))
+    assert json.dumps(numbers(again)) == json.dumps(numbers(found))
     assert {path: path.stat().st_mtime_ns for path in args.work.rglob("*") if path.is_file()} == before
 
 

@@ -58,10 +58,7 @@ def test_ratios_are_to_peers_of_the_same_kind_only():
 
 
 def test_goals_are_met_missed_or_not_measured():
-    def ratio(rate):
-        above, below = rate("pyattr", "B=1"), rate("peer", "B=1")
-        return above / below if above and below else None
-
+    ratio = figures.lead("pyattr", "peer", "B=1")
     goals = [
         figures.Goal("op", "twice", ratio, 2),
         figures.Goal("op", "five times", ratio, 5),
@@ -75,6 +72,28 @@ def test_goals_are_met_missed_or_not_measured():
     checked = figures.check_goals(goals, benchmarks)
     assert [(goal["met"], goal["measured"]) for goal in checked] == [(True, 2.0), (False, 2.0), (None, None)]
     assert checked[2]["why"] == "no B=64"
+
+
+def test_a_lead_is_over_the_fastest_that_was_measured():
+    rates = {("scalar", "B=1"): 2.0, ("avx2", "B=1"): 6.0, ("slow peer", "B=1"): 1.0, ("fast peer", "B=1"): 4.0}
+
+    def rate(row, column):
+        return rates.get((row, column))
+
+    rows, peers = ("scalar", "avx2", "avx512"), ("slow peer", "fast peer")
+    assert figures.lead(rows, peers, "B=1")(rate) == 1.5
+    assert figures.lead("scalar", "slow peer", "B=1")(rate) == 2.0
+    assert figures.lead(rows, "another peer", "B=1")(rate) is None
+    assert figures.lead(rows, peers, "B=64")(rate) is None
+
+
+def test_goals_read_peak_memory():
+    benchmarks = [figure("pyattr", "B=1", 8.0, ours=True), figure("peer", "B=1", 4.0, ours=False)]
+    benchmarks[0]["extra_info"]["peak_mib"] = 25.0
+    seen = []
+    goal = figures.Goal("op", "at most 30 MiB", lambda rate: seen.append(rate(figures.PEAK + "peer", "B=1")), 1)
+    less = figures.Goal("op", "at most 30 MiB", lambda rate: 30 / rate(figures.PEAK + "pyattr", "B=1"), 1)
+    assert [entry["met"] for entry in figures.check_goals([goal, less], benchmarks)] == [None, True] and seen == [None]
 
 
 def test_trimmed_output_is_still_compared_by_pytest_benchmark(tmp_path, capsys, monkeypatch):

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from pyattr.cli import app
 
 TRAIN = ["--steps", "3", "--batch-size", "8", "--ema", "0.9", "--threads", "1", "--device", "cpu"]
+ENSEMBLE = ["--steps", "2", "--batch-size", "4", "--timesteps", "21", "--threads", "1"]
 SCORE = ["--num-timesteps", "2", "--proj-dim", "16", "--batch-size", "8", "--threads", "1", "--device", "cpu"]
 
 
@@ -63,6 +64,27 @@ def images(tmp_path_factory):
         (folder / ("dark", "light")[number % 2]).mkdir(exist_ok=True)
         Image.fromarray(pixels).save(folder / ("dark", "light")[number % 2] / f"{number:02d}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def stripes(tmp_path_factory):
+    """24 noisy images in three classes, each with its own bright rows, as an .npz file."""
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 80, (24, 8, 8), np.uint8), np.arange(24) % 3
+    for image, label in zip(pixels, labels, strict=True):
+        image[2 * label : 2 * label + 3] += 150
+    path = tmp_path_factory.mktemp("stripes") / "x.npz"
+    np.savez(path, images=pixels, labels=labels)
+    return path
+
+
+@pytest.fixture(scope="session")
+def class_ensemble(stripes, tmp_path_factory):
+    """An output folder with a trained ensemble of three members, each of which saw one class."""
+    out = tmp_path_factory.mktemp("classes") / "out"
+    _succeeds("ensemble", "encode", stripes, "--out", out, "-m", 3, "--codes", "walsh")
+    _succeeds("ensemble", "train", "--out", out, *ENSEMBLE)
+    return out
 
 
 @pytest.fixture(scope="session")

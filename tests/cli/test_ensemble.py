@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 
 from pyattr.attribution import EncodedEnsemble, codes
+from pyattr.cli import run
+from pyattr.cli.workspace import Workspace, WorkspaceError
 from pyattr.diffusion import Schedule
 from pyattr.diffusion.storage import load_tensors
 
@@ -266,3 +268,45 @@ def test_killed_in_the_middle_it_ends_at_the_same_bits(images, made, tmp_path, s
         assert record == wanted_record and tensors.keys() == wanted.keys()
         assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
     assert not [path for path in half_written(out) if "member-02" not in str(path)]
+
+
+def test_the_device_reaches_every_member(again, monkeypatch, succeeds):
+    """No other device is there to be moved to, so what is asked of the modules is noted."""
+    asked, move, device = [], torch.nn.Module.to, torch.device("cuda:1")
+    monkeypatch.setattr(run, "device_of", lambda name: {"cuda:1": device}[name])
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *where: (asked.append(where), move(self, "cpu"))[1])
+    for command in (
+        ensemble("train", *TRAIN, "--seed", 1),
+        ensemble("sample", "-n", 1, "--steps", 1, "--threads", 1),
+        ensemble("ablate", "-i", "dark/00.png", "--threads", 1),
+        ensemble("search", "--top", 1, "--threads", 1),
+        ensemble("evaluate", "--no-guesses", "--threads", 1),
+    ):
+        if command[1] == "evaluate":
+            succeeds(*ensemble("sample", "-n", 2, "--steps", 1, "--threads", 1), "--out", again, "--device", "cuda:1")
+        asked.clear()
+        succeeds(*command, "--out", again, "--device", "cuda:1")
+        # Training builds the first member once more, to see that it can.
+        assert set(asked) == {(device,)} and len(asked) == (8 if command[1] == "train" else 7)
+
+
+def test_a_device_that_is_missing(again, fails):
+    there = torch.cuda.device_count()
+    for command in ("train", "sample", "ablate", "search", "evaluate"):
+        fails(f"--device cuda:99: torch sees {there} GPUs: use --device cpu",
+              *ensemble(command, "--out", again, "--device", "cuda:99"))  # fmt: skip
+
+
+def test_room_for_the_images_that_several_processes_share(again, images, monkeypatch, pyattr):
+    sizes = []
+
+    def full(self, size, purpose):
+        sizes.append(size)
+        raise WorkspaceError("full")
+
+    monkeypatch.setattr(Workspace, "need_space", full)
+    for workers in (1, 2):
+        train = ensemble("train", "--out", again, *TRAIN, "--seed", 1, "--workers", workers)
+        assert pyattr(*train).stderr == "pyattr: full\n"
+    # What is being written of one more member, and the images' bytes.
+    assert sizes[1] - sizes[0] == 2 * 3 * 4 * 427_204 + 24 * 8 * 8

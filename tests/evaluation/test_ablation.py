@@ -26,6 +26,9 @@ def test_a_case_worked_by_hand():
     assert found.distances.counts == (4, 8)
     # 5 and 9 are larger than all eight, 2 than five and equal to two, 1 than one and equal to four.
     assert found.distances.effect == (8 + 8 + 6 + 3) / 32
+    # Less the medians of the others, 1.5, 2, 0.5 and 1.5: 3.5, 0, 0.5 and 7.5, three of them larger and none smaller.
+    assert (found.paired.statistic, found.paired.count, found.paired.effect) == (6.0, 4, 3.5 / 4)
+    assert found.paired.p_value == pytest.approx(2 / 8)
 
 
 def test_wilsons_interval():
@@ -40,20 +43,28 @@ def test_wilsons_interval():
     ("arguments", "told"),
     [
         (
-            (np.zeros((3, 1)), [0] * 3, np.zeros((3, 1))),
+            (np.zeros((3, 1)), [0] * 3, np.zeros((3, 1), int)),
             "class_ablation: distances must have shape [Q, C] with at least one sample and two classes, got [3, 1]",
         ),
         (
-            (np.zeros((3, 2)), [0] * 3, np.zeros((3, 3))),
+            (np.zeros((3, 2)), [0] * 3, np.zeros((3, 3), int)),
             "class_ablation: classes must have shape [3] and ablated_classes [3, 2], got [3] and [3, 3]",
         ),
         (
-            (np.zeros((2, 2)), [0, 2], np.zeros((2, 2))),
+            (np.zeros((2, 2)), [0, 2], np.zeros((2, 2), int)),
             "class_ablation: classes must lie in [0, 2), got 0..2",
         ),
         (([[0.0, np.nan]], [0], [[0, 0]]), "class_ablation: distances must not be NaN"),
+        (([[0.0, 1.0]], [0.5], [[0, 0]]), "class_ablation: classes must be integers, got torch.float64"),
+        (([[0.0, 1.0]], [0], [[True, False]]), "class_ablation: ablated_classes must be integers, got torch.bool"),
+        (([["0", "1"]], [0], [[0, 0]]), "class_ablation: distances has dtype <U1, which torch does not have"),
     ],
 )
 def test_refusals(arguments, told):
-    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(told)}$"):
         class_ablation(*arguments)
+
+
+def test_a_share_is_of_booleans():
+    with pytest.raises(TypeError, match=r"^share: happened must be booleans, got torch.float64$"):
+        share([0.0, np.nan])  # of which NaN would count as True

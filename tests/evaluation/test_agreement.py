@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from pyattr.evaluation import agreement, compare
+from pyattr.evaluation import agreement, compare, compare_paired
 
 
 def test_a_case_worked_by_hand():
@@ -52,6 +52,48 @@ def test_compare():
     assert compare([1.0, 2.0], [1.0, 2.0]).p_value == pytest.approx(1.0)
 
 
+def test_compare_paired_worked_by_hand():
+    # Medians 5, 1, 7, 4 and 2, 2, 2, 4: differences 3, -1, 5, 0. Of 1, 3, 5 the first set has the ranks 2 and 3.
+    first = [[5.0, 4.0, 9.0], [1.0, np.nan, 1.0], [7.0, 7.0, 7.0], [3.0, 5.0, np.nan]]
+    found = compare_paired(first, [2.0, 2.0, 2.0, 4.0])
+    assert (found.statistic, found.count) == (5.0, 4)
+    # Of the eight signs of three ranks, two give sums of at least 5, and two of at most 1.
+    assert found.p_value == pytest.approx(4 / 8)
+    assert compare_paired(first, [2.0, 2.0, 2.0, 4.0], alternative="greater").p_value == pytest.approx(2 / 8)
+    other = compare_paired([2.0, 2.0, 2.0, 4.0], first, alternative="greater")
+    assert (other.statistic, other.p_value) == (1.0, pytest.approx(7 / 8))
+    assert (found.effect, other.effect) == (2.5 / 4, 1.5 / 4)
+    assert (found.difference, other.difference) == (1.5, -1.5)
+
+
+def test_numbers_of_one_unit_are_no_evidence_of_their_own():
+    """A thousand counterfactuals of five samples are five units, however sure the pooled test is."""
+    first = np.arange(5.0)[:, None] + np.linspace(0, 0.1, 1000)
+    paired, pooled = (test(first + 1, first, alternative="greater") for test in (compare_paired, compare))
+    assert paired.p_value == pytest.approx(2.0**-5) and paired.count == 5
+    assert pooled.p_value < 1e-50
+
+
+def test_compare_paired_without_differences_or_numbers():
+    same = compare_paired([1.0, 2.0, np.inf], [1.0, 2.0, np.inf])
+    assert (same.statistic, same.p_value, same.effect, same.difference, same.count) == (0.0, 1.0, 0.5, 0.0, 3)
+    found = compare_paired([[np.nan, np.nan], [3.0, np.nan], [1.0, 1.0]], torch.tensor([1.0, 2.0, float("nan")]))
+    assert (found.count, found.statistic, found.difference) == (1, 1.0, 1.0)
+
+
+def test_no_samples_agree_in_nothing():
+    found = agreement(np.zeros((0, 3)), np.zeros((0, 4, 3)), np.zeros((0, 4, 3)))
+    assert found.pearson.shape == (0, 4) and found.spearman.shape == (0,)
+
+
+def test_half_precision_and_graphs():
+    rng = np.random.default_rng(0)
+    image, true = torch.zeros(2, 5), torch.from_numpy(rng.integers(-8, 8, (2, 3, 5))).float()
+    wanted = agreement(image, true, 2 * true + 1)
+    found = agreement(image.bfloat16(), true.bfloat16().requires_grad_(), (2 * true + 1).half())
+    np.testing.assert_array_equal(found.pearson, wanted.pearson)
+
+
 @pytest.mark.parametrize(
     ("call", "told"),
     [
@@ -63,11 +105,31 @@ def test_compare():
             lambda: agreement(np.zeros((2, 3)), np.zeros((2, 4, 3)), np.zeros((2, 5, 3))),
             "agreement: guessed must have the shape of true, [2, 4, 3], got [2, 5, 3]",
         ),
+        (
+            lambda: agreement(np.zeros((2, 3)), np.zeros((2, 0, 3)), np.zeros((2, 0, 3))),
+            "agreement: true must hold at least one counterfactual of at least one pixel, got shape [2, 0, 3]",
+        ),
+        (
+            lambda: agreement(np.zeros((2, 0)), np.zeros((2, 4, 0)), np.zeros((2, 4, 0))),
+            "agreement: true must hold at least one counterfactual of at least one pixel, got shape [2, 4, 0]",
+        ),
+        (lambda: agreement(np.zeros((2, 3)), np.zeros((2, 4, 3)) * 1j, 0), "agreement: true must be real numbers, got "
+         "torch.complex128"),
+        (lambda: agreement([torch.zeros(3)], 0, 0), "agreement: images must be one array, got a list of tensors: stack them"),
+        (lambda: compare([[1.0], [1.0, 2.0]], [1.0]), "compare: first must be an array, got lists of different lengths"),
+        (lambda: compare("1", [1.0]), "compare: first must be a torch tensor, NumPy array or CuPy array, got str"),
+        (lambda: compare_paired([1.0], [1.0, 2.0]), "compare_paired: second must have as many units as first, 1, got 2"),
+        (lambda: compare_paired(1.0, [1.0]), "compare_paired: first must have shape [Q, ...], got []"),
+        (lambda: compare_paired([np.nan], [1.0]),
+         "compare_paired: at least one unit must have a number in both sets, got none"),
+        (lambda: compare_paired([], []), "compare_paired: at least one unit must have a number in both sets, got none"),
+        (lambda: compare_paired([1.0], [1.0], alternative="less"),
+         "compare_paired: alternative must be two-sided or greater, got 'less'"),
         (lambda: compare([np.nan], [1.0]), "compare: first must hold at least one number that is not NaN, got none"),
         (lambda: compare([1.0], [1.0], alternative="less"),
          "compare: alternative must be two-sided or greater, got 'less'"),
     ],
 )  # fmt: skip
 def test_refusals(call, told):
-    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(told)}$"):
         call()

@@ -79,19 +79,33 @@ def test_refusals(data, tmp_path):
     images, labels = data
 
     def refuses(told, call):
-        with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+        with pytest.raises((TypeError, ValueError), match=f"^{re.escape(told)}$"):
             call()
 
-    refuses("Classifier: epochs must be positive, got 0", lambda: Classifier(epochs=0))
+    def fits(images, labels):
+        return lambda: small().fit(images, labels)
+
+    refuses("Classifier: epochs must lie in [1, 2147483648], got 0", lambda: Classifier(epochs=0))
+    refuses("Classifier: width must be an integer, got float", lambda: Classifier(width=1.5))
+    refuses("Classifier: learning_rate must be positive and finite, got nan", lambda: Classifier(learning_rate=np.nan))
+    refuses("Classifier: learning_rate must be a real number, got str", lambda: Classifier(learning_rate="1"))
     refuses("Classifier: seed must lie in [0, 4294967295], got -1", lambda: Classifier(seed=-1))
+    refuses("Classifier: labels must have shape [240], got [3]", fits(images, labels[:3]))
+    refuses("Classifier: labels must be integers, got torch.float64", fits(images, labels.astype(float)))
+    refuses("Classifier: labels must not be negative, got -1", fits(images, labels - 1))
     refuses(
-        "Classifier: labels must have shape [240], one for each of at least one image, got [3]",
-        lambda: small().fit(images, labels[:3]),
+        "Classifier: images must hold at least one image of one pixel, got [0, 1, 9, 9]", fits(images[:0], labels[:0])
     )
+    fitted = small(epochs=1).fit(images, labels)
+    refuses(f"Classifier: batch_size must lie in [1, {2**62}], got 0", lambda: fitted.predict(images, batch_size=0))
+    three = np.repeat(images[:4], 3, 1)
+    for call in (fitted.predict, fitted.extractor):
+        told = "Classifier: images must have pixels and 1 channels, as in fit, got [3, 9, 9]"
+        refuses(told, lambda call=call: call(three))
     refuses(
-        "Classifier: labels must be integers that are not negative", lambda: small().fit(images, labels.astype(float))
+        "Classifier: images must have pixels and 1 channels, as in fit, got [1, 0, 9]",
+        lambda: fitted.predict(images[:, :, :0]),
     )
-    refuses("Classifier: labels must be integers that are not negative", lambda: small().fit(images, labels - 1))
     path = tmp_path / "classifier.safetensors"
     small(epochs=1).fit(images, labels, path=path)
     refuses(

@@ -50,6 +50,11 @@ def test_principal_components_diagonalise_the_covariance():
     assert (np.take_along_axis(found.directions, np.abs(found.directions).argmax(1)[:, None], 1) > 0).all()
 
 
+def test_no_samples_settle():
+    found = convergence(np.zeros((0, 3, 2, 2)))
+    assert (found.to_full.shape, found.successive.shape) == ((0, 3), (0, 2))
+
+
 @pytest.mark.parametrize(
     ("call", "told"),
     [
@@ -57,10 +62,15 @@ def test_principal_components_diagonalise_the_covariance():
         (lambda: nested_codes(2, seed=-1), "nested_codes: seed must lie in [0, 4294967295], got -1"),
         (lambda: convergence(np.zeros((2, 3))),
          "convergence: images must have shape [Q, S, ...] with S at least 1, got [2, 3]"),
-        (lambda: pca(np.zeros((3, 5)), 3), "pca: components must lie in [1, 2] for 3 features of 5 numbers, got 3"),
+        (lambda: nested_codes(2.5), "nested_codes: num_members must be an integer, got float"),
+        (lambda: convergence(["a"]), "convergence: images has dtype <U1, which torch does not have"),
+        (lambda: pca(np.zeros((3, 5)), 3), "pca: components must lie in [1, 2], got 3"),
+        (lambda: pca(np.zeros((1, 5))), "pca: features must have at least 2 rows and a column, got shape [1, 5]"),
+        (lambda: pca(np.array([[0.0, 1.0], [np.nan, 2.0]]), 1), "pca: features must be finite"),
+        (lambda: pca(np.eye(3), 1).project(np.zeros((2, 4))), "project: features must have 3 columns, got 4"),
         (lambda: pca(np.ones((3, 5))), "pca: features must not all be equal"),
     ],
 )  # fmt: skip
 def test_refusals(call, told):
-    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(told)}$"):
         call()

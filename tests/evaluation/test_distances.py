@@ -1,18 +1,26 @@
-"""Distances under the right names; the standard networks' path with stand-ins for their packages."""
+"""Distances under the right names, of networks that are not the standard ones or not to be had."""
 
 import re
 import sys
 import types
-import urllib.error
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from pyattr import evaluation
-from pyattr.evaluation import Extractor, feature_distances, fid, frechet_distance, inception, l2, lpips
+from pyattr.evaluation import (
+    Classifier,
+    Extractor,
+    change_sizes,
+    feature_distances,
+    fid,
+    frechet_distance,
+    inception,
+    l2,
+    lpips,
+)
 
 
 class Channels(nn.Module):
@@ -24,6 +32,9 @@ class Channels(nn.Module):
 
     def forward(self, x):
         return self.scale * x.mean((2, 3))
+
+
+TINY = Extractor("tiny", Channels())
 
 
 @pytest.fixture
@@ -56,132 +67,126 @@ def test_an_extractor_leaves_the_mode_and_no_graph(images):
     assert calls == [(4, 6, "image features"), (6, 6, "image features")]
 
 
-class TinyInception(nn.Module):
-    """Stands in for the network, so that its input can be seen."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 2, 1)
-        nn.init.constant_(self.stem.weight, 0.25)
-        nn.init.zeros_(self.stem.bias)
-        self.seen = []
-
-    def forward(self, x):
-        self.seen.append(x)
-        return self.stem(x).mean((2, 3))
+def test_without_the_networks_a_classifier_serves_under_its_name(offline):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (12, 1, 9, 9), np.uint8), rng.integers(0, 3, 12)
+    judge = Classifier(epochs=1, width=4, num_features=5).fit(images, labels).extractor
+    features = judge(images).double()
+    quality = fid(images[:6], images[6:], judge)
+    assert quality.name == "Fréchet distance of classifier features"
+    assert quality.value == frechet_distance(features[:6], features[6:]) > 0
+    for measure in (lpips, feature_distances):
+        found = measure(images[:6], images[6:], judge)
+        assert found.name == "classifier-feature distance"
+        np.testing.assert_array_equal(found.values, (features[:6] - features[6:]).norm(dim=1).numpy())
+    assert offline.asked == []
 
 
 @pytest.fixture
-def torchvision(monkeypatch):
-    """A module of the face of torchvision.models whose networks are tiny."""
-    transforms = types.SimpleNamespace(mean=[0.5, 0.25, 0.0], std=[0.5, 1.0, 2.0])
-    weights = types.SimpleNamespace(transforms=lambda: transforms)
-    models = types.ModuleType("torchvision.models")
-    models.Inception_V3_Weights = types.SimpleNamespace(DEFAULT=weights)
-    models.network = TinyInception()
-    models.inception_v3 = lambda weights: {id(models.Inception_V3_Weights.DEFAULT): models.network}[id(weights)]
-    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
-    monkeypatch.setitem(sys.modules, "torchvision.models", models)
-    return models
-
-
-def test_the_standard_path_prepares_images_as_the_weights_ask(torchvision):
-    rng = np.random.default_rng(0)
-    grey = rng.integers(0, 256, (3, 1, 28, 28), np.uint8)
-    extractor = inception()
-    assert (extractor.name, extractor.standard) == ("Inception-v3", True)
-    assert not torchvision.network.training
-    features = extractor(grey)
-    seen = torchvision.network.seen[0]
-    assert seen.shape == (3, 3, 299, 299)
-    unit = F.interpolate(torch.from_numpy(grey) / 255, (299, 299), mode="bilinear", antialias=True)
-    wanted = torch.cat([(unit - 0.5) / 0.5, unit - 0.25, unit / 2], 1)
-    torch.testing.assert_close(seen, wanted, rtol=0, atol=2e-6)
-    torch.testing.assert_close(features, (0.25 * wanted.sum(1).mean((1, 2)))[:, None].expand(-1, 2))
-    assert fid(grey, grey, extractor).name == "FID"
-
-
-def test_larger_images_are_antialiased(torchvision):
-    stripes = torch.zeros(1, 1, 598, 598, dtype=torch.uint8)
-    stripes[..., ::2] = 255  # at half the resolution they are an even grey
-    inception()(stripes)
-    middle = torchvision.network.seen[0][0, 2, 10:-10, 10:-10]
-    torch.testing.assert_close(middle, torch.full_like(middle, 0.25), rtol=0, atol=0.02)
-
-
-def test_the_real_inception_takes_the_path(monkeypatch):
-    """torchvision's own class from a configuration, with random weights."""
-    models = pytest.importorskip("torchvision.models")
-    monkeypatch.setattr(models, "inception_v3", lambda weights: models.Inception3(num_classes=5, init_weights=False))
-    assert inception()(torch.zeros(1, 1, 28, 28)).shape == (1, 5)
-
-
-def test_weights_that_cannot_be_had(torchvision, monkeypatch):
-    def offline(weights):
-        raise urllib.error.URLError("no route to host")
-
-    torchvision.inception_v3 = offline
-    told = (
-        "inception: the network's weights cannot be had (<urlopen error no route to host>): put the file into torch's cache "
-        "(torch.hub.get_dir()), or use a Classifier of the data and report its own distance"
-    )
-    with pytest.raises(RuntimeError, match=f"^{re.escape(told)}$"):
-        inception()
-
-
-@pytest.mark.parametrize(("name", "call"), [("torchvision", inception), ("torchmetrics", None)])
-def test_missing_packages_name_the_extra(name, call, torchvision, monkeypatch):
-    for module in [*sys.modules]:
-        if module.split(".")[0] == name:
-            monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setitem(sys.modules, name, None)
-    op = "inception" if call else "lpips"
-    image = torch.zeros(1, 3, 8, 8)
-    with pytest.raises(ImportError, match=rf"^{op} needs the package {name}: install pyattr\[evaluation\]$"):
-        (call or (lambda: lpips(image, image)))()
-
-
-def test_lpips_takes_colour_in_minus_one_to_one(torchvision, monkeypatch):
-    class Metric:
-        def __init__(self, net_type, reduction):
-            assert (net_type, reduction) == ("vgg", "none")
-
-        def __call__(self, first, second):
-            assert first.shape[1] == 3 and first.is_contiguous()
-            assert first.min() >= -1  # or torchmetrics refuses them
-            return (first - second).abs().amax((1, 2, 3)).squeeze()  # as torchmetrics' own squeezes
-
-    lpip = types.ModuleType("torchmetrics.image.lpip")
-    lpip.LearnedPerceptualImagePatchSimilarity = Metric
-    for name in ("torchmetrics", "torchmetrics.image"):
+def stand_ins(monkeypatch):
+    """Modules in the place of torchvision's and torchmetrics', with nothing in them."""
+    for name in ("torchvision", "torchvision.models", "torchmetrics", "torchmetrics.image", "torchmetrics.image.lpip"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", lpip)
-    first = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
-    second = first.clone()
-    second[1] = 255
-    found = lpips(first, second, batch_size=2)
-    assert (found.name, found.values.tolist()) == ("LPIPS", [0, 2, 0])
-    assert lpips(torch.full((1, 3, 4, 4), -1.0005), torch.ones(1, 3, 4, 4)).values.tolist() == [2]
-    with pytest.raises(ValueError, match=r"^lpips: images must have 1 or 3 channels, got 2$"):
-        lpips(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4))
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
-    [
-        (lambda x: Extractor("tiny", Channels())(x[:0]), "Extractor: needs an image and a batch_size, got 0 and 64"),
-        (lambda x: l2(x, x[:2]), "l2: second must have the shape of first, [6, 3, 10, 8], got [2, 3, 10, 8]"),
-        (lambda x: l2(x[:0], x[:0]), "l2: first must hold at least one image, got none"),
-    ],
+    ("op", "name"), [("inception", "torchvision"), ("lpips", "torchvision"), ("lpips", "torchmetrics")]
 )
-def test_refusals(call, told, images):
-    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+def test_missing_packages_name_the_extra(op, name, stand_ins, monkeypatch):
+    for module in [*sys.modules]:
+        if module.split(".")[0] == name:
+            monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"^{op} needs the package {name}: install pyattr\[evaluation\]$"):
+        network(op)
+
+
+def network(op):
+    image = torch.zeros(1, 3, 16, 16)
+    return inception() if op == "inception" else lpips(image, image)
+
+
+@pytest.mark.parametrize("op", ["inception", "lpips"])
+@pytest.mark.parametrize(
+    "error", ["RuntimeError('operator torchvision::nms does not exist')", "OSError('libcudart.so')"]
+)
+def test_a_torchvision_for_another_torch(op, error, monkeypatch, tmp_path):
+    for module in [*sys.modules]:
+        if module.split(".")[0] == "torchvision":
+            monkeypatch.delitem(sys.modules, module)
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(f"raise {error}")
+    monkeypatch.syspath_prepend(tmp_path)
+    told = f"{op} needs the package torchvision, and the one installed does not load ({eval(error)}): "
+    told += f"install the build of it that is made for torch {torch.__version__}"
+    with pytest.raises(ImportError, match=f"^{re.escape(told)}$"):
+        network(op)
+
+
+def test_change_sizes():
+    images = torch.zeros(2, 1, 2, 2)
+    changed = torch.zeros(2, 3, 1, 2, 2)
+    changed[0, 1] = 1.0  # four pixels by a half
+    changed[1, 2, 0, 0] = torch.tensor([6.0, 8.0])  # a guess may leave [-1, 1]
+    found = change_sizes(images, changed)
+    assert found.dtype == np.float64 and found.tolist() == [[0, 1, 0], [0, 0, 5]]
+    grey, white = np.full((1, 1, 1, 1), 0, np.uint8), np.full((1, 2, 1, 1, 1), 255, np.uint8)
+    assert change_sizes(grey, white).tolist() == [[1, 1]]
+    assert change_sizes(images[:0], changed[:0]).shape == (0, 3)
+    assert change_sizes(images, changed[:, :0]).shape == (2, 0)
+    assert np.isnan(change_sizes(images * np.nan, changed)).all()
+
+
+def test_change_sizes_are_l2_of_the_pairs(images):
+    changed = images[:, None] * torch.linspace(-1, 1, 4)[:, None, None, None]
+    pairs = l2(images[:, None].expand_as(changed).flatten(0, 1), changed.flatten(0, 1))
+    np.testing.assert_array_equal(change_sizes(images, changed), pairs.values.reshape(6, 4))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "told"),
+    [
+        (lambda x: TINY(x[:0]), ValueError,
+         "Extractor: images must hold at least one image of one pixel, got [0, 3, 10, 8]"),
+        (lambda x: TINY(x[:, :, :0]), ValueError,
+         "Extractor: images must hold at least one image of one pixel, got [6, 3, 0, 8]"),
+        (lambda x: TINY(x * np.nan), ValueError, "Extractor: images must lie in [-1, 1] when floating point, got nan..nan"),
+        (lambda x: TINY(x.long()), TypeError, "Extractor: images must be uint8 or floating point, got torch.int64"),
+        (lambda x: TINY(x, batch_size=0), ValueError, f"Extractor: batch_size must lie in [1, {2**62}], got 0"),
+        (lambda x: Extractor("mean", torch.mean), TypeError,
+         "Extractor: module must be a torch.nn.Module, got builtin_function_or_method"),
+        (lambda x: Extractor("pooled", nn.Flatten(0))(x), ValueError,
+         "Extractor: module must return [B, D, ...] for 6 images, got [1440]"),
+        (lambda x: Extractor("two", nn.MaxPool2d(2, return_indices=True))(x), TypeError,
+         "Extractor: module must return a tensor, got tuple"),
+        (lambda x: fid(x, x[:1], TINY), ValueError, "fid: second must hold at least 2 images, got 1"),
+        (lambda x: fid(x[0], x, TINY), ValueError, "fid: first must have shape [N, C, H, W], got [3, 10, 8]"),
+        (lambda x: fid(x, x, Channels()), TypeError,
+         "fid: extractor must be an Extractor, got Channels: a network is wrapped by Extractor(name, module), and a Classifier "
+         "has one in its attribute extractor"),
+        (lambda x: lpips(x, x, Classifier()), TypeError,
+         "lpips: extractor must be an Extractor, got Classifier: a network is wrapped by Extractor(name, module), and a "
+         "Classifier has one in its attribute extractor"),
+        (lambda x: feature_distances(x, x[:2], TINY), ValueError,
+         "feature_distances: second must have the shape of first, [6, 3, 10, 8], got [2, 3, 10, 8]"),
+        (lambda x: l2(x, x[:2]), ValueError, "l2: second must have the shape of first, [6, 3, 10, 8], got [2, 3, 10, 8]"),
+        (lambda x: l2(x[:0], x[:0]), ValueError, "l2: first must hold at least one image of one pixel, got [0, 3, 10, 8]"),
+        (lambda x: lpips(x, x), ValueError,
+         "lpips: images must have 1 or 3 channels of at least 16 x 16 pixels, got [3, 10, 8]"),
+        (lambda x: lpips(x.repeat(1, 2, 4, 4), x.repeat(1, 2, 4, 4)), ValueError,
+         "lpips: images must have 1 or 3 channels of at least 16 x 16 pixels, got [6, 40, 32]"),
+        (lambda x: lpips(x, x, batch_size=0), ValueError, f"lpips: batch_size must lie in [1, {2**62}], got 0"),
+        (lambda x: change_sizes(x, x), ValueError,
+         "change_sizes: changed must have shape [Q, M, C, H, W] for images of shape [6, 3, 10, 8], got [6, 3, 10, 8]"),
+        (lambda x: change_sizes(x[0], x), ValueError, "change_sizes: images must have shape [Q, C, H, W], got [3, 10, 8]"),
+        (lambda x: change_sizes(x, x[:, None].int()), TypeError,
+         "change_sizes: changed must be uint8 or floating point, got torch.int32"),
+        (lambda x: change_sizes([0], x), TypeError,
+         "change_sizes: images must be a torch tensor, NumPy array or CuPy array, got list"),
+    ],
+)  # fmt: skip
+def test_refusals(call, error, told, images):
+    with pytest.raises(error, match=f"^{re.escape(told)}$"):
         call(images)
-
-
-def test_images_of_two_channels_are_no_colour(torchvision):
-    with pytest.raises(ValueError, match=r"^Extractor: images must have 1 or 3 channels, got 2$"):
-        inception()(torch.zeros(1, 2, 8, 8))
 
 
 def test_all_names_are_there():

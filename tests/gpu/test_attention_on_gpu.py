@@ -1,38 +1,14 @@
-"""attention_jvp on a real GPU, CUDA and Triton: what the emulator and the interpreter cannot show.
+"""attention_jvp on a real GPU, CUDA and Triton: what the emulator and the interpreter cannot show."""
 
-Every test is skipped with the backend's own reasons where it cannot run.
-"""
-
+import on_gpu
 import pytest
 import torch
+from attention_arrays import make
 
-from pyattr import backends
 from pyattr.ops import attention_jvp
 
-
-def reasons(backend):
-    found = backends.report()["attention_jvp"][backend]
-    if backend == "triton" and not found and not torch.cuda.is_available():
-        found = ["torch sees no CUDA device"]  # the interpreter alone
-    return found
-
-
-def usable(backend):
-    found = reasons(backend)
-    return pytest.param(backend, marks=[pytest.mark.gpu, pytest.mark.skipif(bool(found), reason="; ".join(found))])
-
-
-both = pytest.mark.parametrize("backend", [usable("cuda"), usable("triton")])
-
-
-def make(batch, heads, queries, keys, width, value_width, tangents, dtype=torch.float32):
-    """As views of [B, length, H, width]."""
-    sizes = ((queries, width), (keys, width), (keys, value_width))
-    return [
-        torch.randn(*lead, batch, length, heads, last, device="cuda").to(dtype).transpose(-3, -2)
-        for lead in ((), (tangents,))
-        for length, last in sizes
-    ]
+both = on_gpu.both("attention_jvp")
+needs_cuda = on_gpu.needs("attention_jvp", "cuda")
 
 
 def check(arrays, tolerance, **options):
@@ -50,7 +26,7 @@ def check(arrays, tolerance, **options):
 )
 def test_attention_values(backend, dtype, shape):
     tolerance = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[dtype]
-    arrays = make(*shape, dtype)
+    arrays = make(*shape, dtype, device="cuda", views=True)
     whole = check(arrays, tolerance, backend=backend)
     check(arrays, tolerance, backend=backend, mask=torch.rand(shape[2], shape[3], device="cuda") > 0.3, causal=True)
     for k in range(shape[6]):
@@ -62,7 +38,7 @@ def test_attention_values(backend, dtype, shape):
 def test_attention_beyond_a_wave_in_bounded_memory(backend):
     """P of one head takes 144 MB; of 30 heads together, 75 MB."""
     for shape in ((1, 2, 6000, 6000, 16, 16, 1), (5, 6, 790, 790, 16, 16, 2)):
-        arrays = make(*shape)
+        arrays = make(*shape, device="cuda", views=True)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -74,7 +50,7 @@ def test_attention_beyond_a_wave_in_bounded_memory(backend):
 
 @both
 def test_attention_runs_on_the_callers_stream_and_in_a_graph(backend):
-    ready = make(1, 2, 300, 200, 64, 64, 3)
+    ready = make(1, 2, 300, 200, 64, 64, 3, device="cuda", views=True)
     expected = attention_jvp(*ready, backend=backend).y_dot
     arrays = [torch.zeros_like(a) for a in ready]
     stream = torch.cuda.Stream()
@@ -96,9 +72,9 @@ def test_attention_runs_on_the_callers_stream_and_in_a_graph(backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(reasons("cuda")), reason="; ".join(reasons("cuda")))
+@needs_cuda
 def test_attention_backends_agree():
-    arrays = make(1, 4, 256, 256, 64, 64, 3)
+    arrays = make(1, 4, 256, 256, 64, 64, 3, device="cuda", views=True)
     found = [attention_jvp(*arrays, backend=name) for name in ("cuda", "triton")]
     torch.testing.assert_close(found[0].y_dot, found[1].y_dot, rtol=1e-4, atol=1e-4)
     host = attention_jvp(*(a.cpu() for a in arrays), backend="cpu")

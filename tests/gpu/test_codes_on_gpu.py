@@ -1,23 +1,12 @@
-"""code_topk on a real GPU, CUDA and Triton: what the emulator and the interpreter cannot show.
+"""code_topk on a real GPU, CUDA and Triton: what the emulator and the interpreter cannot show."""
 
-Every test is skipped with the backend's own reasons where it cannot run.
-"""
-
+import on_gpu
 import pytest
 import torch
 
-from pyattr import backends
 from pyattr.ops import code_topk
 
-
-def usable(backend):
-    reasons = backends.report()["code_topk"][backend]
-    if backend == "triton" and not reasons and not torch.cuda.is_available():
-        reasons = ["torch sees no CUDA device"]  # the interpreter alone
-    return pytest.param(backend, marks=[pytest.mark.gpu, pytest.mark.skipif(bool(reasons), reason="; ".join(reasons))])
-
-
-both = pytest.mark.parametrize("backend", [usable("cuda"), usable("triton")])
+both = on_gpu.both("code_topk")
 
 
 def problem(n, count, weights=None):

@@ -6,21 +6,17 @@ waves and thread blocks take several tiles.
 
 import ctypes
 import importlib
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from attention_arrays import check, make
+from emulation import GUARD, extent, library
 
 from pyattr import backends
 from pyattr.backends import Backend
 from pyattr.ops import attention_jvp
 
 op = importlib.import_module("pyattr.ops.attention_jvp")
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
-GUARD = 256  # bytes after the workspace that nobody may touch
 
 
 class Operand(ctypes.Structure):
@@ -38,12 +34,7 @@ class Args(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    path = tmp_path_factory.mktemp("emulator") / "attention.so"
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-DPYATTR_WITH_CUDA", "-shared", "-fPIC", f"-I{HERE / 'emulator'}", f"-I{CSRC}"]
-    source = HERE / "emulator" / "emulated_attention.cpp"
-    subprocess.run([os.environ.get("CXX", "c++"), *flags, str(source), "-o", str(path)], check=True)
-    return ctypes.CDLL(str(path))
+    return library("attention", tmp_path_factory.mktemp("emulator"))
 
 
 @pytest.fixture
@@ -59,11 +50,7 @@ def emulated(compiled, monkeypatch):
                 dtype, mask, kind, (ctypes.c_int64 * 4)(*mask_strides), (ctypes.c_int64 * 7)(*sizes), *rest,
             )  # fmt: skip
             inputs = [t for t in problem[:7] if t is not None]
-            ends = [
-                t.data_ptr() + (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.itemsize
-                for t in inputs
-            ]
-            ranges = [address for t, end in zip(inputs, ends, strict=True) for address in (t.data_ptr(), end)]
+            ranges = [address for t in inputs for address in (t.data_ptr(), t.data_ptr() + extent(t))]
             compiled.attention_jvp_workspace.restype = ctypes.c_size_t
             size = compiled.attention_jvp_workspace(ctypes.byref(args))
             workspace = torch.full((size + GUARD,), 0xFF, dtype=torch.uint8)
@@ -84,33 +71,13 @@ def emulated(compiled, monkeypatch):
     return call
 
 
-def make(batch, heads, queries, keys, width, value_width, tangents, dtype=torch.float32):
-    """As views of [B, length, H, width]."""
-    sizes = ((queries, width), (keys, width), (keys, value_width))
-    return [
-        torch.randn(*lead, batch, length, heads, last).to(dtype).transpose(-3, -2)
-        for lead in ((), (tangents,))
-        for length, last in sizes
-    ]
-
-
-def check(emulated, arrays, tolerance=1e-5, **options):
-    found = emulated(*arrays, **options)
-    wide = (None if a is None else a.double() for a in arrays)
-    exact = attention_jvp(*wide, backend="reference", **options)
-    for a, b in zip(found, exact, strict=True):
-        assert a.dtype == arrays[0].dtype
-        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
-    return found
-
-
 # Two row tiles of one head in two waves; heads in waves of three; 1, 2 and 4 groups of columns, the last in two tiles.
 SHAPES = [(1, 1, 130, 70, 5, 6, 2), (2, 2, 20, 66, 17, 9, 2), (1, 1, 9, 20, 3, 100, 1), (1, 1, 3, 5, 2, 260, 1)]
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1, 1), *SHAPES])
 def test_shapes(emulated, shape):
-    arrays = make(*shape)
+    arrays = make(*shape, views=True)
     found = check(emulated, arrays)
     again = emulated(*arrays, reverse=True)  # threads and thread blocks in the other order
     assert torch.equal(again.y, found.y) and torch.equal(again.y_dot, found.y_dot)
@@ -118,7 +85,7 @@ def test_shapes(emulated, shape):
 
 @pytest.mark.parametrize("given", [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
 def test_tangents_that_are_zero(emulated, given):
-    arrays = make(1, 2, 9, 12, 8, 7, 2)
+    arrays = make(1, 2, 9, 12, 8, 7, 2, views=True)
     whole = emulated(*arrays)
     kept = [a if there else None for a, there in zip(arrays[3:], given, strict=True)]
     assert torch.equal(check(emulated, [*arrays[:3], *kept]).y, whole.y)
@@ -132,7 +99,7 @@ def test_tangents_that_are_zero(emulated, given):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("added", [False, True])
 def test_masks(emulated, added, causal):
-    arrays = make(2, 2, 20, 35, 4, 5, 2)
+    arrays = make(2, 2, 20, 35, 4, 5, 2, views=True)
     mask = torch.rand(2, 1, 20, 35) > 0.4
     mask[:, :, 3] = False  # a query that may attend to nothing
     if added:
@@ -151,15 +118,15 @@ def test_masks(emulated, added, causal):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_16_bits(emulated, dtype, tolerance):
-    check(emulated, make(1, 2, 20, 33, 5, 40, 2, dtype), tolerance)
+    check(emulated, make(1, 2, 20, 33, 5, 40, 2, dtype, views=True), tolerance)
 
 
 def test_empty_and_not_finite(emulated):
     for shape in ((0, 2, 3, 4, 5, 6, 2), (1, 2, 3, 4, 5, 0, 2), (1, 2, 3, 4, 5, 6, 0), (1, 2, 3, 0, 5, 6, 2)):
-        found = check(emulated, make(*shape))
+        found = check(emulated, make(*shape, views=True))
         assert found.y_dot.shape == (shape[6], *shape[:3], shape[5])
-    check(emulated, make(1, 2, 3, 4, 0, 6, 2))
-    arrays = make(1, 1, 5, 7, 4, 3, 2)
+    check(emulated, make(1, 2, 3, 4, 0, 6, 2, views=True))
+    arrays = make(1, 1, 5, 7, 4, 3, 2, views=True)
     arrays[0][0, 0, 3, 2] = torch.inf
     found = emulated(*arrays)
     assert found.y[0, 0, 3].isnan().all() and found.y_dot[:, 0, 0, 3].isnan().all()

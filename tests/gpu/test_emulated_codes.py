@@ -5,20 +5,16 @@ See ``test_emulated_projection.py`` for the emulator. The rest of the op, limits
 
 import ctypes
 import importlib
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from emulation import library
 
 from pyattr.ops import TopK, _code_filter, code_topk
 from pyattr.ops._codes import check_codes
 from pyattr.reference.code_topk import centred_gram
 
 op = importlib.import_module("pyattr.ops.code_topk")
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
 GUARD = 16  # bytes after the flags that nobody may touch
 
 
@@ -31,14 +27,9 @@ class FlagsArgs(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    path = tmp_path_factory.mktemp("emulator") / "codes.so"
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-DPYATTR_WITH_CUDA", "-shared", "-fPIC", f"-I{HERE / 'emulator'}", f"-I{CSRC}"]
-    source = HERE / "emulator" / "emulated_codes.cpp"
-    subprocess.run([os.environ.get("CXX", "c++"), *flags, str(source), "-o", str(path)], check=True)
-    library = ctypes.CDLL(str(path))
-    library.code_topk.restype = ctypes.c_char_p
-    return library
+    compiled = library("codes", tmp_path_factory.mktemp("emulator"))
+    compiled.code_topk.restype = ctypes.c_char_p
+    return compiled
 
 
 def launch(compiled, codes, n, rows, bounds, largest, flags, reverse=False):

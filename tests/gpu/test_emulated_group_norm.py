@@ -6,18 +6,14 @@ several tangents, more than one. The rest of the op is its own.
 
 import ctypes
 import importlib
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from emulation import extent, library
 
 from pyattr.ops import group_norm_silu_jvp
 
 op = importlib.import_module("pyattr.ops.group_norm_silu_jvp")
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
 EPS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 
 
@@ -38,13 +34,7 @@ class Request(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
-    compiled_path = tmp_path_factory.mktemp("emulator") / "group_norm.so"
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-DPYATTR_WITH_CUDA", "-shared", "-fPIC", f"-I{HERE / 'emulator'}", f"-I{CSRC}"]
-    compiler = os.environ.get("CXX", "c++")
-    source = HERE / "emulator" / "emulated_group_norm.cpp"
-    subprocess.run([compiler, *flags, str(source), "-o", str(compiled_path)], check=True)
-    function = ctypes.CDLL(str(compiled_path)).group_norm_silu_jvp
+    function = library("group_norm", tmp_path_factory.mktemp("emulator")).group_norm_silu_jvp
     function.restype = ctypes.c_char_p
     return function
 
@@ -62,8 +52,7 @@ def emulated(kernel, monkeypatch):
         request = Request(args, reverse=order["reverse"])
         for span, array in zip(request.readable, problem[:4], strict=True):
             if array is not None:
-                extent = sum((n - 1) * s for n, s in zip(array.shape, array.stride(), strict=True)) + 1
-                span[:] = array.data_ptr(), array.data_ptr() + extent * array.element_size()
+                span[:] = array.data_ptr(), array.data_ptr() + extent(array)
         assert kernel(ctypes.byref(request)) == b""
 
     def run(given, num_groups, reverse=False, **options):

@@ -7,21 +7,16 @@ positions and the join of the images, is the op's own.
 
 import ctypes
 import importlib
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from emulation import GUARD, extent, library
 
 from pyattr.ops import patch_mean, patch_topk
 from pyattr.ops._patches import Part, address_and_sizes, check_problem
 from pyattr.reference.patches import patches
 
 topk_op, mean_op = (importlib.import_module(f"pyattr.ops.{name}") for name in ("patch_topk", "patch_mean"))
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
-GUARD = 256  # bytes after the workspace that nobody may touch
 
 
 class PatchArgs(ctypes.Structure):
@@ -52,13 +47,7 @@ class MeanArgs(ctypes.Structure):
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """The two ops with the emulator as their backend: ``emulated.patch_topk(...)``, ``emulated.patch_mean(...)``."""
-    compiled_path = tmp_path_factory.mktemp("emulator") / "patches.so"
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-DPYATTR_WITH_CUDA", "-shared", "-fPIC", f"-I{HERE / 'emulator'}", f"-I{CSRC}"]
-    compiler = os.environ.get("CXX", "c++")
-    source = HERE / "emulator" / "emulated_patches.cpp"
-    subprocess.run([compiler, *flags, str(source), "-o", str(compiled_path)], check=True)
-    return Emulated(ctypes.CDLL(str(compiled_path)))
+    return Emulated(library("patches", tmp_path_factory.mktemp("emulator")))
 
 
 class Emulated:
@@ -70,10 +59,9 @@ class Emulated:
         size.restype = ctypes.c_size_t
         size = size(ctypes.byref(args))
         workspace = torch.full((size + GUARD,), 0xFF, dtype=torch.uint8)
-        extent = sum((n - 1) * s for n, s in zip(images.shape, images.stride(), strict=True)) + 1
         kernel = getattr(self.compiled, name)
         kernel.restype = ctypes.c_char_p
-        bank_bytes = ctypes.c_size_t(extent * images.element_size())
+        bank_bytes = ctypes.c_size_t(extent(images))
         said = kernel(ctypes.byref(args), ctypes.c_void_p(workspace.data_ptr()), bank_bytes, int(reverse))
         assert said == b""
         assert (workspace[size:] == 0xFF).all()

@@ -6,23 +6,18 @@ fills shared memory with NaN, and cuts tensor-core sums off toward zero.
 """
 
 import ctypes
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from emulation import GUARD, library
 
 from pyattr.ops import hadamard_project, normal_matrix, sign_matrix, sparse_project
 from pyattr.ops._projection import DTYPES
 
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
 OPS = ("rademacher_project", "gaussian_project")
 # Forward error relative to sum_p |g|. Signs: products are exact, and 32 cut-off additions lose at most 2^-24 of that sum each.
 # Normals: an entry is within 2e-6.
 ERROR = {"rademacher_project": 2.0**-19, "gaussian_project": 2e-6 + 2.0**-18}
-GUARD = 256  # bytes after the workspace and after the result that nobody may touch
 
 
 class Args(ctypes.Structure):
@@ -51,12 +46,7 @@ class Request(ctypes.Structure):
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """``project(op, grads, proj_dim, ...)`` -> [B, D], run by the emulator."""
-    library_path = tmp_path_factory.mktemp("emulator") / "emulated.so"
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-DPYATTR_WITH_CUDA", "-shared", "-fPIC", f"-I{HERE / 'emulator'}", f"-I{CSRC}"]
-    compiler = os.environ.get("CXX", "c++")
-    subprocess.run([compiler, *flags, str(HERE / "emulator" / "emulated.cpp"), "-o", str(library_path)], check=True)
-    library = ctypes.CDLL(str(library_path))
+    compiled = library("projection", tmp_path_factory.mktemp("emulator"))
 
     def run(
         op,
@@ -77,12 +67,12 @@ def project(tmp_path_factory):
         layout = (grads.data_ptr(), DTYPES[grads.dtype], *grads.shape, *grads.stride())
         args = Args(*layout, out.data_ptr(), proj_dim, seed, stream, column_offset, scale)
         request = Request(SketchArgs(args, nonzeros), None, before, storage.nbytes() - before, shared_limit, reverse)
-        size = getattr(library, f"{op}_workspace")
+        size = getattr(compiled, f"{op}_workspace")
         size.restype = ctypes.c_size_t
         size = size(ctypes.byref(request))
         workspace = torch.full((size + GUARD,), 0xFF, dtype=torch.uint8)
         request.workspace = workspace.data_ptr()
-        kernel = getattr(library, op)
+        kernel = getattr(compiled, op)
         kernel.restype = ctypes.c_char_p
         assert kernel(ctypes.byref(request)) == b""
         assert (workspace[size:] == 0xFF).all() and guarded[-GUARD // 4 :].isnan().all()

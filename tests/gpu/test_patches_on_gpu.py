@@ -1,28 +1,13 @@
-"""The patch operations on a real GPU, CUDA and Triton: what the emulator and the interpreter cannot show.
+"""The patch operations on a real GPU, CUDA and Triton: what the emulator and the interpreter cannot show."""
 
-Every test is skipped with the backend's own reasons where it cannot run.
-"""
-
+import on_gpu
 import pytest
 import torch
 
-from pyattr import backends
 from pyattr.ops import patch_mean, patch_topk
 
-
-def reasons(backend):
-    found = backends.report()["patch_topk"][backend]
-    if backend == "triton" and not found and not torch.cuda.is_available():
-        found = ["torch sees no CUDA device"]  # the interpreter alone
-    return found
-
-
-def usable(backend):
-    found = reasons(backend)
-    return pytest.param(backend, marks=[pytest.mark.gpu, pytest.mark.skipif(bool(found), reason="; ".join(found))])
-
-
-both = pytest.mark.parametrize("backend", [usable("cuda"), usable("triton")])
+both = on_gpu.both("patch_topk")
+needs_cuda = on_gpu.needs("patch_topk", "cuda")
 
 
 def images_of(count, channels, height, width, dtype=torch.uint8, seed=0):
@@ -172,7 +157,7 @@ def test_memory_is_bounded(backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(reasons("cuda")), reason="; ".join(reasons("cuda")))
+@needs_cuda
 def test_backends_agree():
     bank = images_of(500, 3, 32, 32)
     queries = queries_of(bank, 1, 0.1)

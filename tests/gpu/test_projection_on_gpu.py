@@ -1,10 +1,8 @@
-"""The projections on a real GPU, CUDA and Triton: what the emulator and the interpreter cannot show.
-
-Every test is skipped with the backend's own reasons where it cannot run.
-"""
+"""The projections on a real GPU, CUDA and Triton: what the emulator and the interpreter cannot show."""
 
 import os
 
+import on_gpu
 import pytest
 import torch
 
@@ -22,19 +20,8 @@ ERROR = {"rademacher_project": 2.0**-19, "gaussian_project": 2e-6 + 2.0**-18, "s
 FULL = 35_746_307  # parameters of the DDPM U-Net for CIFAR-10
 
 
-def reasons(backend):
-    found = backends.report()["rademacher_project"][backend]
-    if backend == "triton" and not found and not torch.cuda.is_available():
-        found = ["torch sees no CUDA device"]  # the interpreter alone
-    return found
-
-
-def usable(backend):
-    found = reasons(backend)
-    return pytest.param(backend, marks=[pytest.mark.gpu, pytest.mark.skipif(bool(found), reason="; ".join(found))])
-
-
-both = pytest.mark.parametrize("backend", [usable("cuda"), usable("triton")])
+both = on_gpu.both("rademacher_project")
+needs_cuda = on_gpu.needs("rademacher_project", "cuda")
 each_op = pytest.mark.parametrize("op", OPS)
 each_dense_op = pytest.mark.parametrize("op", DENSE)
 
@@ -394,7 +381,7 @@ def test_hadamard_on_the_callers_stream(backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(reasons("cuda")), reason="; ".join(reasons("cuda")))
+@needs_cuda
 def test_a_bad_device_raises():
     module = backends.extension()
     grads, out = torch.zeros(1, 8, device="cuda"), torch.zeros(1, 8, device="cuda")
@@ -408,7 +395,7 @@ def test_a_bad_device_raises():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(reasons("cuda")), reason="; ".join(reasons("cuda")))
+@needs_cuda
 def test_a_bad_sparse_call_raises():
     module = backends.extension()
     grads, out = torch.zeros(1, 4000, device="cuda"), torch.zeros(1, 8, device="cuda")

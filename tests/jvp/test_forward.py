@@ -379,6 +379,24 @@ def test_a_group_norm_that_is_none_is_torchs_own_error(groups, weight):
         dual_forward(lambda x: F.silu(F.group_norm(x, groups, weight)), torch.randn(1, 4, 3), torch.randn(2, 1, 4, 3))
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("norm", [F.group_norm, torch.native_group_norm], ids=["function", "operator"])
+def test_a_group_norm_on_another_device_is_an_error(norm, name):
+    parts = {"weight": torch.ones(4), "bias": torch.ones(4)}
+    parts[name] = parts[name].to("meta")
+
+    def function(x):
+        if norm is F.group_norm:
+            return F.silu(norm(x, 2, **parts))
+        return norm(x, *parts.values(), 1, 4, 3, 2, 1e-5)[0]
+
+    with pytest.raises(ValueError) as error:
+        dual_forward(Apply(function), torch.randn(1, 4, 3), torch.randn(2, 1, 4, 3))
+    assert str(error.value) == (
+        f"dual_forward: {name} of the group normalisation in the module (Apply) must be on cpu as its input is, got meta"
+    )
+
+
 X = torch.zeros(2, 3)
 
 

@@ -1,12 +1,15 @@
 """Every rule by itself against torch.func.jvp in float64."""
 
 import functools
+import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.func import jvp
 
 from pyattr.jvp import dual_forward
 
@@ -34,6 +37,8 @@ CASES = {
     "sqrt_rsqrt": (lambda x: (x * x + 1).sqrt() + (x * x + 2).rsqrt(), IMAGE),
     "power": (lambda x: x**3 + (x.abs() + 1) ** -0.5, IMAGE),
     "reciprocal": (lambda x: 1 / (2 + x * x) + torch.reciprocal(3 + x.square()), IMAGE),
+    "element_of_expanded": (lambda x: x[:, :1].expand(-1, 3, -1, -1).tanh() + x[0, 0].expand(2, 3, 5, 6).cos(),
+                            IMAGE),
     "clamp": (lambda x: x.clamp(-0.5, 0.7), IMAGE),
     "quick_gelu": (lambda x: x * torch.sigmoid(1.702 * x), IMAGE),
     # sums and products with constants, numbers and each other
@@ -286,6 +291,43 @@ def test_quotients_with_a_rounding_mode_of_none(dtype, agrees):
     agrees(lambda x: torch.div(x, 3, rounding_mode=None), torch.randn(2, 3, dtype=dtype))
 
 
+ELEMENTWISE = {
+    **{f.__name__: f for f in (torch.sigmoid, torch.tanh, torch.exp, torch.exp2, torch.expm1, torch.log, torch.log1p)},
+    **{f.__name__: f for f in (torch.sqrt, torch.rsqrt, torch.reciprocal, torch.square, torch.abs, torch.sin, torch.atan)},
+    **{f.__name__: f for f in (torch.asinh, torch.acosh, torch.atanh, torch.erf, torch.sinc, torch.nan_to_num, torch.neg)},
+    **{f.__name__: f for f in (F.silu, F.gelu, F.relu, F.relu6, F.mish, F.elu, F.selu, F.celu, F.softplus, F.logsigmoid)},
+    **{f.__name__: f for f in (F.leaky_relu, F.hardtanh, F.hardswish, F.hardsigmoid, F.hardshrink, F.softshrink)},
+    "relu_in_place": lambda x: F.relu(x + 0, inplace=True),
+    "threshold": lambda x: F.threshold(x, 0.5, 2.0),
+    "clamp": lambda x: x.clamp(-0.5, 0.5),
+    "clamp_min": lambda x: x.clamp_min(0),
+    "clamp_max": lambda x: x.clamp_max(0),
+    **{f"power_{n}": lambda x, n=n: x**n for n in (-1, 0, 0.5, 1, 2, 3)},
+    "times_zero": lambda x: x * 0,
+    "times_itself": lambda x: x * x,
+    "quotient": lambda x: x / (x * x + 1),
+    "divided_by_zero": lambda x: x / 0,
+    "one_minus": lambda x: 1 - x,
+    "where": lambda x: torch.where(x > 0, x, 2 * x),
+    "masked": lambda x: x.masked_fill(x > 0, 3.0),
+    "maximum": lambda x: torch.maximum(x, torch.zeros(())),
+}  # fmt: skip
+SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 2.0, 3.0, -3.0, 6.0, 100.0, -100.0]
+
+
+@pytest.mark.filterwarnings("ignore:dual_forward:UserWarning")  # of maximum
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_not_numbers_infinities_and_edges_as_in_torch(name):
+    """At NaN, inf, zeros of both signs and where slopes jump, with tangents of them too, all is what torch.func.jvp gives."""
+    function = ELEMENTWISE[name]
+    x, tangents = torch.tensor(list(itertools.product(SPECIAL, SPECIAL)), dtype=torch.float64).T.contiguous()
+    y, y_dot = dual_forward(function, x, torch.stack([tangents, tangents]))
+    with torch.no_grad():
+        wanted, wanted_dot = jvp(function, (x,), (tangents,))
+    for got, expected in ((y, wanted), (y_dot[0], wanted_dot), (y_dot[1], wanted_dot)):
+        torch.testing.assert_close(got, expected, equal_nan=True)
+
+
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 
 
@@ -342,7 +384,7 @@ def test_half_precision(dtype):
     """Results in the type of x, to its rounding."""
 
     def function(x):
-        y = F.silu(F.conv2d(x, like(x, 4, 4, 3, 3), like(x, 4), padding=1))
+        y = F.relu(F.silu(F.conv2d(x, like(x, 4, 4, 3, 3), like(x, 4), padding=1)))
         y = F.silu(F.group_norm(y, 2, like(x, 4), like(x, 4)) * like(x, 2, 4, 1, 1) + like(x, 4, 1, 1))
         y = F.layer_norm(y, (6,)) + y.softmax(-1)
         return F.linear(F.gelu(y), like(x, 3, 6), like(x, 3)) * 0.5

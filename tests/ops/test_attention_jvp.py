@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_arrays import make
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,18 +27,6 @@ def tolerance(dtype, backend):
     three_of_tf32 = {"triton": 1e-5}  # instead of float32 products
     wide = {torch.float32: three_of_tf32.get(backend, 2e-6), torch.float64: 1e-13}
     return (wide | {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8})[dtype]
-
-
-def make(batch, heads, queries, keys, width, value_width, tangents, dtype=torch.float32, device="cpu", views=False):
-    """query, key, value and their tangents; as views, they lie in memory as [B, length, H, width]."""
-
-    def random(length, last, *lead):
-        shape = (batch, length, heads, last) if views else (batch, heads, length, last)
-        values = torch.randn(*lead, *shape).to(dtype).to(device)
-        return values.transpose(-3, -2) if views else values
-
-    sizes = ((queries, width), (keys, width), (keys, value_width))
-    return [random(*size) for size in sizes] + [random(*size, tangents) for size in sizes]
 
 
 def plain(query, key, value, mask=None, causal=False, scale=None):

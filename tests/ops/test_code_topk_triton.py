@@ -1,54 +1,29 @@
-"""The Triton kernel of code_topk without a GPU: compiled for one, and run by Triton's interpreter in a child process.
-
-Triton decides at import whether it interprets, so the tests proper run in a pytest of their own.
-"""
+"""The Triton kernel of code_topk without a GPU: compiled for one, and run by Triton's interpreter in a child process."""
 
 import importlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from triton_without_gpu import compile_for_gpu, interpreted, not_interpreted, run_interpreted
 
 from pyattr.ops import code_topk
 
-triton = pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the child of test_under_the_interpreter")
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is the parent")
+@not_interpreted
 def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    child = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
+    run_interpreted(__file__)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing then")
+@not_interpreted
 @pytest.mark.parametrize("members", [32, 64])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles_for_a_gpu(members, capability):
-    """ptxas comes with Triton; no device is touched."""
     from pyattr.triton_kernels.code_topk import code_topk_kernel
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
+    types = {"codes_ptr": "*i64", "outside": "i64", "rows_ptr": "*i8", "limits_ptr": "*fp32", "flags_ptr": "*u8"}
     own = {"LARGEST": True, "MEMBERS": members, "BLOCK": 128}
-    signature = {
-        "codes_ptr": "*i64", "num_codes": "i32", "outside": "i64", "rows_ptr": "*i8", "limits_ptr": "*fp32",
-        "flags_ptr": "*u8",
-    } | dict.fromkeys(own, "constexpr")  # fmt: skip
-    options = {"num_warps": 4, "enable_fp_fusion": True}
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(ASTSource(code_topk_kernel, signature, own), target=target, options=options)
-    assert len(compiled.asm["cubin"]) > 0
-    assert "s32.s8.s8" in compiled.asm["ptx"]  # integer tensor cores, mma.sync or wgmma
+    ptx = compile_for_gpu(code_topk_kernel, types, own, capability=capability)["ptx"]
+    assert "s32.s8.s8" in ptx  # integer tensor cores, mma.sync or wgmma
 
 
 def problem(n, weights, count):

@@ -1,62 +1,30 @@
-"""The Triton normal projection without a GPU: compiled for one, and run by Triton's interpreter in a child process.
-
-Triton decides at import whether it interprets, so the tests proper run in a pytest of their own.
-"""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The Triton normal projection without a GPU: compiled for one, and run by Triton's interpreter in a child process."""
 
 import pytest
 import torch
+from triton_without_gpu import compile_for_gpu, interpreted, not_interpreted, run_interpreted
 
 from pyattr.ops import gaussian_project, normal_matrix
 
-triton = pytest.importorskip("triton")
-
-ROOT = Path(__file__).resolve().parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the child of test_under_the_interpreter")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ERROR = 2e-6 + 2.0**-19  # relative to sum_p |g|: an entry, and float32 sums
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the parent")
+@not_interpreted
 def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    child = subprocess.run(
-        command,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
+    run_interpreted(__file__)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing then")
+@not_interpreted
 @pytest.mark.parametrize("ones", [False, True], ids=["ordinary", "specialised to sizes of 1"])
 def test_compiles_for_a_gpu(ones):
-    """ptxas comes with Triton; no device is touched."""
     from pyattr.triton_kernels import gaussian_project as kernels
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    kernel = kernels.gaussian_project_kernel
     limbs, dot_type = kernels.OPERANDS[torch.float32]
     constants = {"LIMBS": limbs, "DOT_TYPE": dot_type, "BLOCK_ROWS": 64, "BLOCK_SAMPLES": 64}
     types = {"grads_ptr": "*fp32", "partial_ptr": "*fp32", "column_offset": "i64"}
-    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    if ones:
-        kept = ("seed", "stream", "column_offset", "first_row", "first_block", *constants)  # never specialised
-        constants |= {name: 1 for name in signature if signature[name] == "i32" and name not in kept}
-    signature |= dict.fromkeys(constants, "constexpr")
-    options = {"num_warps": 4, "enable_fp_fusion": True}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options
-    )
-    assert "tf32" not in compiled.asm["ptx"] and len(compiled.asm["cubin"]) > 0
+    kept = ("seed", "stream", "first_row", "first_block") if ones else None
+    assert "tf32" not in compile_for_gpu(kernels.gaussian_project_kernel, types, constants, kept)["ptx"]
 
 
 def project(grads, proj_dim, **options):

@@ -1,60 +1,32 @@
-"""group_norm_silu_jvp in Triton without a GPU: compiled for one, and run by Triton's interpreter in a child process.
-
-Triton decides at import whether it interprets, so the tests proper run in a pytest of their own.
-"""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""group_norm_silu_jvp in Triton without a GPU: compiled for one, and run by Triton's interpreter in a child process."""
 
 import pytest
 import torch
+from triton_without_gpu import compile_for_gpu, interpreted, not_interpreted, run_interpreted
 
 from pyattr.ops import group_norm_silu_jvp
 
-triton = pytest.importorskip("triton")
-
-ROOT = Path(__file__).resolve().parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the child of test_under_the_interpreter")
 EPS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the parent")
+@not_interpreted
 def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    child = subprocess.run(
-        command,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
+    run_interpreted(__file__)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing then")
+@not_interpreted
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("ones", [False, True], ids=["ordinary", "specialised to sizes of 1"])
 def test_compiles_for_a_gpu(held, ones):
-    """ptxas comes with Triton; no device is touched."""
     from pyattr.triton_kernels import group_norm_silu_jvp as kernels
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     kernel = kernels.group_norm_silu_jvp_kernel
     own = {"SILU": True, "X_LAST": held, "DOT_LAST": ones, "HELD": held, "BLOCK": 1024}
-    types = {"weight_ptr": "*fp32", "bias_ptr": "*fp32", "eps": "fp32"}
     if ones:
-        never = {"num_tangents", "share", "num_groups"}
-        own |= {name: 1 for name in kernel.arg_names if name not in (*never, *own, "eps") and not name.endswith("_ptr")}
         own |= dict.fromkeys(("residual_ptr", "residual_dot_ptr", "weight_ptr", "bias_ptr", "sum_ptr", "sum_dot_ptr"))
-    signature = {name: types.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
-    signature |= dict.fromkeys(own, "constexpr")
-    options = {"num_warps": 8, "enable_fp_fusion": True}
-    compiled = triton.compile(ASTSource(kernel, signature, own), target=GPUTarget("cuda", 90, 32), options=options)
-    assert len(compiled.asm["cubin"]) > 0
+    types = {name: "*bf16" for name in kernel.arg_names if name.endswith("_ptr")}
+    types |= {"weight_ptr": "*fp32", "bias_ptr": "*fp32", "eps": "fp32"}
+    compile_for_gpu(kernel, types, own, ("num_tangents", "share", "num_groups") if ones else None, num_warps=8)
 
 
 @pytest.fixture

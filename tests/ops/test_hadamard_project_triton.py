@@ -1,60 +1,31 @@
-"""The Triton Hadamard projection without a GPU: compiled for one, and run by Triton's interpreter in a child process.
-
-Triton decides at import whether it interprets, so the tests proper run in a pytest of their own.
-"""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The Triton Hadamard projection without a GPU: compiled for one, and run by Triton's interpreter in a child process."""
 
 import pytest
 import torch
+from triton_without_gpu import compile_for_gpu, interpreted, not_interpreted, run_interpreted
 
 from pyattr.ops import hadamard_project
 
-triton = pytest.importorskip("triton")
-
-ROOT = Path(__file__).resolve().parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the child of test_under_the_interpreter")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the parent")
+@not_interpreted
 def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    child = subprocess.run(
-        command,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
+    run_interpreted(__file__)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing then")
+@not_interpreted
 @pytest.mark.parametrize("ones", [False, True], ids=["ordinary", "specialised to sizes of 1"])
 def test_compiles_for_a_gpu(ones):
-    """ptxas comes with Triton; no device is touched."""
     from pyattr.triton_kernels import hadamard_project as kernels
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    options = {"num_warps": 8, "enable_fp_fusion": True}
     types = {"grads_ptr": "*bf16", "rows_ptr": "*i64", "partial_ptr": "*fp32"}
+    kept = ("bits", "seed", "stream") if ones else None
     for kernel, own in (
         (kernels.rows_kernel, {"BLOCK": 256}),
         (kernels.hadamard_project_kernel, {"BITS": 10, "BLOCK_ROWS": 1024}),
     ):
-        signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-        if ones:
-            kept = ("bits", "seed", "stream", *own)  # never specialised
-            own = own | {name: 1 for name, kind in signature.items() if kind == "i32" and name not in kept}
-        signature |= dict.fromkeys(own, "constexpr")
-        compiled = triton.compile(ASTSource(kernel, signature, own), target=GPUTarget("cuda", 90, 32), options=options)
-        assert len(compiled.asm["cubin"]) > 0
+        compile_for_gpu(kernel, types, own, kept, num_warps=8)
 
 
 def project(grads, proj_dim, **options):

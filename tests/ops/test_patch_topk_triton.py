@@ -1,60 +1,33 @@
-"""The Triton patch kernels without a GPU: compiled for one, and run by Triton's interpreter in a child process.
+"""The Triton patch kernels without a GPU: compiled for one, and run by Triton's interpreter in a child process."""
 
-Triton decides at import whether it interprets, so the tests proper run in a pytest of their own.
-"""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 import torch
+from triton_without_gpu import INTERPRETED, compile_for_gpu, interpreted, not_interpreted, run_interpreted
 
 from pyattr.ops import patch_mean, patch_topk
 
-triton = pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the child of test_under_the_interpreter")
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is the parent")
+@not_interpreted
 def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    child = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
+    run_interpreted(__file__)
 
 
-POINTERS = {"tiles_ptr": "*i32", "nearest_ptr": "*i32"}
 NEVER_SPECIALISED = ("num_items", "num_tiles", "stats_stride", "first_image", "k")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing then")
+@not_interpreted
 @pytest.mark.parametrize("op", ["patch_topk", "patch_mean"])
 @pytest.mark.parametrize("held", [True, False], ids=["in registers", "in scratch memory"])
 @pytest.mark.parametrize("ones", [False, True], ids=["ordinary", "specialised to sizes of 1"])
 def test_compiles_for_a_gpu(op, held, ones):
-    """ptxas comes with Triton; no device is touched."""
-    from importlib import import_module
-
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     kernel = getattr(import_module(f"pyattr.triton_kernels.{op}"), f"{op}_kernel")
     own = {"HELD": held, "BU": 8, "BV": 1024}
     own |= {"NEAREST": True} if op == "patch_topk" else {}
-    signature = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
-    signature |= {"scale": "fp32", "rate": "fp32"} | {name: POINTERS[name] for name in POINTERS if name in signature}
-    if ones:
-        own |= {name: 1 for name in signature if signature[name] == "i32" and name not in (*NEVER_SPECIALISED, *own)}
-    signature |= dict.fromkeys(own, "constexpr")
-    options = {"num_warps": 8, "enable_fp_fusion": True}
-    compiled = triton.compile(ASTSource(kernel, signature, own), target=GPUTarget("cuda", 90, 32), options=options)
-    assert len(compiled.asm["cubin"]) > 0
+    types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+    types |= {"tiles_ptr": "*i32", "nearest_ptr": "*i32", "scale": "fp32", "rate": "fp32"}
+    compile_for_gpu(kernel, types, own, NEVER_SPECIALISED if ones else None, num_warps=8)
 
 
 @pytest.fixture(autouse=True)

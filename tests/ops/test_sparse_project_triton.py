@@ -1,56 +1,31 @@
-"""The Triton sparse projection without a GPU: compiled for one, and run by Triton's interpreter in a child process.
-
-Triton decides at import whether it interprets, so the tests proper run in a pytest of their own.
-"""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The Triton sparse projection without a GPU: compiled for one, and run by Triton's interpreter in a child process."""
 
 import pytest
 import torch
+from triton_without_gpu import INTERPRETED, compile_for_gpu, interpreted, not_interpreted, run_interpreted
 
 from pyattr.ops import sparse_project
 
-triton = pytest.importorskip("triton")
-
-ROOT = Path(__file__).resolve().parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the child of test_under_the_interpreter")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the parent")
+@not_interpreted
 def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    child = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
+    run_interpreted(__file__)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="Triton compiles nothing then")
+@not_interpreted
 @pytest.mark.parametrize("width", [1, 8, 32])
 @pytest.mark.parametrize("ones", [False, True], ids=["ordinary", "specialised to sizes of 1"])
 def test_compiles_for_a_gpu(width, ones):
-    """ptxas comes with Triton; no device is touched."""
     from pyattr.triton_kernels import sparse_project as kernels
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    kernel = kernels.sparse_project_kernel
     own = {"WIDTH": width, "BLOCKS": kernels.BLOCK_OUTPUTS // width, "SAMPLES": 1 if ones else 8, "CHUNK_TILES": 1024}
-    kept = ("seed", "stream", "column_offset", "chunks", "range_columns", "num_ranges")  # never specialised
     types = {"grads_ptr": "*bf16", "sums_ptr": "*fp32", "inverse_ptr": "*i64", "scale": "fp32"}
     types |= {"column_offset": "i64", "range_columns": "i64"}
-    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    if ones:
-        own |= {name: 1 for name in signature if signature[name] == "i32" and name not in (*kept, *own)}
-    signature |= dict.fromkeys(own, "constexpr")
-    options = {"num_warps": 4, "enable_fp_fusion": True}
-    compiled = triton.compile(ASTSource(kernel, signature, own), target=GPUTarget("cuda", 90, 32), options=options)
-    assert len(compiled.asm["cubin"]) > 0
+    compile_for_gpu(
+        kernels.sparse_project_kernel, types, own, ("seed", "stream", "chunks", "num_ranges") if ones else None
+    )
 
 
 def project(grads, proj_dim, **options):
