@@ -41,8 +41,8 @@ class JourneyTRAK(TRAK):
 
         x0_i = clip((x_{t_i} - sqrt(1 - abar_{t_i}) e(x_{t_i}, t_i)) / sqrt(abar_{t_i}), -1, 1),
 
-    is noised anew to t_i, and the gradient of the loss taken there. These are the conventions of the published evaluation; the
-    method's own paper takes the gradient at x_{t_i} itself.
+    is noised anew to t_i, and the gradient of the loss taken there, not at x_{t_i}. This is the convention of D-TRAK's published
+    evaluation.
 
     Args, attributes, errors: as in :class:`TRAK`. ``num_timesteps`` and ``strategy`` are those of the training images.
 
@@ -53,7 +53,7 @@ class JourneyTRAK(TRAK):
     Extra memory of ``scores``: that of :meth:`TRAK.scores`, and the trajectory once more.
 
     Source: Georgiev et al., "The Journey, Not the Destination: How Data Guides Diffusion Models", arXiv 2312.06205; its form
-    here, the code of Zheng et al., ICLR 2024 (D-TRAK).
+    here, as in the code of Zheng et al., ICLR 2024 (D-TRAK).
     """
 
     _predicted: tuple[str, Tensor] | None = None  # of the last queries
