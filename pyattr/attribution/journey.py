@@ -41,8 +41,8 @@ class JourneyTRAK(TRAK):
 
         x0_i = clip((x_{t_i} - sqrt(1 - abar_{t_i}) e(x_{t_i}, t_i)) / sqrt(abar_{t_i}), -1, 1),
 
-    is noised anew to t_i, and the gradient of the loss taken there, not at x_{t_i}. This is the convention of D-TRAK's published
-    evaluation.
+    is noised anew to t_i, and the gradient of the loss taken there, not at x_{t_i}. This is the convention of the published
+    evaluation of D-TRAK.
 
     Args, attributes, errors: as in :class:`TRAK`. ``num_timesteps`` and ``strategy`` are those of the training images.
 
