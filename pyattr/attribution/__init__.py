@@ -3,9 +3,37 @@
 from . import codes
 from .dtrak import DTRAK
 from .encoded import EncodedEnsemble
+from .gradient_similarity import GAS, GradientCosine, GradientDot, TracInCP
+from .influence import RelativeInfluence, RenormalizedInfluence
+from .journey import JourneyTRAK
 from .nda import NDA
 from .patch_matches import Explanation, Match
 from .patch_tuning import Tuning
-from .trak import QUERY_IDS, TRAK
+from .queries import QUERY_IDS
+from .readouts import READOUTS, Readout, readout
+from .similarity import CLIPSimilarity, RawPixel
+from .trak import TRAK
 
-__all__ = ["DTRAK", "NDA", "QUERY_IDS", "TRAK", "EncodedEnsemble", "Explanation", "Match", "Tuning", "codes"]
+__all__ = [
+    "DTRAK",
+    "GAS",
+    "NDA",
+    "QUERY_IDS",
+    "READOUTS",
+    "TRAK",
+    "CLIPSimilarity",
+    "EncodedEnsemble",
+    "Explanation",
+    "GradientCosine",
+    "GradientDot",
+    "JourneyTRAK",
+    "Match",
+    "RawPixel",
+    "Readout",
+    "RelativeInfluence",
+    "RenormalizedInfluence",
+    "TracInCP",
+    "Tuning",
+    "codes",
+    "readout",
+]

@@ -3,6 +3,7 @@
 from .ablation import ClassAblation, Share, class_ablation, share
 from .agreement import Agreement, Comparison, PairedComparison, agreement, compare, compare_paired
 from .classifier import Classifier
+from .clip import clip
 from .convergence import Convergence, Principal, convergence, nested_codes, pca
 from .distances import Distance, Distances, change_sizes, feature_distances, fid, l2, lpips
 from .features import Extractor, inception
@@ -23,6 +24,7 @@ __all__ = [
     "agreement",
     "change_sizes",
     "class_ablation",
+    "clip",
     "compare",
     "compare_paired",
     "convergence",
