@@ -3,22 +3,40 @@
 from . import codes
 from .dtrak import DTRAK
 from .encoded import EncodedEnsemble
+from .gradient_similarity import GAS, GradientCosine, GradientDot, TracInCP
+from .influence import RelativeInfluence, RenormalizedInfluence
+from .journey import JourneyTRAK
 from .nda import NDA
 from .patch_matches import Explanation, Match
 from .patch_tuning import Tuning
+from .queries import QUERY_IDS
+from .readouts import READOUTS, Readout, readout
 from .retraining import Datamodel, EmpiricalInfluence
-from .trak import QUERY_IDS, TRAK
+from .similarity import CLIPSimilarity, RawPixel
+from .trak import TRAK
 
 __all__ = [
     "DTRAK",
+    "GAS",
     "NDA",
     "QUERY_IDS",
+    "READOUTS",
     "TRAK",
+    "CLIPSimilarity",
     "Datamodel",
     "EmpiricalInfluence",
     "EncodedEnsemble",
     "Explanation",
+    "GradientCosine",
+    "GradientDot",
+    "JourneyTRAK",
     "Match",
+    "RawPixel",
+    "Readout",
+    "RelativeInfluence",
+    "RenormalizedInfluence",
+    "TracInCP",
     "Tuning",
     "codes",
+    "readout",
 ]

@@ -7,16 +7,18 @@ largest eigenvalue may exceed a useful lambda by 10^6, which float32 cannot reso
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..diffusion.features import Features
+from .products import blocks, divided
 
 # Of the eigenvalues that the automatic lambda leaves as effective dimension; docs/attribution.md has the reasons.
 FRACTION = 0.25
 _COLUMNS = 2048  # of the features that are in float64 at a time
+_QUERIES = 256  # that are weighed at a time
 
 
 class DampedKernel:
@@ -59,38 +61,68 @@ class DampedKernel:
     def _primal_gram(self) -> Tensor:  # [D, D]
         dim = self.features.dim
         gram = torch.zeros(dim, dim, dtype=torch.float64, device=self.device)
-        for _, rows in self.features.blocks():
-            rows = rows.to(self.device, torch.float64)
+        for _, rows in blocks(self.features, self.device):
             gram.addmm_(rows.T, rows)
         return gram
 
     def scores(self, queries: Tensor, lambda_: float) -> Tensor:
-        """``Phi_q (G + lambda I)^{-1} Phi^T``.
+        """``Phi_q (G + lambda I)^{-1} Phi^T``; see :meth:`grid`."""
+        return next(self.grid(queries, [lambda_]))
+
+    def grid(self, queries: Tensor, lambdas: Iterable[float], divisors: Tensor | None = None) -> Iterator[Tensor]:
+        """``Phi_q (G + lambda I)^{-1} Phi^T`` for one lambda after the other; what does not depend on it is done once.
 
         Args:
             queries: Phi_q, [Q, D].
-            lambda_: positive, in the units of G's eigenvalues.
+            lambdas: L of them, positive, in the units of G's eigenvalues.
+            divisors: of the columns, [L, N] float64 on the kernel's device; a column is 0 where its divisor is.
 
-        Returns:
-            [Q, N] float32 on the CPU.
+        Yields:
+            [Q, N] float32 on the CPU, rounded once from float64.
 
-        Extra memory: 8 Q (D + 2 max(N, D)) bytes.
+        Extra memory: 16 Q min(N, D) bytes, and 2048 (D + 2 max(N, D)) bytes.
         """
-        queries = queries.to(self.device, torch.float64)
-        if self.dual:
-            cross = torch.zeros(len(queries), len(self.rows), dtype=torch.float64, device=self.device)  # [Q, N]
-            for ours, theirs in zip(queries.split(_COLUMNS, 1), self.rows.split(_COLUMNS, 1), strict=True):
-                cross.addmm_(ours, theirs.to(torch.float64).T)
-            return self._damped(cross, lambda_).to("cpu", torch.float32)
-        weighed = self._damped(queries, lambda_)  # [Q, D]
-        out = torch.empty(len(queries), len(self.features), dtype=torch.float32, device="cpu")
-        for start, rows in self.features.blocks():
-            out[:, start : start + len(rows)] = weighed @ rows.to(self.device, torch.float64).T
-        return out
+        left = [self._in_eigenvectors(part) for part in queries.split(_QUERIES)]  # [R, M] each
+        for number, lambda_ in enumerate(lambdas):
+            out = torch.empty(len(queries), len(self.features), dtype=torch.float32, device="cpu")
+            weighed = [part / (self.eigenvalues + lambda_) @ self.vectors.T for part in left]  # [R, M] each
+            for columns, right in self._right():
+                for into, part in zip(out.split(_QUERIES), weighed, strict=True):
+                    scores = part if right is None else part @ right.T
+                    if divisors is not None:
+                        scores = divided(scores, divisors[number, columns])
+                    into[:, columns] = scores.to("cpu", torch.float32)
+            yield out
 
-    def _damped(self, left: Tensor, lambda_: float) -> Tensor:  # [Q, M] -> [Q, M]
-        """``left (matrix + lambda I)^{-1}``."""
-        return (left @ self.vectors / (self.eigenvalues + lambda_)) @ self.vectors.T
+    def solution_norms(self, lambdas: Sequence[float]) -> Tensor:
+        """``||(G + lambda I)^{-1} phi_n||`` for each lambda, [L, N] float64 on the kernel's device.
+
+        Extra memory: 2048 (D + min(N, D)) bytes.
+        """
+        damped = self.eigenvalues[:, None] + torch.tensor(lambdas, dtype=torch.float64, device=self.device)  # [M, L]
+        if self.dual:
+            # (Phi^T Phi + lambda I)^{-1} Phi^T = Phi^T (Phi Phi^T + lambda I)^{-1}: column n has the squared norm
+            # e_n^T A^{-1} K A^{-1} e_n, with K = U diag(w) U^T and A = K + lambda I.
+            squares = [rows.square() @ (self.eigenvalues[:, None] / damped**2) for rows in self.vectors.split(_QUERIES)]
+        else:
+            squares = [(rows @ self.vectors).square() @ damped**-2.0 for _, rows in blocks(self.features, self.device)]
+        return torch.cat(squares).sqrt().T
+
+    def _in_eigenvectors(self, queries: Tensor) -> Tensor:  # [R, D] -> [R, M]
+        """The queries, in the dual form their products with the training samples, in the basis of the eigenvectors."""
+        if not self.dual:
+            return queries.to(self.device, torch.float64) @ self.vectors
+        cross = torch.zeros(len(queries), len(self.rows), dtype=torch.float64, device=self.device)  # [R, N]
+        for ours, theirs in zip(queries.split(_COLUMNS, 1), self.rows.split(_COLUMNS, 1), strict=True):
+            cross.addmm_(ours.to(self.device, torch.float64), theirs.to(torch.float64).T)
+        return cross @ self.vectors
+
+    def _right(self) -> Iterator[tuple[slice, Tensor | None]]:
+        """What stands to the right of the inverse: in the primal form the training samples, in the dual form nothing."""
+        if self.dual:
+            yield slice(None), None
+        else:
+            yield from blocks(self.features, self.device)
 
 
 def effective_dimension(eigenvalues: Tensor, lambda_: float) -> float:

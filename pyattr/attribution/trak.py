@@ -1,32 +1,18 @@
 """TRAK on a diffusion model: projected gradients of the training loss, weighed by a damped inverse kernel."""
 
-import dataclasses
 import math
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from numbers import Real
-from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from ..diffusion import features
-from ..diffusion.checkpoint import identity
-from ..diffusion.features import FeatureMap, Features
-from ..diffusion.images import as_images, reference_parameter
-from ..diffusion.losses import Loss
-from ..diffusion.progress import Progress, silent
-from ..diffusion.sampling import Samples
-from ..diffusion.schedule import Schedule, check_schedule
-from ..diffusion.storage import differences, tensors_hash
+from ..diffusion.features import Features
+from ..diffusion.schedule import Schedule
+from .gradient_method import GradientMethod
 from .kernel import DampedKernel, choose_lambda
 
-# Training image n has noise id n. Queries start here, so that a query shares the noise of a training image only when its id
-# is given as that image's.
-QUERY_IDS = 1 << 40
 
-
-class TRAK:
+class TRAK(GradientMethod):
     """Which training images lower the loss of a query, by one Newton step in a random projection of the parameters.
 
     ``tau(q, n) = phi_q^T (Phi^T Phi + lambda I)^{-1} phi_n``, with phi the projected gradient of the feature function
@@ -42,20 +28,11 @@ class TRAK:
     quarter of their number: ``docs/attribution.md`` says why, and what that choice does not know.
 
     Args:
-        model: the trained network; ``model(x_t, t)`` predicts the noise.
-        schedule: the one it was trained with.
-        proj_dim: D.
-        num_timesteps, strategy, num_noises, kind, noise_seed: see :class:`~pyattr.diffusion.features.FeatureMap`.
-        query_noises: draws of the noise at each timestep of a query; None: ``num_noises``, as published. Queries are few,
-            so more of them take their share of the noise off the scores at little cost.
-        feature: f, a :class:`~pyattr.diffusion.Loss` or its name; None for the method's own.
+        model, schedule: see :class:`~pyattr.attribution.gradient_method.GradientMethod`.
         lambda_: positive; or a grid, whose member nearest to the automatic choice is taken; None for that choice itself.
-        seed: of the projection.
-        batch_size: images whose gradients are taken together.
-        timesteps_per_pass: rows of one image that go through the model together, at most.
-        memory: bytes that the gradients of a batch may take; see :meth:`~pyattr.diffusion.features.FeatureMap.batch`.
-        directory: where features are kept as they are made and found again; None keeps them in memory.
-        progress: stages "features", "eigendecomposition", "query features".
+        features: proj_dim, num_timesteps, strategy, feature, num_noises, query_noises, kind, seed, noise_seed, batch_size,
+            timesteps_per_pass, memory, directory and progress of
+            :class:`~pyattr.attribution.gradient_method.GradientMethod`. Progress has a stage "eigendecomposition" besides.
 
     Attributes:
         lambda_: the one in use, after :meth:`fit`.
@@ -69,78 +46,23 @@ class TRAK:
     for diffusion models, Zheng et al., ICLR 2024 (D-TRAK), section 3.
     """
 
-    signed = True
-    default_feature = "simple"
-
     def __init__(
         self,
         model: nn.Module,
         schedule: Schedule,
         *,
-        proj_dim: int = 4096,
-        num_timesteps: int = 10,
-        strategy: str = "uniform",
-        feature: Loss | str | None = None,
-        num_noises: int = 1,
-        query_noises: int | None = None,
-        kind: str = "rademacher",
         lambda_: float | Iterable[float] | None = None,
-        seed: int = 0,
-        noise_seed: int = 0,
-        batch_size: int = 16,
-        timesteps_per_pass: int = 32,
-        memory: int = features.MEMORY,
-        directory: str | os.PathLike | None = None,
-        progress: Progress = silent,
+        **features,
     ):
-        check_schedule(model, schedule, type(self).__name__)
-        self.feature_map = FeatureMap(
-            schedule=schedule,
-            loss=self.default_feature if feature is None else feature,
-            num_timesteps=num_timesteps,
-            strategy=strategy,
-            num_noises=num_noises,
-            proj_dim=proj_dim,
-            kind=kind,
-            seed=seed,
-            noise_seed=noise_seed,
-        )
-        self.query_map = self.feature_map
-        if query_noises is not None:
-            self.query_map = dataclasses.replace(self.feature_map, num_noises=query_noises)
-        self.model, self.batch_size, self.timesteps_per_pass = model, batch_size, timesteps_per_pass
-        self.memory = memory
-        self.directory = None if directory is None else Path(directory)
-        self.progress = progress
+        super().__init__(model, schedule, **features)
         self._asked_lambda = None if lambda_ is None else self._lambdas(lambda_)
-        self._kernel: DampedKernel | None = None
-        self._model: dict = {}  # which network was fitted
-        self._queries: tuple[str, Features] | None = None
 
-    def fit(self, train) -> "TRAK":
-        """Compute the features of the training images and decompose their kernel.
-
-        Args:
-            train: [N, C, H, W] uint8, or floating point in [-1, 1]; image n has noise id n.
-
-        Returns:
-            self.
-
-        Raises:
-            ValueError, DamagedFileError: see :func:`pyattr.diffusion.features.compute`; or the features are zero or not
-                finite.
-
-        Extra memory: that of the features and of :class:`~pyattr.attribution.kernel.DampedKernel`.
-        """
-        train = as_images(train, type(self).__name__, "train")
-        found = self._features(self.feature_map, train, torch.arange(len(train)), "train", "features")
+    def _prepare(self, found: list[Features]) -> None:
         self.progress(0, 1, "eigendecomposition")
-        self._kernel = DampedKernel(found, reference_parameter(self.model, type(self).__name__).device)
+        self._kernel = DampedKernel(found[0], self.device)
         self.eigenvalues = self._kernel.eigenvalues
         self.lambda_ = choose_lambda(self.eigenvalues, self._asked_lambda)
         self.progress(1, 1, "eigendecomposition")
-        self._model, self._queries = identity(self.model), None
-        return self
 
     def scores(self, queries, *, lambda_: float | None = None, ids=None) -> Tensor:
         """Scores of all training images for each query; positive = proponent.
@@ -160,46 +82,39 @@ class TRAK:
             RuntimeError: :meth:`fit` was not called.
             ValueError: an argument is not as above, or the model has changed since :meth:`fit`.
 
-        Extra memory: the queries' features, and :meth:`DampedKernel.scores`'s.
+        Extra memory: the queries' features, and :meth:`~pyattr.attribution.kernel.DampedKernel.grid`'s.
         """
-        name = type(self).__name__
-        if self._kernel is None:
-            raise RuntimeError(f"{name}: fit must be called before scores")
         if lambda_ is not None:
             lambda_ = self._lambdas(lambda_)
             if isinstance(lambda_, list):
-                raise ValueError(f"{name}: lambda_ must be one number here, got {len(lambda_)}")
-        if isinstance(queries, Samples):
-            images, ids = queries.images, QUERY_IDS + queries.ids if ids is None else ids
-        else:
-            images = as_images(queries, name, "queries")
-            ids = QUERY_IDS + torch.arange(len(images)) if ids is None else ids
-        if len(images) == 0:
-            return torch.empty(0, len(self._kernel.features), dtype=torch.float32, device="cpu")
-        changed = differences(self._model, identity(self.model))
-        if changed:
-            raise ValueError(f"{name}: the model has changed since fit ({changed}); fit again")
-        ids = torch.as_tensor(ids, dtype=torch.int64)
-        key = tensors_hash({"images": images, "ids": ids})
-        if self._queries is None or self._queries[0] != key:
-            folder = f"queries-{key[:16]}-{self.query_map.num_noises}"
-            self._queries = key, self._features(self.query_map, images, ids, folder, "query features")
-        phi = self._queries[1].tensor()  # [Q, D]
-        return self._kernel.scores(phi, self.lambda_ if lambda_ is None else lambda_)
+                raise ValueError(f"{type(self).__name__}: lambda_ must be one number here, got {len(lambda_)}")
+        ((_, scores),) = self._grid(queries, [lambda_], ids)
+        return scores
 
-    def _features(self, feature_map: FeatureMap, images: Tensor, ids: Tensor, folder: str, stage: str) -> Features:
-        return features.compute(
-            self.model,
-            images,
-            feature_map,
-            ids=ids,
-            batch_size=self.batch_size,
-            timesteps_per_pass=self.timesteps_per_pass,
-            memory=self.memory,
-            directory=None if self.directory is None else self.directory / folder,
-            progress=self.progress,
-            stage=stage,
-        )
+    def scores_grid(self, queries, lambdas: Iterable[float], *, ids=None) -> Iterator[tuple[float, Tensor]]:
+        """:meth:`scores` for one lambda after the other, from the one decomposition, with the queries' share of it done once.
+
+        Args:
+            queries, ids: see :meth:`scores`.
+            lambdas: positive.
+
+        Returns:
+            An iterator over (lambda, [Q, N] float32), the bits of :meth:`scores`; a matrix is computed as it is asked for.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`scores`, before the first is asked for.
+        """
+        lambdas = self._lambdas(lambdas)
+        return self._grid(queries, lambdas if isinstance(lambdas, list) else [lambdas], ids)
+
+    def _grid(self, queries, lambdas: list[float | None], ids) -> Iterator[tuple[float, Tensor]]:
+        (found,) = self._query_features(queries, ids)
+        lambdas = [self.lambda_ if value is None else value for value in lambdas]
+        return zip(lambdas, self._kernel.grid(found.tensor(), lambdas, self._divisors(lambdas)), strict=True)
+
+    def _divisors(self, lambdas: list[float]) -> Tensor | None:
+        """What columns of scores are divided by, [L, N] float64; None for nothing."""
+        return None
 
     def _lambdas(self, given) -> float | list[float]:
         """A number of any library as a float, a grid as a list of them."""

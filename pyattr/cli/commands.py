@@ -179,7 +179,7 @@ def attribute(
     ] = None,
     method: Annotated[
         list[str],
-        typer.Option("--method", "-m", help="dtrak, trak, nda or pixels; several: the first is the main one."),
+        typer.Option("--method", "-m", help=f"{', '.join(METHODS)}; several: the first is the main one."),
     ] = [SCORE.method],  # noqa: B006
     num_timesteps: Annotated[
         int, typer.Option(min=1, help="Timesteps that gradients average over.")

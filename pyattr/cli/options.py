@@ -4,8 +4,17 @@ import re
 from dataclasses import dataclass
 
 # name on the command line -> name for people
-METHODS = {"dtrak": "D-TRAK", "trak": "TRAK", "nda": "NDA", "pixels": "Pixel cosine"}
-NEEDS_MODEL = {"dtrak", "trak"}
+METHODS = {
+    "dtrak": "D-TRAK",
+    "trak": "TRAK",
+    "relative-influence": "Relative influence",
+    "renormalized-influence": "Renormalized influence",
+    "gradient-dot": "Gradient dot",
+    "gradient-cosine": "Gradient cosine",
+    "nda": "NDA",
+    "pixels": "Pixel cosine",
+}
+NEEDS_MODEL = METHODS.keys() - {"nda", "pixels"}
 
 _UNITS = {"": 1 << 30, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 

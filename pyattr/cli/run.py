@@ -80,7 +80,8 @@ class Session:
 
     def begin(self, step: Step, label: str = "") -> None:
         """Progress from here on belongs to this step of the plan."""
-        self.display.stage(f"{self.steps.index(step) + 1}/{len(self.steps)} {label}")
+        number = [each.stage.key for each in self.steps].index(step.stage.key) + 1
+        self.display.stage(f"{number}/{len(self.steps)} {label}")
 
     def train(self, training: Training, data: DataOptions) -> torch.nn.Module:
         """The trained model."""
@@ -222,7 +223,8 @@ def attribute(
             job = _job_without_model(work, data, queries, options)
         else:
             job = _job(work, data, checkpoint, queries, options)
-        work.plan([step for scoring in job.scorings for step in scoring.plan(job.queries.key, len(job.queries.images))])
+        steps = [step for scoring in job.scorings for step in scoring.plan(job.queries.key, len(job.queries.images))]
+        work.plan({step.stage.key: step for step in steps}.values())  # methods may share features
         attributions = [work.score(scoring, job.model, job.queries) for scoring in job.scorings]
         work.finish(
             f"Which training images {job.scorings[0].title} these images?",

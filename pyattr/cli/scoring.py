@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import attribution, diffusion
+from ..attribution.gradient_method import GradientMethod
 from ..attribution.kernel import FRACTION, effective_dimension
 from ..attribution.patch_matches import Explanation, Match
 from ..datasets import ImageDataset
@@ -27,6 +28,34 @@ REGIONS = 3  # and how many of these
 _INFLUENCE = (
     "an estimate of how much its presence in the training set raised the likelihood that the model gives to that image"
 )
+
+
+# method -> its class, and what it does, for people
+_GRADIENTS = {
+    "dtrak": (
+        attribution.DTRAK,
+        "Compares gradients of the squared norm of the model’s noise prediction, averaged over timesteps, projected at random, "
+        "and weighed by the damped inverse of their Gram matrix over all training images.",
+    ),
+    "trak": (attribution.TRAK, "The same with gradients of the training loss in place of the squared norm."),
+    "relative-influence": (
+        attribution.RelativeInfluence,
+        "TRAK’s scores, each divided by how far its training image moves the model: what is rare does not lead every list.",
+    ),
+    "renormalized-influence": (
+        attribution.RenormalizedInfluence,
+        "TRAK’s scores, each divided by the length of its training image’s gradient.",
+    ),
+    "gradient-dot": (
+        attribution.GradientDot,
+        "The inner product of the gradients of the training loss, averaged over timesteps and projected at random: what one "
+        "step of training on the one would do to the loss of the other.",
+    ),
+    "gradient-cosine": (
+        attribution.GradientCosine,
+        "The cosine of the angle between the gradients of the training loss, averaged over timesteps and projected at random.",
+    ),
+}
 
 
 class Scoring:
@@ -95,21 +124,19 @@ class Scoring:
 
 
 class GradientScoring(Scoring):
-    """TRAK and D-TRAK: features that any query can use, then scores.
+    """The methods of gradients: features that any query can use, then scores.
 
     Attributes:
         timesteps: those that the gradients are averaged over.
+        damped: whether the method has a lambda.
     """
 
     meaning = _INFLUENCE
 
     def __init__(self, workspace, model_key, data, options, schedule=SCHEDULE):
         super().__init__(workspace, model_key, data, options, schedule)
-        self.summary = {
-            "dtrak": "Compares gradients of the squared norm of the model’s noise prediction, averaged over timesteps, "
-            "projected at random, and weighed by the damped inverse of their Gram matrix over all training images.",
-            "trak": "The same with gradients of the training loss in place of the squared norm.",
-        }[options.method]
+        self.kind, self.summary = _GRADIENTS[options.method]
+        self.damped = issubclass(self.kind, attribution.TRAK)
         chosen = {name: getattr(options, name) for name in ("num_timesteps", "strategy", "kind", "proj_dim", "seed")}
         self.timesteps = FeatureMap(schedule, num_noises=options.query_noises, **chosen).timesteps().tolist()
         if options.lambda_ is not None and not 0 < options.lambda_ < math.inf:
@@ -118,6 +145,8 @@ class GradientScoring(Scoring):
         settings = dataclasses.asdict(options)
         for name in ("lambda_", "query_noises", "memory"):
             del settings[name]
+        # All methods of one gradient share its features.
+        settings["method"] = features = "dtrak" if options.method == "dtrak" else "trak"
         self.base = {
             "model": model_key,
             "data": data.fingerprint(),
@@ -125,18 +154,19 @@ class GradientScoring(Scoring):
             **settings,
         }
         self.features = Step(
-            f"{self.name} features",
+            f"{METHODS[features]} features",
             f"{len(data):,} images, {options.num_timesteps} timesteps, {options.proj_dim:,} numbers each",
-            workspace.stage(f"{options.method}-features", self.base),
+            workspace.stage(f"{features}-features", self.base),
             4 * options.proj_dim * len(data),
         )
 
     def plan(self, queries_key: str, count: int) -> list[Step]:
         settings = {
             **self.base,
+            "method": self.options.method,
             "queries": queries_key,
-            "lambda": self.options.lambda_,
             "query noises": self.options.query_noises,
+            **({"lambda": self.options.lambda_} if self.damped else {}),
         }
         size = 4 * count * (len(self.data) + self.options.proj_dim)
         self.steps = [self.features, self._scores_step(settings, count, size)]
@@ -156,33 +186,39 @@ class GradientScoring(Scoring):
                 # Features that were found still have to be decomposed.
                 fitted = fitted or self._fit(model, display)
                 scores = fitted.scores(torch.from_numpy(queries.images), ids=queries.ids).numpy()
-                notes["lambda"] = fitted.lambda_
-                notes["effective dimension"] = effective_dimension(fitted.eigenvalues, fitted.lambda_)
+                if self.damped:
+                    notes["lambda"] = fitted.lambda_
+                    notes["effective dimension"] = effective_dimension(fitted.eigenvalues, fitted.lambda_)
                 write_npz(path, {"scores": scores})
         return self.attribution(read_npz(path)["scores"])
 
-    def _fit(self, model: nn.Module, display: Display) -> attribution.TRAK:
-        kind = {"dtrak": attribution.DTRAK, "trak": attribution.TRAK}[self.options.method]
-        options = {name: value for name, value in dataclasses.asdict(self.options).items() if name != "method"}
-        method = kind(model, self.schedule, directory=self.features.stage.folder, progress=display.progress, **options)
+    def _fit(self, model: nn.Module, display: Display) -> GradientMethod:
+        left_out = {"method"} if self.damped else {"method", "lambda_"}
+        options = {name: value for name, value in dataclasses.asdict(self.options).items() if name not in left_out}
+        directory = self.features.stage.folder
+        method = self.kind(model, self.schedule, directory=directory, progress=display.progress, **options)
         return method.fit(torch.from_numpy(self.data.images))
 
     def found(self) -> dict[str, float]:
         record = self.steps[-1].stage.record
-        return {name: record[name] for name in ("lambda", "effective dimension")}
+        return {name: record[name] for name in ("lambda", "effective dimension")} if self.damped else {}
 
     def settings(self) -> list[tuple[str, str]]:
         o, found = self.options, self.found()
-        return [
+        told = [
             (
                 "timesteps",
                 f"{o.num_timesteps} of {self.schedule.num_timesteps:,}, {o.strategy}: {listed(self.timesteps)}",
             ),
             ("noise", f"{draws(1)} of a training image, {draws(o.query_noises)} of a query"),
             ("projection", f"{o.kind}, to {o.proj_dim:,} numbers, seed {o.seed}"),
-            ("lambda", f"{found['lambda']:.4g}, {'chosen automatically' if o.lambda_ is None else 'given'}"),
-            ("effective dimension", f"{found['effective dimension']:.0f} of {min(o.proj_dim, len(self.data)):,}"),
         ]
+        if self.damped:
+            told += [
+                ("lambda", f"{found['lambda']:.4g}, {'chosen automatically' if o.lambda_ is None else 'given'}"),
+                ("effective dimension", f"{found['effective dimension']:.0f} of {min(o.proj_dim, len(self.data)):,}"),
+            ]
+        return told
 
     def caveats(self) -> list[str]:
         o = self.options
@@ -191,13 +227,13 @@ class GradientScoring(Scoring):
             f"{draws(1)} of a training image and {draws(o.query_noises)} of a query; published results use 10 to 1,000 "
             "timesteps. More of them make the scores steadier."
         ]
-        if o.lambda_ is None:
+        if self.damped and o.lambda_ is None:
             told.append(
                 "Lambda, the damping, was chosen from the spectrum of the training features alone, so as to leave an "
                 f"effective dimension of {FRACTION:.0%} of the number of eigenvalues. No retrained model was there to tune "
                 "it on, so it is a reasonable value, not the best."
             )
-        else:
+        elif self.damped:
             told.append(f"Lambda, the damping, was given as {o.lambda_:g}.")
         return [
             *told,
@@ -339,7 +375,8 @@ class PixelScoring(Scoring):
         if not step.stage.finished:
             begin(step)
             with step.stage.work():
-                write_npz(path, {"scores": pixel_cosine(queries.images, self.data.images)})
+                method = attribution.RawPixel("cosine", centre=True).fit(self.data.images)
+                write_npz(path, {"scores": method.scores(queries.images).numpy()})
         return self.attribution(read_npz(path)["scores"])
 
     def caveats(self) -> list[str]:
@@ -387,24 +424,3 @@ def _matches(arrays: dict[str, np.ndarray]) -> tuple[tuple[Matched, ...], ...]:
 
     queries, explained = arrays["index"].shape
     return tuple(tuple(matched(q, e) for e in range(explained)) for q in range(queries))
-
-
-def pixel_cosine(queries: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Cosine of the angle between pixel values, after the mean image is taken off.
-
-    Args:
-        queries: [Q, C, H, W].
-        images: [N, C, H, W].
-
-    Returns:
-        [Q, N] float32; 0 where an image equals the mean.
-
-    Extra memory: 8 N C H W bytes.
-    """
-    flat = images.reshape(len(images), -1).astype(np.float64)  # [N, C H W]
-    mean = flat.mean(0)
-    flat -= mean
-    wanted = queries.reshape(len(queries), -1) - mean  # [Q, C H W]
-    norms = np.linalg.norm(wanted, axis=1)[:, None] * np.linalg.norm(flat, axis=1)  # [Q, N]
-    dots = wanted @ flat.T
-    return np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0).astype(np.float32)

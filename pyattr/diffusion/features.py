@@ -102,7 +102,7 @@ class FeatureMap:
 
         Args:
             model: in eval mode.
-            images: [B, C, H, W] uint8, or floating point in [-1, 1].
+            images: [B, C, H, W] uint8, or floating point in [-1, 1]; or [B, K, C, H, W], another one for each timestep.
             ids: [B] int64.
             timesteps_per_pass: rows of one image that go through the model together, at most; changes rounding only.
             memory: bytes that the gradients may take (:func:`pyattr.gradients.project_gradients`). Fewer rows and images
@@ -117,16 +117,18 @@ class FeatureMap:
         Extra memory: ``memory``, and the images with their noise once for each row of a pass.
         """
         like = reference_parameter(model, "features")
-        x = to_unit(images, like)  # [B, C, H, W]
+        x = to_unit(images, like)
+        x = x[:, None] if x.dim() == 4 else x.repeat_interleave(self.num_noises, 1)  # [B, 1 or R, C, H, W]
         times = self.timesteps().repeat_interleave(self.num_noises)  # [R], R = K * num_noises
         draws = torch.arange(self.num_noises).repeat(self.num_timesteps)  # [R]
         loss = functools.partial(_values, loss=self.loss, schedule=self.schedule)
 
         def rows(x: Tensor, ids: Tensor, which: slice) -> dict[str, Tensor]:
             t, draw = times[which], draws[which]
-            eps = noise(x.shape[1:], seed=self.noise_seed, ids=ids[:, None], timesteps=t, draws=draw).to(x)
+            x = x if x.shape[1] == 1 else x[:, which]
+            eps = noise(x.shape[2:], seed=self.noise_seed, ids=ids[:, None], timesteps=t, draws=draw).to(x)
             t = t.to(x.device).expand(len(x), -1)  # [B, R']
-            return {"noisy": self.schedule.add_noise(x[:, None], eps, t), "noise": eps, "timesteps": t}
+            return {"noisy": self.schedule.add_noise(x, eps, t), "noise": eps, "timesteps": t}
 
         count = min(timesteps_per_pass, len(times))
         if count > 1:

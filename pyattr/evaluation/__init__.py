@@ -3,6 +3,7 @@
 from .ablation import ClassAblation, Share, class_ablation, share
 from .agreement import Agreement, Comparison, PairedComparison, agreement, compare, compare_paired
 from .classifier import Classifier
+from .clip import clip
 from .convergence import Convergence, Principal, convergence, nested_codes, pca
 from .distances import Distance, Distances, change_sizes, feature_distances, fid, l2, lpips
 from .features import Extractor, inception
@@ -32,6 +33,7 @@ __all__ = [
     "build_ground_truth",
     "change_sizes",
     "class_ablation",
+    "clip",
     "compare",
     "compare_paired",
     "convergence",

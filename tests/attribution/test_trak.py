@@ -1,5 +1,3 @@
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -7,55 +5,41 @@ from scipy.stats import spearmanr
 
 from pyattr.attribution import DTRAK, QUERY_IDS, TRAK
 from pyattr.diffusion import Loss, Samples, Schedule, noise, sample, train, unet
-from pyattr.ops import sign_matrix
 
 SETTINGS = {"proj_dim": 16, "num_timesteps": 3, "seed": 5, "noise_seed": 2, "lambda_": 0.7}
 
 
-def closed_form(method, model, images, queries, query_ids, lambda_, query_noises=1):
-    """W x_t predicts eps: d mean (W x_t - eps)^2 = 2 (W x_t - eps) x_t^T / D, and without eps for the squared norm."""
-    weight, schedule = model.layer.weight.detach(), Schedule()
-    signs = sign_matrix(range(16), range(weight.numel()), 5).double()
-
-    def phi(batch, ids, noises=1):
-        rows = []
-        for image, i in zip(batch, ids, strict=True):
-            total = torch.zeros_like(weight)
-            for t, draw in itertools.product((0, 333, 666), range(noises)):
-                eps = noise((4,), seed=2, ids=int(i), timesteps=t, draws=draw).double()
-                abar = schedule.alphas_cumprod[t]
-                x = abar.sqrt() * (image.double() / 127.5 - 1).flatten() + (1 - abar).sqrt() * eps
-                error = weight @ x - (eps if method is TRAK else 0)
-                total += 2 * torch.outer(error, x) / 4 / 3 / noises
-            rows.append(signs @ total.flatten())
-        return torch.stack(rows)
-
-    train_phi, query_phi = phi(images, range(len(images))), phi(queries, query_ids, query_noises)
+def closed_form(phi, method, model, images, queries, query_ids, lambda_, query_noises=1):
+    settings = {"times": (0, 333, 666), "squared": method is DTRAK}
+    train_phi = phi(model, images, range(len(images)), **settings)
+    query_phi = phi(model, queries, query_ids, noises=query_noises, **settings)
     gram = train_phi.T @ train_phi + lambda_ * torch.eye(16, dtype=torch.float64)
     return query_phi @ torch.linalg.solve(gram, train_phi.T)
 
 
 @pytest.mark.parametrize("method", [TRAK, DTRAK])
 @pytest.mark.parametrize("count", [9, 40])  # dual, primal
-def test_linear_model_in_closed_form(linear_net, method, count):
+def test_linear_model_in_closed_form(linear_net, explicit_features, method, count):
     images = torch.randint(0, 256, (count, 1, 2, 2)).to(torch.uint8)
     queries = torch.randint(0, 256, (3, 1, 2, 2)).to(torch.uint8)
     model, schedule = linear_net(4), Schedule()
     fitted = method(model, schedule, **SETTINGS).fit(images)
-    expected = closed_form(method, model, images, queries, QUERY_IDS + torch.arange(3), 0.7)
+    expected = closed_form(explicit_features, method, model, images, queries, QUERY_IDS + torch.arange(3), 0.7)
     torch.testing.assert_close(fitted.scores(queries).double(), expected, atol=1e-5, rtol=1e-4)
-    expected = closed_form(method, model, images, queries, [1, 0, 7], 3.0)
+    expected = closed_form(explicit_features, method, model, images, queries, [1, 0, 7], 3.0)
     torch.testing.assert_close(
         fitted.scores(queries, lambda_=3.0, ids=[1, 0, 7]).double(), expected, atol=1e-5, rtol=1e-4
     )
 
 
-def test_queries_with_more_noise_draws_than_training_images(linear_net, schedule, tmp_path):
+def test_queries_with_more_noise_draws_than_training_images(linear_net, explicit_features, schedule, tmp_path):
     images, queries = torch.randint(0, 256, (2, 9, 1, 2, 2)).to(torch.uint8)
     model = linear_net(4)
     for noises in (3, 2):  # the features of one must not be taken for those of the other
         fitted = TRAK(model, schedule, query_noises=noises, directory=tmp_path, **SETTINGS).fit(images)
-        expected = closed_form(TRAK, model, images, queries, QUERY_IDS + torch.arange(9), 0.7, noises)
+        expected = closed_form(
+            explicit_features, TRAK, model, images, queries, QUERY_IDS + torch.arange(9), 0.7, noises
+        )
         torch.testing.assert_close(fitted.scores(queries).double(), expected, atol=1e-5, rtol=1e-4)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pyattr import attribution, diffusion
 from pyattr.cli.options import DataOptions, PatchOptions
-from pyattr.cli.scoring import PatchScoring, listed, pixel_cosine
+from pyattr.cli.scoring import PatchScoring, listed
 from pyattr.cli.stages import load_data
 from pyattr.cli.workspace import Workspace
 from pyattr.diffusion.storage import load_tensors
@@ -60,7 +60,8 @@ def test_the_results_are_those_of_the_library(images, finished, arrays):
     method = attribution.DTRAK(model, schedule, num_timesteps=2, proj_dim=16, batch_size=8).fit(train)
     expected = method.scores(samples.uint8(), ids=attribution.QUERY_IDS + samples.ids).numpy()
     np.testing.assert_allclose(scores["scores"], expected, rtol=1e-5, atol=1e-9)
-    np.testing.assert_array_equal(scores["scores_2"], pixel_cosine(scores["queries"], train))
+    cosines = attribution.RawPixel("cosine", centre=True).fit(train).scores(scores["queries"])
+    np.testing.assert_array_equal(scores["scores_2"], cosines.numpy())
     order = np.argsort(-expected, axis=1)
     np.testing.assert_array_equal(scores["proponents"], order[:, :4])
     np.testing.assert_array_equal(scores["opponents"], order[:, ::-1][:, :4])
@@ -293,11 +294,28 @@ def test_timesteps_in_a_line():
     assert listed(list(range(0, 700, 100))) == "0, 100, 200, 300, …, 600"  # a dot stands for what is left out alone
 
 
-def test_pixel_cosine_by_hand():
-    images = np.array([[0, 0], [4, 0], [0, 4], [4, 4]], np.uint8).reshape(4, 1, 1, 2)  # mean (2, 2)
-    queries = np.array([[2, 5], [2, 2]], np.uint8).reshape(2, 1, 1, 2)  # (0, 3) and (0, 0) from the mean
-    half = np.sqrt(0.5)
-    np.testing.assert_allclose(pixel_cosine(queries, images), [[-half, -half, half, half], [0, 0, 0, 0]], atol=1e-7)
+def test_methods_of_one_gradient_share_its_features(out, succeeds, arrays):
+    methods = ["gradient-dot", "gradient-cosine", "relative-influence", "renormalized-influence", "trak"]
+    told = succeeds("attribute", "--out", out, "--top", 2, *(x for m in methods for x in ("-m", m)), *SCORE)
+    assert "1/6  TRAK features" in told and len(list(out.glob("trak-features-*"))) == 1
+    assert not list(out.glob("gradient-*-features-*"))
+    found = arrays(out / "scores.npz")
+    settings = json.loads(str(found["settings"]))
+    assert [m["name"] for m in settings["methods"]] == found["methods"].tolist()
+    assert ["lambda" in m for m in settings["methods"]] == [False, False, True, True, True]
+    assert [m.get("lambda") == settings["methods"][4]["lambda"] for m in settings["methods"][2:]] == [True] * 3
+    dots, cosines, relative, renormalized, trak = (found[f"scores{n}"] for n in ("", "_2", "_3", "_4", "_5"))
+    assert np.abs(cosines).max() <= 1 and not np.allclose(dots, trak)
+    for divided in (relative, renormalized):
+        divisors = trak / divided  # the same for all queries
+        np.testing.assert_allclose(divisors, np.broadcast_to(divisors[0], divisors.shape), rtol=1e-3)
+        assert (divisors > 0).all()
+    lengths = np.abs(dots / cosines)  # |phi_q| |phi_n|
+    np.testing.assert_allclose(
+        lengths / lengths[:1], np.broadcast_to((lengths / lengths[:1])[:, :1], lengths.shape), rtol=1e-3
+    )
+    page = (out / "report.html").read_text()
+    assert "what one step of training on the one would do" in page and "divided by the length" in page
 
 
 # info, demo

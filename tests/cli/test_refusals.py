@@ -206,7 +206,8 @@ def test_damaged_scores_are_named(out, fails):
     [
         (
             ["attribute", "--method", "magic"],
-            "Invalid value for --method: must be one of dtrak, trak, nda, pixels, got magic",
+            "Invalid value for --method: must be one of dtrak, trak, relative-influence, renormalized-influence, gradient-dot, "
+            "gradient-cosine, nda, pixels, got magic",
         ),
         (
             ["attribute", "--limit", "3"],
