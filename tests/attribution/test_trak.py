@@ -193,14 +193,14 @@ def test_lambda_must_be_positive(linear_net, schedule, images, value):
 @pytest.mark.parametrize(
     "given",
     [5, 5.0, np.float32(5), np.array(5.0), torch.tensor(5), [5], (v for v in [5.0, 1e9]), torch.tensor([5.0, 1e9])],
-    ids=repr,
+    ids=lambda given: type(given).__name__,
 )
 def test_lambda_is_a_number_or_a_grid_of_any_kind(linear_net, schedule, images, given):
     fitted = TRAK(linear_net(4), schedule, **{**SETTINGS, "lambda_": given}).fit(images)
     assert fitted.lambda_ == 5 and type(fitted.lambda_) is float
 
 
-@pytest.mark.parametrize("given", [[], (), (v for v in ()), torch.empty(0)], ids=repr)
+@pytest.mark.parametrize("given", [[], (), (v for v in ()), torch.empty(0)], ids=lambda given: type(given).__name__)
 def test_an_empty_grid_is_refused(linear_net, schedule, given):
     with pytest.raises(ValueError, match="TRAK: lambda_ must be a number or a grid of some, got an empty grid"):
         TRAK(linear_net(4), schedule, lambda_=given)
