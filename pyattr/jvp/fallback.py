@@ -12,6 +12,7 @@ from .dual import Dual, combine
 from .rule import has_slopes
 from .where import Refusal, current_function, has_own_jvp, here
 
+TORCHS = "aten", "prims"  # namespaces of operators
 _SAID = set()  # operators and modules that have been warned of
 
 
@@ -45,7 +46,7 @@ def torch_derivative(run, func, args: tuple, kwargs: dict):
             copy_of_view(inputs[0], outputs)
         try:
             # Without a derivative, operators of others than torch would give zeros.
-            fill_tangents(call, inputs, outputs, strict=func.namespace != "aten", draws=draws)
+            fill_tangents(call, inputs, outputs, strict=func.namespace not in TORCHS, draws=draws)
         except (NotImplementedError, RuntimeError) as error:
             if not _lacks_derivative(error):
                 raise
