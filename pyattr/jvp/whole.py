@@ -127,7 +127,7 @@ class Whole:
         call = with_inputs(function, leaves, spec, places)
         try:
             with _Repeatable():
-                fill_tangents(call, inputs, outputs, draws=draws)
+                fill_tangents(call, inputs, results, draws=draws)
         except RuntimeError as error:  # NotImplementedError is one
             if isinstance(error, Refusal) or _out_of_memory(error):
                 raise

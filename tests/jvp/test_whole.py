@@ -406,11 +406,47 @@ def test_autograd_on_the_way_is_an_error(slope, name):
         lambda x: torch.func.jvp(torch.tanh, (x,), (torch.ones_like(x),))[1],
         lambda x: torch.func.jacrev(lambda v: v.tanh().sum(0))(x),
         lambda x: torch.vmap(lambda v: v.tanh() * v.sum())(x),
+        lambda x: torch.func.grad(lambda v: F.layer_norm(v, (3,)).pow(3).sum())(x),
     ],
-    ids=["grad", "jvp", "jacrev", "vmap"],
+    ids=["grad", "jvp", "jacrev", "vmap", "layer_norm"],
 )
 def test_functional_derivatives_on_the_way(slope, agrees):
     agrees(slope, double(2, 3))
+
+
+def by_group(x, groups):
+    grouped = x.reshape(len(x), groups, -1)
+    centred = grouped - grouped.mean(-1, keepdim=True)
+    return (centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()).reshape(x.shape)
+
+
+@ignored
+@pytest.mark.parametrize(
+    ("norm", "groups"), [(lambda x: F.group_norm(x, 2), 2), (F.instance_norm, 4)], ids=["group_norm", "instance_norm"]
+)
+def test_functional_derivatives_and_vmap_of_normalisations(norm, groups, agrees):
+    def slope(norm):
+        return lambda x: torch.func.grad(lambda v: norm(v).pow(3).sum())(x)
+
+    x = double(1, 4, 5)
+    agrees(slope(norm), x, plain=slope(lambda x: by_group(x, groups)))
+    agrees(lambda x: torch.vmap(norm)(x[:, None]), x, plain=lambda x: by_group(x, groups)[:, None])
+
+
+def test_batch_norm_of_cudnn_returns_what_torch_wants(agrees):
+    # It has a fourth result; its rule for one image runs on any device.
+    one = torch.ones(4, dtype=torch.float64)
+
+    def function(x):
+        y, mean, inverse, reserve = torch.ops.aten.cudnn_batch_norm(x, one, None, None, None, True, 0.1, 1e-5)
+        assert mean.shape == inverse.shape == (4,) and reserve.dtype == torch.uint8
+        return torch.cat([y.flatten(), mean, inverse])
+
+    def plainly(x):
+        variance, mean = torch.var_mean(x[0], 1, correction=0)
+        return torch.cat([by_group(x, 4).flatten(), mean, (variance + 1e-5).rsqrt()])
+
+    agrees(function, double(1, 4, 5), plain=plainly)
 
 
 @pytest.mark.parametrize("leave", [lambda x: x.numpy(), lambda x: x.__array__()])
