@@ -23,7 +23,8 @@ def attention(
     if isinstance(attn_mask, Dual):
         if is_causal:
             raise NoRule
-        return torch.softmax(query @ key.transpose(-1, -2) * scale + attn_mask, -1) @ value
+        scores = query @ key.transpose(-1, -2) * scale + attn_mask
+        return torch.ops.aten._safe_softmax(scores, -1) @ value  # zeros for a query that may attend to nothing
     lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     # [B, H]: the last of the leading axes is the heads'
     heads = lead[-1] if lead else 1

@@ -12,6 +12,7 @@ from .dual import Dual, combine
 from .rule import has_slopes
 from .where import Refusal, current_function, has_own_jvp, here
 
+TORCHS = "aten", "prims"  # namespaces of operators
 _SAID = set()  # operators and modules that have been warned of
 
 
@@ -45,7 +46,7 @@ def torch_derivative(run, func, args: tuple, kwargs: dict):
             copy_of_view(inputs[0], outputs)
         try:
             # Without a derivative, operators of others than torch would give zeros.
-            fill_tangents(call, inputs, outputs, strict=func.namespace != "aten", draws=draws)
+            fill_tangents(call, inputs, results, strict=func.namespace not in TORCHS, draws=draws)
         except (NotImplementedError, RuntimeError) as error:
             if not _lacks_derivative(error):
                 raise
@@ -87,12 +88,14 @@ class Draws:
             torch.cuda.set_rng_state(state, index)
 
 
-def fill_tangents(call, inputs: list[Dual], outputs: list[Dual], *, strict: bool = False, draws: Draws | None = None):
-    """Write the outputs' tangents. One by one: vmap lacks some operators, warns of others, and refuses any that look at
-    values."""
+def fill_tangents(call, inputs: list[Dual], results: list, *, strict: bool = False, draws: Draws | None = None):
+    """Write the tangents of the duals among the results. One by one: vmap lacks some operators, warns of others, and refuses
+    any that look at values."""
+    places = [i for i, value in enumerate(results) if isinstance(value, Dual)]
 
     def numbers(*values):
-        return tuple(value for value in pytree.tree_leaves(call(*values)) if has_slopes(value))
+        leaves = pytree.tree_leaves(call(*values))  # torch.func may give zeros where an operator gives none
+        return tuple(leaves[i] for i in places)
 
     primals = tuple(_unexpanded(dual.primal) for dual in inputs)
     with contextlib.nullcontext() if draws is None else draws.kept():
@@ -100,8 +103,8 @@ def fill_tangents(call, inputs: list[Dual], outputs: list[Dual], *, strict: bool
             if draws is not None:
                 draws.again()
             slopes = jvp(numbers, primals, tuple(dual.tangents[k] for dual in inputs), strict=strict)[1]
-            for output, slope in zip(outputs, slopes, strict=True):
-                output.tangents[k].copy_(slope)
+            for i, slope in zip(places, slopes, strict=True):
+                results[i].tangents[k].copy_(slope)
 
 
 def _unexpanded(primal: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import dispatch as dispatch  # it tells duals what to do
 from .dual import Dual, Run
+from .fallback import Draws
 from .where import Refusal
 from .whole import Plan
 
@@ -31,7 +32,8 @@ def dual_forward(module: Callable, x: Tensor, x_dot: Tensor, *args, **kwargs) ->
     were before compilation. A ``torch.autograd.Function`` is differentiated through its forward as it is written; only
     where that detaches or cannot be followed, its own jvp is asked. Its backward never is. Elsewhere ``detach`` ends a
     tangent, as in torch. Decisions that the module makes on values (``if``, ``item``, ``tolist``, comparisons) see the
-    primal.
+    primal. Derivatives that the module itself takes are followed where they are ``torch.func``'s; ``torch.autograd.grad``
+    and ``backward`` are refused.
 
     Args:
         module: a torch module or any other callable. It may return a tensor, a diffusers model output (of which ``sample``
@@ -59,8 +61,8 @@ def dual_forward(module: Callable, x: Tensor, x_dot: Tensor, *args, **kwargs) ->
     2008, section 3.1 (vector mode).
     """
     _check(module, x, x_dot)
-    plan = Plan(module)
-    with torch.no_grad(), _not_compiled():
+    plan, draws = Plan(module), Draws(x.device)
+    with torch.inference_mode(False), torch.no_grad(), _not_compiled():
         while True:
             run = Run(len(x_dot), module)
             stack = torch.cat([x.detach()[None], x_dot.detach()])
@@ -70,6 +72,7 @@ def dual_forward(module: Callable, x: Tensor, x_dot: Tensor, *args, **kwargs) ->
                 return outcome
             except Refusal as refusal:
                 plan.add(refusal)
+                draws.again()
             finally:
                 run.open = False
 

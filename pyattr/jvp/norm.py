@@ -89,6 +89,34 @@ class GroupNorm:
         return replace(self, bias=bias).deferred(run)
 
 
+@dataclass(frozen=True)
+class Statistic:
+    """The groups' means or inverse deviations, which only torch's own derivatives and vmap ask for."""
+
+    norm: GroupNorm
+    inverse: bool
+    shape: tuple[int, ...]  # [B, G] or, of one image, [G]
+
+    def compute(self) -> tuple[Tensor, Tensor]:  # [*shape], [K, *shape]
+        grouped = self.norm.groups, self.norm.x.shape[1] // self.norm.groups
+        x = _wide(self.norm.x).unflatten(1, grouped).flatten(2)
+        x_dot = _wide(self.norm.x_dot).unflatten(2, grouped).flatten(3)
+        found = x.mean(-1), x_dot.mean(-1)
+        if self.inverse:
+            centred = x - found[0].unsqueeze(-1)
+            inverse = (centred.square().mean(-1) + self.norm.eps).rsqrt()
+            found = inverse, -(inverse**3) * (centred * x_dot).mean(-1)
+        value, tangents = (part.to(self.norm.x.dtype) for part in found)
+        return value.reshape(self.shape), tangents.reshape(len(tangents), *self.shape)
+
+
+def _with_statistics(run: Run, norm: GroupNorm, *shape: int) -> tuple[Dual, Dual, Dual]:
+    """What torch's normalisations return."""
+    like = norm.x.new_empty(shape)
+    parts = (Dual(run, (), like=like, pending=Statistic(norm, inverse, shape)) for inverse in (False, True))
+    return norm.deferred(run), *parts
+
+
 @function_rule(F.group_norm)
 def any_group_norm(run: Run, x, num_groups, weight=None, bias=None, eps=1e-5):
     # Torch would make it contiguous first; the op takes any strides.
@@ -105,7 +133,8 @@ def group_norm(run: Run, func, x, weight, bias, batch, channels, positions, grou
     if duals(weight, bias):
         raise NoRule
     _check_devices(run, x, weight=weight, bias=bias)
-    return GroupNorm(x.primal, x.tangents, groups, weight, bias, eps).deferred(run), None, None
+    norm = GroupNorm(x.primal, x.tangents, groups, weight, bias, eps)
+    return _with_statistics(run, norm, len(x), groups)
 
 
 def _check_devices(run: Run, x: Dual, **constants: Tensor | None):
@@ -156,7 +185,9 @@ def batch_norm(run: Run, func, x, weight, bias, running_mean, running_var, train
             raise NoRule
         _check_devices(run, x, weight=weight, bias=bias)
         # Over one image's positions: instance normalisation, a group of one channel each.
-        return GroupNorm(x.primal, x.tangents, x.shape[1], weight, bias, eps).deferred(run), None, None
+        norm = GroupNorm(x.primal, x.tangents, x.shape[1], weight, bias, eps)
+        reserve = [x.primal.new_empty(0, dtype=torch.uint8)] * (func._schema.name == "aten::cudnn_batch_norm")
+        return *_with_statistics(run, norm, x.shape[1]), *reserve
     primal, *rest = func(x.primal, weight, bias, running_mean, running_var, False, momentum, eps)
     factor = (_wide(running_var) + eps).rsqrt()
     factor = factor if weight is None else factor * weight

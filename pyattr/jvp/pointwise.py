@@ -1,6 +1,7 @@
 """Rules of what works on each element alone."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .dual import Dual, Run, combine
@@ -22,7 +23,6 @@ from .views import aligned, each
         "selu",
         "celu",
         "softplus",
-        "log_sigmoid_forward",
     ),
     *(
         "leaky_relu",
@@ -102,6 +102,13 @@ def relu(run: Run, func, x: Dual):
     # Chosen, as torch does: no tangent passes where y is 0, any where it is NaN.
     backward = torch.ops.aten.threshold_backward.grad_input
     return combine(run, y, lambda out: backward(x.tangents, y.expand_as(x.tangents), 0, grad_input=out))
+
+
+@rule("log_sigmoid_forward")
+def log_sigmoid(run: Run, func, x: Dual):
+    y, buffer = func(x.primal)
+    factor = slope(run, F.logsigmoid, x.primal, (), {})
+    return combine(run, y, lambda out: torch.mul(x.tangents, factor, out=out)), buffer
 
 
 @rule("pow")

@@ -1,5 +1,6 @@
-"""What Python reads of a tensor: numbers, as item() gives them, are the primal's; arrays would lose the tangents."""
+"""What leaves the pass: numbers that Python reads are the primal's; arrays and autograd's graph would lose the tangents."""
 
+import torch
 from torch import Tensor
 
 from .dual import Run
@@ -23,4 +24,18 @@ def array(run: Run, x, *settings, **options):
     kind = Refusal if has_own_jvp(current_function()) else NotImplementedError
     raise kind(
         f"dual_forward: numpy{here(run)} takes a value that depends on x out of torch; detach it if it is a constant"
+    )
+
+
+@function_rule(torch.autograd.grad)
+def gradient(run: Run, *settings, **options):
+    # The graph keeps detached values, and rules of whole functions are not in it.
+    raise Refusal(f"dual_forward: torch.autograd.grad{here(run)} differentiates a value that depends on x")
+
+
+@function_rule(torch.autograd.backward)
+@function_rule(Tensor.backward)
+def backward(run: Run, *settings, **options):
+    raise NotImplementedError(
+        f"dual_forward: backward{here(run)} differentiates a value that depends on x; use torch.func.grad instead"
     )

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .dual import Dual, Run, combine
-from .fallback import Draws, copy_of_view, fill_tangents, first_line, say, with_inputs
+from .fallback import TORCHS, Draws, copy_of_view, fill_tangents, first_line, say, with_inputs
 from .rule import has_slopes
 from .where import Refusal, current_function, has_own_jvp, title
 
@@ -126,8 +126,8 @@ class Whole:
                 copy_of_view(source, views)
         call = with_inputs(function, leaves, spec, places)
         try:
-            with _OnlyTorchs():
-                fill_tangents(call, inputs, outputs, draws=draws)
+            with _Repeatable():
+                fill_tangents(call, inputs, results, draws=draws)
         except RuntimeError as error:  # NotImplementedError is one
             if isinstance(error, Refusal) or _out_of_memory(error):
                 raise
@@ -147,11 +147,14 @@ class Whole:
         return Refusal(f"dual_forward: {title(self._run.root, self._part)} cannot be done as a whole: {reason}")
 
 
-class _OnlyTorchs(TorchDispatchMode):
-    """Refuses operators of others than torch: one without a derivative would give zeros."""
+class _Repeatable(TorchDispatchMode):
+    """Refuses what torch.func.jvp would get wrong without a word: operators of others than torch, as one without a derivative
+    would give zeros, and random numbers that each run draws anew."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace not in ("aten", "prims") and not has_own_jvp(current_function()):
+        if any(isinstance(a, torch.Generator) for a in (*args, *(kwargs or {}).values())):
+            raise Refusal(f"dual_forward: {func._schema.name} draws from a generator of its own, for each tangent anew")
+        if func.namespace not in TORCHS and not has_own_jvp(current_function()):
             raise Refusal(f"dual_forward: {func._schema.name} has no rule, and may have no derivative in torch")
         return func(*args, **(kwargs or {}))
 

@@ -15,7 +15,7 @@ _LOW = 26  # bits of the lower limb: n^2 products of one sum to less than 2^53
 def centred_gram(gram):  # [n, n] float64 -> [n, n] int64, int
     """M and e with M * 4^e = 2 n^2 H S H up to half a unit in each entry, S the symmetric part of ``gram``.
 
-    The largest entry of M has 61 - 2 ceil(log2 n) or one fewer bits, so that a sum of n^2 entries fits in 63.
+    The largest entry of M has 62 - 2 ceil(log2 n) or one fewer bits, so that a sum of n^2 entries fits in 63.
     """
     n = len(gram)
     ratios = [[float(x).as_integer_ratio() for x in row] for row in gram.tolist()]

@@ -31,6 +31,7 @@ CASES = {
     # elements
     **{f"{f.__name__}": (f, IMAGE) for f in (F.silu, F.gelu, F.relu, torch.sigmoid, torch.tanh, F.mish, F.elu)},
     **{f"{f.__name__}": (f, IMAGE) for f in (F.softplus, F.leaky_relu, F.hardtanh, F.hardswish, F.selu, F.relu6)},
+    "logsigmoid": (F.logsigmoid, IMAGE),
     **{f"{f.__name__}": (f, IMAGE) for f in (torch.exp, torch.expm1, torch.sin, torch.cos, torch.erf, torch.abs, torch.neg)},
     "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), IMAGE),
     "log_of_square": (lambda x: torch.log(x.square() + 1), IMAGE),
@@ -245,6 +246,15 @@ class TestAttention:
 
     def test_a_mask_that_depends_on_x(self, dtype, agrees, plain):
         self.both(agrees, plain, lambda x, attend: attend(x, x, x, (x @ x.mT).tanh()), (2, 3, 5, 4), dtype)
+
+    def test_a_mask_that_depends_on_x_and_leaves_a_query_nothing(self, dtype):
+        # As torch has it without tangents: zeros, not NaN.
+        nothing = torch.zeros(5, 5, dtype=dtype).index_fill(0, torch.tensor([1]), -torch.inf)
+        x = torch.randn(2, 3, 5, 4, dtype=dtype)
+        y, y_dot = dual_forward(lambda x: F.scaled_dot_product_attention(x, x, x, x @ x.mT + nothing), x, x[None])
+        wanted = F.scaled_dot_product_attention(x, x, x, x @ x.mT + nothing)
+        torch.testing.assert_close(y, wanted)
+        assert not y[..., 1, :].any() and not y_dot[..., 1, :].any() and y_dot.isfinite().all()
 
     def test_of_no_width(self, dtype, agrees, plain):
         self.both(agrees, plain, lambda x, attend: attend(x[..., :0], x[..., :0], x, scale=None), (1, 2, 3, 4), dtype)

@@ -93,6 +93,43 @@ def test_random_numbers_are_the_same_for_all_tangents():
         assert torch.equal(model(x), again) and torch.equal(torch.rand(1), after)
 
 
+@ignored
+def test_a_run_that_is_repeated_draws_what_the_first_one_drew():
+    model, x = nn.Sequential(nn.Dropout(0.5), Filled(50)).train(), torch.randn(50)
+    torch.manual_seed(3)
+    y, _ = dual_forward(model, x, x[None])
+    torch.manual_seed(3)
+    with torch.no_grad():
+        assert torch.allclose(model(x), y, rtol=1e-6, atol=1e-6)
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        out = torch.zeros(x.shape)
+        out.copy_(x * torch.rand(x.shape, generator=self.generator))
+        return out
+
+
+def test_a_generator_of_its_own_is_an_error():
+    model = Noisy()
+    model.generator = torch.Generator().manual_seed(0)
+    with pytest.raises(NotImplementedError) as error:
+        dual_forward(model, torch.randn(3), torch.randn(2, 3))
+    assert str(error.value).endswith("; and aten::rand draws from a generator of its own, for each tangent anew")
+
+
+@ignored
+def test_inference_mode():
+    x, x_dot = double(2, 3), double(2, 2, 3)
+    with torch.inference_mode():
+        y, y_dot = dual_forward(Filled().double(), x * 1, x_dot * 1)
+    assert y.shape == (2, 3) and y_dot.shape == (2, 2, 3)
+    model = Filled().double()
+    with torch.inference_mode():
+        got = dual_forward(model, x, x_dot)
+    assert all(map(torch.equal, got, dual_forward(model, x, x_dot)))
+
+
 class Into(nn.Module):
     def forward(self, x, out):
         out[:] = x.sin()
@@ -329,6 +366,87 @@ def test_values_that_python_reads():
 
     y, y_dot = dual_forward(function, torch.tensor([2.0, 3.0]), torch.ones(1, 2))
     assert y.tolist() == [4.0, 6.0] and y_dot.tolist() == [[2.0, 2.0]] and seen == ["2.00 [2.0, 3.0]"]
+
+
+def slope_by_autograd(x):
+    with torch.enable_grad():
+        x.requires_grad_()
+        return torch.autograd.grad((F.group_norm(x, 1) ** 3).sum(), x)[0]
+
+
+def slope_by_backward(x):
+    with torch.enable_grad():
+        x.requires_grad_()
+        x.tanh().sum().backward()
+    return x.grad
+
+
+def slope_by_a_function(x):
+    with torch.enable_grad():
+        x.requires_grad_()
+        torch.autograd.backward(x.tanh().sum())
+    return x.grad
+
+
+@pytest.mark.parametrize(
+    ("slope", "name"),
+    [(slope_by_autograd, "torch.autograd.grad"), (slope_by_backward, "backward"), (slope_by_a_function, "backward")],
+)
+def test_autograd_on_the_way_is_an_error(slope, name):
+    with pytest.raises(NotImplementedError) as error:
+        dual_forward(nn.Sequential(Apply(slope)), torch.randn(2, 3), torch.randn(1, 2, 3))
+    assert str(error.value).startswith(f"dual_forward: {name} in 0 (Apply) differentiates a value that depends on x; ")
+
+
+@ignored
+@pytest.mark.parametrize(
+    "slope",
+    [
+        lambda x: torch.func.grad(lambda v: (v.tanh() * v).sum())(x),
+        lambda x: torch.func.jvp(torch.tanh, (x,), (torch.ones_like(x),))[1],
+        lambda x: torch.func.jacrev(lambda v: v.tanh().sum(0))(x),
+        lambda x: torch.vmap(lambda v: v.tanh() * v.sum())(x),
+        lambda x: torch.func.grad(lambda v: F.layer_norm(v, (3,)).pow(3).sum())(x),
+    ],
+    ids=["grad", "jvp", "jacrev", "vmap", "layer_norm"],
+)
+def test_functional_derivatives_on_the_way(slope, agrees):
+    agrees(slope, double(2, 3))
+
+
+def by_group(x, groups):
+    grouped = x.reshape(len(x), groups, -1)
+    centred = grouped - grouped.mean(-1, keepdim=True)
+    return (centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()).reshape(x.shape)
+
+
+@ignored
+@pytest.mark.parametrize(
+    ("norm", "groups"), [(lambda x: F.group_norm(x, 2), 2), (F.instance_norm, 4)], ids=["group_norm", "instance_norm"]
+)
+def test_functional_derivatives_and_vmap_of_normalisations(norm, groups, agrees):
+    def slope(norm):
+        return lambda x: torch.func.grad(lambda v: norm(v).pow(3).sum())(x)
+
+    x = double(1, 4, 5)
+    agrees(slope(norm), x, plain=slope(lambda x: by_group(x, groups)))
+    agrees(lambda x: torch.vmap(norm)(x[:, None]), x, plain=lambda x: by_group(x, groups)[:, None])
+
+
+def test_batch_norm_of_cudnn_returns_what_torch_wants(agrees):
+    # It has a fourth result; its rule for one image runs on any device.
+    one = torch.ones(4, dtype=torch.float64)
+
+    def function(x):
+        y, mean, inverse, reserve = torch.ops.aten.cudnn_batch_norm(x, one, None, None, None, True, 0.1, 1e-5)
+        assert mean.shape == inverse.shape == (4,) and reserve.dtype == torch.uint8
+        return torch.cat([y.flatten(), mean, inverse])
+
+    def plainly(x):
+        variance, mean = torch.var_mean(x[0], 1, correction=0)
+        return torch.cat([by_group(x, 4).flatten(), mean, (variance + 1e-5).rsqrt()])
+
+    agrees(function, double(1, 4, 5), plain=plainly)
 
 
 @pytest.mark.parametrize("leave", [lambda x: x.numpy(), lambda x: x.__array__()])
