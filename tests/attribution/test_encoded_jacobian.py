@@ -294,6 +294,10 @@ def test_distinct_top_by_hand():
     assert items.tolist() == [[1, 2], [4, 5]]
     assert values.tolist() == [[5.0, 4.0], [6.0, 5.0]]
     assert distinct_top(scores[:1], 3).indices.tolist() == [[0, 3, 1]]
+    of_numpy = distinct_top(scores.numpy(), 2)
+    assert all(isinstance(array, np.ndarray) for array in of_numpy) and of_numpy.indices.tolist() == [[1, 2], [4, 5]]
+    with pytest.raises(TypeError, match=r"^distinct_top: scores must be a torch tensor, NumPy array or CuPy array, "):
+        distinct_top(scores.tolist(), 2)
     with pytest.raises(ValueError, match="m must be at most the 2 items that are left, got 3"):
         distinct_top(scores, 3)
     with pytest.raises(ValueError, match=r"^distinct_top: m must lie in \[1, 6\], got 0$"):
