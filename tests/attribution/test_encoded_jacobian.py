@@ -369,8 +369,10 @@ def test_errors():
         made.approximate(samples, [1], "magic")
     with pytest.raises(TypeError, match="tangents_per_pass goes with the method jacobian alone"):
         made.approximate(samples, [1], "members", tangents_per_pass=2)
-    with pytest.raises(ValueError, match="tangents_per_pass must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^EncodedEnsemble: tangents_per_pass must lie in \[1, 2147483648\], got 0$"):
         made.jacobian(samples, tangents_per_pass=0)
+    with pytest.raises(TypeError, match=r"^EncodedEnsemble: tangents_per_pass must be an integer, got float$"):
+        made.jacobian(samples, tangents_per_pass=2.0)
     with pytest.raises(ValueError, match=r"^EncodedEnsemble: k must lie in \[0, 6\], got -1$"):
         made.search(samples, -1)
     with pytest.raises(ValueError, match=r"^EncodedEnsemble: k must lie in \[0, 2\], got 3$"):
