@@ -129,7 +129,7 @@ def walsh_codes(labels, num_members: int = 7) -> np.ndarray:
         [N] uint64.
 
     Raises:
-        ValueError: an argument is not as above.
+        TypeError, ValueError: an argument is not as above.
 
     Source: Dai, Gifford 2023, section 5.1: with n = 7 the digits 0, 1, 2, 3, 4, 6, 8 have the codes 0101010, 1001100, 0011001,
     1110000, 0100101, 1000011, 0010110, member 0 first.
@@ -160,7 +160,7 @@ def group_codes(groups, num_members: int, *, weight: int | None = None, seed: in
         [N] uint64.
 
     Raises:
-        ValueError: an argument is not as above, or there are more groups than codes.
+        TypeError, ValueError: an argument is not as above, or there are more groups than codes.
     """
     distinct, group = np.unique(_integers("group_codes", "groups", groups), return_inverse=True)
     return random_codes(len(distinct), num_members, weight=weight, seed=seed)[group.ravel()]
