@@ -53,8 +53,10 @@ def items(found: dict) -> str:
             cells.append(f"{figures[f'median {kind}']:.3f} ({low:.3f} to {high:.3f})")
         rows.append([f"{told}, median (quartiles)", *cells])
         against = found["Jacobian against"]
-        tests = [p_and_effect(against[name][kind.lower()]) if name in against else "" for name in names]
-        rows.append([f"the Jacobian's {kind} against theirs", *tests])
+        paired = found["Jacobian against, paired by sample"]
+        for told, each in (("all at once (Mann-Whitney)", against), ("sample by sample (Wilcoxon)", paired)):
+            tests = [p_and_effect(each[name][kind.lower()]) if name in each else "" for name in names]
+            rows.append([f"the Jacobian's {kind} against theirs, {told}", *tests])
     header = ["", *names]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 

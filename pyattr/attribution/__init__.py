@@ -11,6 +11,7 @@ from .patch_matches import Explanation, Match
 from .patch_tuning import Tuning
 from .queries import QUERY_IDS
 from .readouts import READOUTS, Readout, readout
+from .retraining import Datamodel, EmpiricalInfluence
 from .similarity import CLIPSimilarity, RawPixel
 from .trak import TRAK
 
@@ -22,6 +23,8 @@ __all__ = [
     "READOUTS",
     "TRAK",
     "CLIPSimilarity",
+    "Datamodel",
+    "EmpiricalInfluence",
     "EncodedEnsemble",
     "Explanation",
     "GradientCosine",

@@ -1,16 +1,9 @@
 """The members of an encoded ensemble: how they are trained, where they lie, and what they predict together."""
 
-import contextlib
 import functools
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
-import signal
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +12,8 @@ from torch import Tensor, nn
 
 from ..diffusion.checkpoint import checkpoints, identity, load_model
 from ..diffusion.images import predict_noise
-from ..diffusion.presets import unet
+from ..diffusion.members import Recipe, in_processes
 from ..diffusion.progress import Progress
-from ..diffusion.schedule import Schedule
-from ..diffusion.train import train
-from ..reference.philox import philox4x32_10
-
-_MEMBERS = 0x6D656D62  # key word 1 of the members' seeds
 
 
 class Mixture(nn.Module):
@@ -64,58 +52,6 @@ class Mixture(nn.Module):
             else:
                 out[rows] += scale[rows] * predict_noise(member, images[rows], timesteps[rows])
         return out.to(images.dtype)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides the weights of the members, but for the images.
-
-    Attributes:
-        model: a factory, or the name of a preset.
-        schedule: of the diffusion.
-        training: all options of :func:`pyattr.diffusion.train`.
-        seed: of the members' seeds.
-        device: where members are; None: where the factory puts them. Their initial weights are the same everywhere.
-    """
-
-    model: Callable[[], nn.Module] | str
-    schedule: Schedule
-    training: dict
-    seed: int
-    device: torch.device | str | None = None
-
-    def seeds(self, member: int) -> tuple[int, int]:
-        """The seeds of a member's initial weights and of its training."""
-        words = philox4x32_10((member, 0, 0, 0), (self.seed, _MEMBERS))
-        return int(words[0]), int(words[1])
-
-    def build(self, member: int, shape: tuple[int, int, int]) -> nn.Module:
-        """A member before its training; torch's random state stays as it is."""
-        factory = self.model
-        if isinstance(factory, str):
-            channels, height, width = shape
-            if height != width:
-                raise ValueError(f"EncodedEnsemble: {factory} needs square images, got {height} x {width}")
-            factory = functools.partial(unet, factory, channels=channels, size=height, schedule=self.schedule)
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed(self.seeds(member)[0])
-            model = factory()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"EncodedEnsemble: model must build a torch module, got {type(model).__name__}")
-        return model if self.device is None else model.to(self.device)
-
-    def train(self, member: int, images: Tensor, directory: Path | None, progress: Progress) -> nn.Module:
-        """Train a member on its images, or go on where it was interrupted."""
-        model = self.build(member, tuple(images.shape[1:]))
-        return train(
-            model,
-            images,
-            schedule=self.schedule,
-            seed=self.seeds(member)[1],
-            checkpoint_directory=None if directory is None else folder(directory, member),
-            progress=progress,
-            **self.training,
-        ).model
 
 
 def folder(directory: Path, member: int) -> Path:
@@ -166,121 +102,33 @@ def train_members(
         The members trained here; in several processes none, since they lie in the directory.
     """
     total = _Total(progress, members, recipe.training["steps"])
+    work = functools.partial(_train_member, recipe, splits, directory)
     if workers > 1 and len(members) > 1:
-        _train_in_processes(recipe, images, splits, members, directory, min(workers, len(members)), total)
+        in_processes(
+            work,
+            members,
+            {"images": images},
+            directory=directory,
+            workers=workers,
+            tell=total,
+            op="EncodedEnsemble",
+            again="fit again",
+            name="member {}".format,
+        )
         return {}
-    made = {}
-    for member in members:
-        rows = torch.from_numpy(splits[:, member].nonzero()[0])
-        made[member] = recipe.train(
-            member, images[rows.to(images.device)], directory, lambda done, _total, _stage, i=member: total(i, done)
-        )
-    return made
+    shared = {"images": images}
+    return {member: work(member, shared, functools.partial(total, member)) for member in members}
 
 
-def _train_in_processes(
-    recipe: Recipe, images: Tensor, splits: np.ndarray, members: list[int], directory: Path, workers: int, total: _Total
-) -> None:
-    context, waiting = multiprocessing.get_context("spawn"), iter(members)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".images-", ignore_cleanup_errors=True) as temporary:
-        # A file that all processes map, since shared memory is short where containers limit it.
-        path = Path(temporary) / "images.pt"
-        torch.save(images.cpu(), path)
-        arguments = recipe, path, splits, directory, torch.get_num_threads()
-        to_open = workers
-        with _running() as running:
-            for _ in range(workers):
-                running.append(_Worker(context, arguments))
-                running[-1].give(next(waiting))
-            while at_work := {worker.connection: worker for worker in running if worker.member is not None}:
-                for connection in multiprocessing.connection.wait(list(at_work)):
-                    worker = at_work[connection]
-                    kind, news = worker.hear()
-                    if kind == "opened":
-                        to_open -= 1
-                        if to_open == 0:
-                            path.unlink()  # it stays as long as it is mapped, but not after all are killed
-                    elif kind == "steps":
-                        total(worker.member, news)
-                    elif kind == "trained":
-                        worker.give(next(waiting, None))
-                    else:
-                        raise RuntimeError(f"EncodedEnsemble: training of member {worker.member} failed: {news}")
-
-
-class _Worker:
-    """A training process, as the calling one sees it.
-
-    Each has a pipe of its own: what several share is left locked, or with half a message in it, by one that is killed.
-
-    Attributes:
-        member: the one that it trains; None once it has no more to do.
-    """
-
-    def __init__(self, context, arguments: tuple):
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, *arguments), daemon=True)
-        self.process.start()
-        theirs.close()  # so that the pipe ends with the process
-        self.member: int | None = None
-
-    def give(self, member: int | None) -> None:
-        """A member to train; None: no more."""
-        self.member = member
-        with contextlib.suppress(OSError):  # that the process is dead is what is heard next
-            self.connection.send(member)
-
-    def hear(self) -> tuple:
-        """The next message of the process, (kind, content); its death is an error."""
-        try:
-            return self.connection.recv()
-        except (EOFError, OSError):
-            self.process.join()
-        code = self.process.exitcode
-        how = {-signal.SIGKILL: " (killed: the memory may not suffice for so many workers)"}.get(code, "")
-        raise RuntimeError(
-            f"EncodedEnsemble: the process of member {self.member} ended with exit code {code}{how}; "
-            "what is trained is kept, and fit again goes on from there"
-        )
-
-
-@contextlib.contextmanager
-def _running() -> Iterator[list[_Worker]]:
-    """Processes that end with the block, however it ends."""
-    workers: list[_Worker] = []
-    try:
-        yield workers
-        for worker in workers:
-            worker.process.join()
-    finally:
-        for worker in workers:
-            if worker.process.is_alive():
-                worker.process.terminate()
-                worker.process.join()
-            worker.connection.close()
-
-
-def _work(connection, recipe: Recipe, path: Path, splits: np.ndarray, directory: Path, threads: int) -> None:
-    """A training process. As many threads as in the calling one, on whose number the bits depend."""
-    # Ctrl-C in a terminal reaches this process too; the calling one tells of it, and ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-
-    def tell(kind: str, content=None) -> None:
-        try:
-            connection.send((kind, content))
-        except OSError:
-            # The calling one was killed. Left alone, this process would train on beside those of the next call, into the
-            # same files.
-            sys.exit(1)
-
-    images = torch.load(path, mmap=True, weights_only=True)
-    tell("opened")
-    with contextlib.suppress(EOFError):  # the calling one was killed
-        while (member := connection.recv()) is not None:
-            rows = torch.from_numpy(splits[:, member].nonzero()[0])
-            try:
-                recipe.train(member, images[rows], directory, lambda done, _total, _stage: tell("steps", done))
-            except Exception as error:
-                return tell("failed", f"{type(error).__name__}: {error}")
-            tell("trained")
+def _train_member(
+    recipe: Recipe,
+    splits: np.ndarray,
+    directory: Path | None,
+    member: int,
+    shared: dict[str, Tensor],
+    tell: Callable[[int], None],
+) -> nn.Module:
+    images = shared["images"]
+    rows = torch.from_numpy(splits[:, member].nonzero()[0])
+    where = None if directory is None else folder(directory, member)
+    return recipe.train(member, images[rows.to(images.device)], where, lambda done, _total, _stage: tell(done))

@@ -1,9 +1,7 @@
 """The members of an encoded ensemble as one thing: its codes, its training, its directory."""
 
 import dataclasses
-import inspect
 import os
-import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,22 +10,15 @@ import torch
 from torch import nn
 
 from ..diffusion.images import as_images
-from ..diffusion.presets import PRESETS
+from ..diffusion.members import DEFAULTS, PACE, Recipe, check_importable, check_model, training_options
 from ..diffusion.progress import Progress, silent
 from ..diffusion.schedule import Schedule
 from ..diffusion.storage import data_hash, differences, load_tensors, save_tensors
-from ..diffusion.train import check_options, train
 from ..ops._arguments import check_integer
 from .codes import as_codes, membership, random_codes
-from .encoded_members import Recipe, load, train_members, trained
+from .encoded_members import load, train_members, trained
 
 RECORD = "ensemble.safetensors"
-_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(train).parameters.items()
-    if name not in ("model", "images", "schedule", "seed", "checkpoint_directory", "progress")
-} | {"keep_checkpoints": 1}
-_PACE = ("checkpoint_every", "keep_checkpoints")  # options that decide which files there are, but not what is trained
 
 
 class TrainedEnsemble:
@@ -46,23 +37,10 @@ class TrainedEnsemble:
         device: torch.device | str | None = None,
         **training,
     ):
-        if isinstance(model, str):
-            if model not in PRESETS:
-                raise ValueError(
-                    f"EncodedEnsemble: model must be a factory or one of {', '.join(PRESETS)}, got {model!r}"
-                )
-        elif isinstance(model, nn.Module) or not callable(model):
-            raise TypeError(f"EncodedEnsemble: model must build a member, got {type(model).__name__}")
+        check_model(model, "EncodedEnsemble")
         if not isinstance(schedule, Schedule):
             raise TypeError(f"EncodedEnsemble: schedule must be a Schedule, got {type(schedule).__name__}")
-        unknown = sorted(set(training) - set(_DEFAULTS))
-        if unknown:
-            raise TypeError(f"EncodedEnsemble: {unknown[0]} is no option of training")
-        if "steps" not in training:
-            raise TypeError("EncodedEnsemble: steps must be given, the optimiser steps of each member")
-        training = {**_DEFAULTS, **training}
-        checked = set(inspect.signature(check_options).parameters) - {"seed"}
-        check_options(**{name: training[name] for name in checked}, seed=seed)
+        training = training_options(training, seed, "EncodedEnsemble")
         if codes is None:
             random_codes(0, num_members, weight=weight, seed=seed)  # refuses what it cannot take
         elif weight is not None:
@@ -71,7 +49,7 @@ class TrainedEnsemble:
         # A copy, since what the caller does to theirs must not change what the members are said to have seen.
         self.codes = None if codes is None else as_codes(codes, num_members, "EncodedEnsemble").copy()
         self.directory = None if directory is None else Path(directory)
-        self.recipe = Recipe(model, schedule, training, seed, device)
+        self.recipe = Recipe(model, schedule, training, seed, "EncodedEnsemble", device)
         self.shape: tuple[int, int, int] | None = None  # of an image, once it is known
         self._weight = weight
         self._members: dict[int, nn.Module] = {}
@@ -169,12 +147,7 @@ class TrainedEnsemble:
     def _check_processes(self) -> None:
         if self.directory is None:
             raise ValueError("EncodedEnsemble: workers must be 1 without a directory")
-        try:
-            pickle.dumps(self.recipe)
-        except Exception as error:
-            raise ValueError(
-                f"EncodedEnsemble: model must be importable by name where workers are several, got {error}"
-            ) from None
+        check_importable(self.recipe)
 
     def _record(self, codes: np.ndarray, shape: tuple[int, int, int], images: str) -> None:
         """Write what the ensemble is, or compare it with what is there."""
@@ -230,5 +203,5 @@ class TrainedEnsemble:
 
 def _deciding(record: dict) -> dict:
     """What of a record decides the members; options that it does not name are the default."""
-    training = {**_DEFAULTS, **record["training"]}
-    return {**record, "training": {name: value for name, value in training.items() if name not in _PACE}}
+    training = {**DEFAULTS, **record["training"]}
+    return {**record, "training": {name: value for name, value in training.items() if name not in PACE}}

@@ -72,16 +72,25 @@ def build(described: dict) -> nn.Module:
     return diffusers().UNet2DModel.from_config(described["config"])
 
 
-def save_model(path: str | os.PathLike, model: nn.Module, *, schedule: Schedule | None = None) -> None:
+def save_model(
+    path: str | os.PathLike, model: nn.Module, *, schedule: Schedule | None = None, dtype: torch.dtype | None = None
+) -> None:
     """Write a model's weights and architecture into one safetensors file, whole or not at all.
 
     Args:
         path: the file; its folder must exist.
         schedule: the one that the model was trained with, kept for :func:`trained_with`.
+        dtype: what weights are rounded to in the file, float16 to halve it; buffers, which may be tables that a network
+            computes with, stay as they are, and :func:`load_model` makes the weights what they were but for the rounding.
+            None: no rounding.
 
     Extra memory: the weights once more.
     """
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    weights = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    tensors = {
+        f"model.{name}": tensor if dtype is None or name not in weights else tensor.to(dtype)
+        for name, tensor in model.state_dict().items()
+    }
     record = {"kind": "model", "model": architecture(model)}
     if schedule is not None:
         record["schedule"] = dataclasses.asdict(schedule)

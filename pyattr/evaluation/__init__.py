@@ -7,9 +7,14 @@ from .clip import clip
 from .convergence import Convergence, Principal, convergence, nested_codes, pca
 from .distances import Distance, Distances, change_sizes, feature_distances, fid, l2, lpips
 from .features import Extractor, inception
+from .foreign import read_bergson, read_dattri
 from .frechet import frechet_distance
+from .ground_truth import GroundTruth, subsets
+from .lds import LDS, Interval, LDSDifference, lds, lds_difference
+from .subset_models import build_ground_truth
 
 __all__ = [
+    "LDS",
     "Agreement",
     "ClassAblation",
     "Classifier",
@@ -18,10 +23,14 @@ __all__ = [
     "Distance",
     "Distances",
     "Extractor",
+    "GroundTruth",
+    "Interval",
+    "LDSDifference",
     "PairedComparison",
     "Principal",
     "Share",
     "agreement",
+    "build_ground_truth",
     "change_sizes",
     "class_ablation",
     "clip",
@@ -33,8 +42,13 @@ __all__ = [
     "frechet_distance",
     "inception",
     "l2",
+    "lds",
+    "lds_difference",
     "lpips",
     "nested_codes",
     "pca",
+    "read_bergson",
+    "read_dattri",
     "share",
+    "subsets",
 ]

@@ -12,6 +12,7 @@ def share(percent):
 
 
 TEST = {"p": 1.5e-7, "effect": 0.9, "counts": [5, 6]}
+PAIRED = {"p": 0.0039, "effect": 1.0, "difference": 0.2, "count": 9}
 RECOVERED = "most influential ablation is of the sample's class"
 CLASSES = {
     "samples": 1234,
@@ -32,6 +33,7 @@ FIGURES = {
 ITEMS = {
     "agreement": {"Jacobian": FIGURES, "individual models": FIGURES},
     "Jacobian against": {"individual models": {"pearson": TEST, "spearman": TEST}},
+    "Jacobian against, paired by sample": {"individual models": {"pearson": PAIRED, "spearman": PAIRED}},
 }
 PAGE = "before\n<!-- classes -->\nold\n<!-- end -->\nbetween\n<!-- items -->\n<!-- end -->\nafter\n"
 
@@ -53,7 +55,9 @@ def test_tables_replace_what_stood_there(tmp_path):
     assert "| own against other ablations, L2 | p < 1e-300, effect 0.900 | p <= 1e-300 |" in lines
     assert any(line.endswith("| 1.5; 2 and 4 |  |") for line in lines)
     assert "|  | Jacobian | individual models |" in lines
-    assert "| the Jacobian's Pearson against theirs |  | p = 1.5e-07, effect 0.900 |" in lines
+    told = "| the Jacobian's Pearson against theirs,"
+    assert f"{told} all at once (Mann-Whitney) |  | p = 1.5e-07, effect 0.900 |" in lines
+    assert f"{told} sample by sample (Wilcoxon) |  | p = 3.9e-03, effect 1.000 |" in lines
     assert [lines[0], lines[-1]] == ["before", "after"] and "between" in lines
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
