@@ -24,6 +24,7 @@ TRAINING = {
     "weighting": "velocity",
 }
 EPOCHS = 4  # of the classifier
+ARRAYS = ("test_images", "test_labels", "train_images", "train_labels")
 
 
 def digits(path: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -34,8 +35,14 @@ def digits(path: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray,
 
     Returns:
         Images [N, 1, 28, 28] and labels [N] int64 of either.
+
+    Raises:
+        ValueError: the archive lacks one of them.
     """
     with np.load(path) as archive:
+        for name in ARRAYS:
+            if name not in archive:
+                raise ValueError(f"--data must hold {', '.join(ARRAYS)}, got {path} with {', '.join(archive.files)}")
         return tuple(
             (archive[f"{part}_images"][:, None], archive[f"{part}_labels"].astype(np.int64))
             for part in ("test", "train")
@@ -74,7 +81,7 @@ def arguments(description: str) -> argparse.Namespace:
     """The command line of both experiments, its folders made."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("out", type=Path, help="folder for the results: a .json and .png files")
-    parser.add_argument("--data", type=Path, required=True, help="the .npz of MNIST")
+    parser.add_argument("--data", type=Path, required=True, help=f"an .npz of MNIST with {', '.join(ARRAYS)}")
     parser.add_argument("--work", type=Path, required=True, help="folder for members, samples and other large files")
     parser.add_argument("--samples", type=int, help="how many digits to generate")
     parser.add_argument("--steps", type=int, help="of each member's training")

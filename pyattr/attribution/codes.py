@@ -17,6 +17,7 @@ from ..ops._arguments import check_integer
 from ..reference.philox import philox4x32_10
 
 MAX_MEMBERS = 64
+MAX_ITEMS = 2**63 - 1
 _CODES = 0x636F6465  # key word 1 of the draws
 _BLOCK = 1 << 16  # counters, or codes, that are worked on at a time
 _PAIRS = 1 << 22  # pairs of codes compared at a time
@@ -50,12 +51,9 @@ def random_codes(num_items: int, num_members: int, *, weight: int | None = None,
     weight = num_members // 2 if weight is None else check_integer(op, "weight", weight, 1, num_members - 1)
     seed = check_integer(op, "seed", seed, 0, 2**32 - 1)
     total = math.comb(num_members, weight)
-    if not 0 <= num_items <= total:
-        raise ValueError(
-            f"{op}: num_items must be at most C({num_members}, {weight}) = {total}, got {num_items}"
-            if num_items > total
-            else f"{op}: num_items must not be negative, got {num_items}"
-        )
+    num_items = check_integer(op, "num_items", num_items, 0, MAX_ITEMS)
+    if num_items > total:
+        raise ValueError(f"{op}: num_items must be at most C({num_members}, {weight}) = {total}, got {num_items}")
     stream = seed, num_members, weight
     if 2 * num_items > total:
         # Two equal keys, once in 2^64 / total^2 times, come in the order of their numbers.
@@ -131,7 +129,7 @@ def walsh_codes(labels, num_members: int = 7) -> np.ndarray:
         [N] uint64.
 
     Raises:
-        ValueError: an argument is not as above.
+        TypeError, ValueError: an argument is not as above.
 
     Source: Dai, Gifford 2023, section 5.1: with n = 7 the digits 0, 1, 2, 3, 4, 6, 8 have the codes 0101010, 1001100, 0011001,
     1110000, 0100101, 1000011, 0010110, member 0 first.
@@ -162,7 +160,7 @@ def group_codes(groups, num_members: int, *, weight: int | None = None, seed: in
         [N] uint64.
 
     Raises:
-        ValueError: an argument is not as above, or there are more groups than codes.
+        TypeError, ValueError: an argument is not as above, or there are more groups than codes.
     """
     distinct, group = np.unique(_integers("group_codes", "groups", groups), return_inverse=True)
     return random_codes(len(distinct), num_members, weight=weight, seed=seed)[group.ravel()]
@@ -293,6 +291,9 @@ def collision_bound(num_items: int, num_members: int, *, weight: int | None = No
         num_members: n, in [2, 64].
         weight: h; n div 2 if None.
 
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
     Source: Dai, Gifford 2023, proof of theorem 1.
     """
     total, applies = _precondition("collision_bound", num_items, num_members, weight)
@@ -314,12 +315,17 @@ def bias_bound(
         num_items: N, at least 1.
         num_members: n, in [2, 64].
         weight: h; n div 2 if None.
-        sup: C, a bound on the members' outputs.
+        sup: C, a bound on the members' outputs; finite, not negative.
         ablated: the ensemble without the members that saw one item.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
 
     Source: Dai, Gifford 2023, theorem 1.
     """
     total, applies = _precondition("bias_bound", num_items, num_members, weight)
+    if not 0 <= sup < math.inf:
+        raise ValueError(f"bias_bound: sup must be a finite number, not negative, got {sup}")
     pairs = num_items**2 if ablated else (num_items - 1) ** 2
     return Bound(math.log(16) * pairs * sup / total, 2 * sup, applies)
 
@@ -327,8 +333,7 @@ def bias_bound(
 def _precondition(op: str, num_items: int, num_members: int, weight: int | None) -> tuple[int, bool]:
     _check_members(op, num_members)
     weight = num_members // 2 if weight is None else check_integer(op, "weight", weight, 1, num_members - 1)
-    if num_items < 1:
-        raise ValueError(f"{op}: num_items must be at least 1, got {num_items}")
+    num_items = check_integer(op, "num_items", num_items, 1, MAX_ITEMS)
     total = math.comb(num_members, weight)
     return total, num_members == 2 * weight and total >= 2 * num_items
 

@@ -193,8 +193,7 @@ class EncodedEnsemble(TrainedEnsemble):
         return self._kept_jacobian(replay, tangents_per_pass).clone()
 
     def _kept_jacobian(self, replay: Replay, tangents_per_pass: int = 32) -> Tensor:
-        if tangents_per_pass < 1:
-            raise ValueError(f"EncodedEnsemble: tangents_per_pass must be at least 1, got {tangents_per_pass}")
+        tangents_per_pass = check_integer("EncodedEnsemble", "tangents_per_pass", tangents_per_pass, 1, 2**31)
         key = replay.key, replay.samples.settings
         if replay.directory is None and self._jacobian is not None and self._jacobian[0] == key:
             return self._jacobian[1]
@@ -374,8 +373,7 @@ class EncodedEnsemble(TrainedEnsemble):
         differ = differences({name: samples.settings.get(name) for name in asked}, asked)
         if differ:
             raise ValueError(f"EncodedEnsemble: queries must be samples of this ensemble: {differ}")
-        if batch_size < 1:
-            raise ValueError(f"EncodedEnsemble: batch_size must be at least 1, got {batch_size}")
+        batch_size = check_integer("EncodedEnsemble", "batch_size", batch_size, 1, 2**62)
         directory = None if directory is None else Path(directory)
         return Replay(self.members, weights, samples, batch_size, directory, progress)
 

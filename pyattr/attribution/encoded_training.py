@@ -14,6 +14,7 @@ from ..diffusion.members import DEFAULTS, PACE, Recipe, check_importable, check_
 from ..diffusion.progress import Progress, silent
 from ..diffusion.schedule import Schedule
 from ..diffusion.storage import data_hash, differences, load_tensors, save_tensors
+from ..ops._arguments import check_integer
 from .codes import as_codes, membership, random_codes
 from .encoded_members import load, train_members, trained
 
@@ -37,6 +38,8 @@ class TrainedEnsemble:
         **training,
     ):
         check_model(model, "EncodedEnsemble")
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"EncodedEnsemble: schedule must be a Schedule, got {type(schedule).__name__}")
         training = training_options(training, seed, "EncodedEnsemble")
         if codes is None:
             random_codes(0, num_members, weight=weight, seed=seed)  # refuses what it cannot take
@@ -106,8 +109,8 @@ class TrainedEnsemble:
             self. A call that fails leaves it as it was.
 
         Raises:
-            ValueError: an argument is not as above, codes and images do not fit together, or the directory holds another
-                ensemble.
+            TypeError, ValueError: an argument is not as above, codes and images do not fit together, or the directory holds
+                another ensemble.
             RuntimeError: training failed, or a process died; the message names the member, and the others' work is kept.
 
         Extra memory: for each worker its member's images and that of :func:`pyattr.diffusion.train`; workers share a file of
@@ -119,12 +122,10 @@ class TrainedEnsemble:
             codes = random_codes(len(images), self.num_members, weight=self._weight, seed=self.recipe.seed)
         if len(codes) != len(images):
             raise ValueError(f"EncodedEnsemble: images must be as many as codes, {len(codes)}, got {len(images)}")
-        members = list(range(self.num_members)) if members is None else sorted(set(members))
-        for member in members:
-            if not 0 <= member < self.num_members:
-                raise ValueError(f"EncodedEnsemble: members must lie in [0, {self.num_members}), got {member}")
-        if workers < 1:
-            raise ValueError(f"EncodedEnsemble: workers must be at least 1, got {workers}")
+        last = self.num_members - 1
+        asked = range(self.num_members) if members is None else members
+        members = sorted({check_integer("EncodedEnsemble", "members", member, 0, last) for member in asked})
+        workers = check_integer("EncodedEnsemble", "workers", workers, 1, 2**31)
         if workers > 1:
             self._check_processes()
         splits = membership(codes, self.num_members)

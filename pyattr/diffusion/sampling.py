@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import check_integer
 from .checkpoint import identity
 from .images import evaluating, predict_noise, reference_parameter, to_bytes
 from .noise import SAMPLES, noise
@@ -154,6 +155,7 @@ def sample(
         count.
 
     Raises:
+        TypeError: num_images is no integer.
         ValueError: an argument is not as above, the model has a schedule of its own and it is another, or ``directory`` was
             made with other settings.
 
@@ -169,6 +171,8 @@ def sample(
         raise ValueError(f"sample: record must be one of {', '.join(RECORDS)}, got {record!r}")
     if (num_images is None) == (ids is None):
         raise ValueError("sample: give either num_images or ids")
+    if num_images is not None:
+        num_images = check_integer("sample", "num_images", num_images, 1, 2**62)
     ids = torch.arange(num_images) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
     if ids.dim() != 1 or ids.numel() == 0 or len(ids.unique()) != len(ids):
         raise ValueError("sample: ids must be distinct and there must be at least one image")

@@ -90,8 +90,8 @@ def train(
         :class:`Training`. A resumed run equals an uninterrupted one bit for bit on the same machine and thread count.
 
     Raises:
-        ValueError: an argument is not as above, or the directory holds checkpoints of another run; the message says what
-            differs. The model to start from counts as a setting, so build it from a fixed seed.
+        TypeError, ValueError: an argument is not as above, or the directory holds checkpoints of another run; the message says
+            what differs. The model to start from counts as a setting, so build it from a fixed seed.
         RuntimeError: the loss is not finite.
 
     Extra memory: gradients and three copies of the weights (four with ``ema``), one batch.
@@ -181,9 +181,11 @@ def check_options(
     """Refuse options of :func:`train` that it cannot take.
 
     Raises:
-        ValueError: the message names the option.
+        TypeError, ValueError: the message names the option.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"train: {name} must be an integer, got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"train: {name} must be at least 1, got {value}")
     if not 0 < learning_rate < math.inf:

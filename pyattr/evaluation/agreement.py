@@ -15,7 +15,7 @@ class Agreement:
 
     Attributes:
         pearson: [Q, M] float64, for each counterfactual the correlation over pixels of its guessed and its true change; NaN
-            where either change is the same in all pixels.
+            where either change is the same in all pixels, or not finite in one.
         spearman: [Q] float64, for each sample the rank correlation over its counterfactuals of the sizes (Euclidean norms) of
             the guessed and true changes; NaN where all sizes are equal.
     """
@@ -96,7 +96,8 @@ def agreement(images, true, guessed) -> Agreement:
             f"agreement: true must hold at least one counterfactual of at least one pixel, got shape {list(true.shape)}"
         )
     flat = (*true.shape[:2], math.prod(true.shape[2:]))
-    true, guessed = ((x - images[:, None]).reshape(flat) for x in (true, guessed))  # [Q, M, D]
+    with np.errstate(invalid="ignore"):  # of infinities, which leave NaN
+        true, guessed = ((x - images[:, None]).reshape(flat) for x in (true, guessed))  # [Q, M, D]
     sizes = [np.linalg.norm(x, axis=2) for x in (true, guessed)]  # [Q, M]
     spearman = [_correlation(*(scipy.stats.rankdata(s[q]) for s in sizes)) for q in range(len(images))]
     return Agreement(_correlation(true, guessed), np.array(spearman, np.float64))
@@ -189,8 +190,8 @@ def _check_alternative(op: str, alternative: str) -> None:
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Pearson's, over the last axis; NaN where either is constant."""
-    constant = (np.ptp(a, -1) == 0) | (np.ptp(b, -1) == 0)
-    a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
     with np.errstate(invalid="ignore", divide="ignore"):
+        constant = (np.ptp(a, -1) == 0) | (np.ptp(b, -1) == 0)
+        a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
         unit_a, unit_b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
     return np.where(constant, np.nan, np.clip((unit_a * unit_b).sum(-1), -1, 1))

@@ -68,7 +68,9 @@ def convergence(images) -> Convergence:
     if images.ndim < 3 or images.shape[1] == 0:
         raise ValueError(f"convergence: images must have shape [Q, S, ...] with S at least 1, got {list(images.shape)}")
     flat = images.reshape(*images.shape[:2], math.prod(images.shape[2:]))
-    return Convergence(np.linalg.norm(flat - flat[:, -1:], axis=2), np.linalg.norm(np.diff(flat, axis=1), axis=2))
+    with np.errstate(invalid="ignore"):  # of infinities, which leave NaN
+        changes = flat - flat[:, -1:], np.diff(flat, axis=1)
+    return Convergence(*(np.linalg.norm(each, axis=2) for each in changes))
 
 
 @dataclass(frozen=True, eq=False)

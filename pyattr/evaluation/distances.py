@@ -1,5 +1,6 @@
 """How far sets of images, or pairs of images, lie apart, under the name that the features deserve."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,14 +58,29 @@ def fid(first, second, extractor: Extractor, *, batch_size: int = 64) -> Distanc
 
     Extra memory: the features, and what the extractor and the distance need.
     """
+    return fids([first], second, extractor, batch_size=batch_size)[0]
+
+
+def fids(sets: Iterable, second, extractor: Extractor, *, batch_size: int = 64) -> list[Distance]:
+    """:func:`fid` of each of several sets of images and one other, which goes through the network once.
+
+    Args:
+        sets: of images, each as ``first``.
+        second, extractor, batch_size: see :func:`fid`.
+
+    Raises:
+        TypeError, ValueError: see :func:`fid`.
+
+    Extra memory: that of :func:`fid`.
+    """
     _check_extractor("fid", extractor)
-    first, second = as_images(first, "fid", "first"), as_images(second, "fid", "second")
-    for name, images in (("first", first), ("second", second)):
+    second, sets = as_images(second, "fid", "second"), [as_images(first, "fid", "first") for first in sets]
+    for name, images in (*(("first", first) for first in sets), ("second", second)):
         if len(images) < 2:
             raise ValueError(f"fid: {name} must hold at least 2 images, got {len(images)}")
-    features = (extractor(images, batch_size=batch_size) for images in (first, second))
-    value = frechet_distance(*features)
-    return Distance("FID" if extractor.standard else f"Fréchet distance of {extractor.name} features", value)
+    name = "FID" if extractor.standard else f"Fréchet distance of {extractor.name} features"
+    others = extractor(second, batch_size=batch_size)
+    return [Distance(name, frechet_distance(extractor(first, batch_size=batch_size), others)) for first in sets]
 
 
 def feature_distances(first, second, extractor: Extractor, *, batch_size: int = 64) -> Distances:

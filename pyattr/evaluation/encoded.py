@@ -9,7 +9,7 @@ from torch import Tensor
 from .ablation import ClassAblation, class_ablation
 from .agreement import Agreement, agreement, compare, compare_paired
 from .convergence import Convergence
-from .distances import Distance, Distances, change_sizes, fid
+from .distances import Distance, Distances, change_sizes, fids
 from .features import Extractor
 
 # Ways of guessing counterfactuals, of EncodedEnsemble.approximate, as the paper calls them.
@@ -45,6 +45,7 @@ class ClassResults:
                     "median of own ablation": np.median(each.own_distances),
                     "median of another": np.median(each.other_distances),
                     "own against another": each.distances,
+                    "own against another, paired by sample": each.paired,
                 }
                 for name, each in self.found.items()
             },
@@ -179,7 +180,7 @@ def quality(samples: Tensor, alone: Tensor, images, extractor: Extractor) -> Qua
     Raises:
         ValueError: see :func:`~pyattr.evaluation.fid`.
     """
-    ensemble, *members = (fid(made, images, extractor) for made in (samples, *alone.unbind(1)))
+    ensemble, *members = fids((samples, *alone.unbind(1)), images, extractor)
     return Quality(ensemble, members)
 
 

@@ -177,7 +177,7 @@ def test_collisions_stay_below_their_bound():
     ("call", "message"),
     [
         (lambda: random_codes(60000, 16), "random_codes: num_items must be at most C(16, 8) = 12870, got 60000"),
-        (lambda: random_codes(-1, 16), "random_codes: num_items must not be negative, got -1"),
+        (lambda: random_codes(-1, 16), "random_codes: num_items must lie in [0, 9223372036854775807], got -1"),
         (lambda: random_codes(5, 65), "random_codes: num_members must lie in [2, 64], got 65"),
         (lambda: random_codes(5, 6, weight=6), "random_codes: weight must lie in [1, 5], got 6"),
         (lambda: random_codes(5, 6, seed=-1), "random_codes: seed must lie in [0, 4294967295], got -1"),
@@ -190,7 +190,9 @@ def test_collisions_stay_below_their_bound():
         (lambda: as_codes([1, 16], 4, "op"), "op: codes must have bits below 4 alone, got 0x10 for item 1"),
         (lambda: as_codes([1, 3, 15], 4, "op"), "op: codes must leave at least one member out, got 0xf for item 2"),
         (lambda: as_codes([-1], 4, "op"), "op: codes must not be negative, got -1"),
-        (lambda: bias_bound(0, 6), "bias_bound: num_items must be at least 1, got 0"),
+        (lambda: bias_bound(0, 6), "bias_bound: num_items must lie in [1, 9223372036854775807], got 0"),
+        (lambda: bias_bound(5, 6, sup=-1.0), "bias_bound: sup must be a finite number, not negative, got -1.0"),
+        (lambda: bias_bound(5, 6, sup=math.nan), "bias_bound: sup must be a finite number, not negative, got nan"),
         (lambda: collision_bound(5, 6, weight=0), "collision_bound: weight must lie in [1, 5], got 0"),
     ],
 )
@@ -205,9 +207,11 @@ def test_codes_are_integers():
         as_codes([1.0], 4, "op")
 
 
-def test_numbers_of_members_are_integers():
+def test_numbers_of_members_and_items_are_integers():
     for call, argument in (
         (lambda: random_codes(5, 6.0), "num_members"),
+        (lambda: random_codes(5.0, 6), "num_items"),
+        (lambda: bias_bound(5.5, 6), "num_items"),
         (lambda: random_codes(5, 6, weight=3.0), "weight"),
         (lambda: random_codes(5, 6, seed=0.5), "seed"),
         (lambda: bias_bound(5, 6, weight=2.5), "weight"),

@@ -338,8 +338,12 @@ def test_samples_of_others_are_refused():
         ensemble(seed=1).fit(IMAGES).counterfactual(samples, [1])
     with pytest.raises(ValueError, match=r"codes must leave at least one member out, got 0xf for item 1"):
         made.counterfactual(samples, [1, 15])
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match=r"^EncodedEnsemble: batch_size must lie in \[1, 4611686018427387904\], got 0$"
+    ):
         made.counterfactual(samples, [1], batch_size=0)
+    with pytest.raises(TypeError, match=r"^EncodedEnsemble: batch_size must be an integer, got float$"):
+        made.counterfactual(samples, [1], batch_size=2.0)
     with pytest.raises(ValueError, match=r"weights must have shape \[4\], got \[3\]"):
         made.sample(1, weights=[1, 0, 0])
 
@@ -360,8 +364,21 @@ def test_samples_of_others_are_refused():
         (lambda: ensemble(codes=[1, 2]).fit(IMAGES), "images must be as many as codes, 2, got 6"),
         (lambda: ensemble(codes=[1] * 6).fit(IMAGES), "codes must give each member an image, got none for member 1"),
         (lambda: ensemble().fit(IMAGES.repeat(2, 1, 1, 1)), r"num_items must be at most C\(4, 2\) = 6, got 12"),
-        (lambda: ensemble().fit(IMAGES, members=[4]), r"members must lie in \[0, 4\), got 4"),
-        (lambda: ensemble().fit(IMAGES, workers=0), "workers must be at least 1, got 0"),
+        (lambda: ensemble().fit(IMAGES, members=[4]), r"^EncodedEnsemble: members must lie in \[0, 3\], got 4$"),
+        # As an index, True would be another axis.
+        (lambda: ensemble().fit(IMAGES, members=[True]), "^EncodedEnsemble: members must be an integer, got bool$"),
+        (lambda: ensemble().fit(IMAGES, members=[1.0]), "^EncodedEnsemble: members must be an integer, got float$"),
+        (lambda: ensemble().fit(IMAGES, workers=0), r"^EncodedEnsemble: workers must lie in \[1, 2147483648\], got 0$"),
+        (
+            lambda: ensemble(directory="unused").fit(IMAGES, workers=1.5),
+            "^EncodedEnsemble: workers must be an integer, got float$",
+        ),
+        (lambda: ensemble(steps=2.0), "^train: steps must be an integer, got float$"),
+        (lambda: ensemble(batch_size=True), "^train: batch_size must be an integer, got bool$"),
+        (
+            lambda: EncodedEnsemble(Net, num_members=4, schedule=None, steps=1),
+            "^EncodedEnsemble: schedule must be a Schedule, got NoneType$",
+        ),
         (lambda: ensemble().fit(IMAGES, workers=2), "workers must be 1 without a directory"),
         (
             lambda: ensemble(lambda: Net(), directory="unused").fit(IMAGES, workers=2),

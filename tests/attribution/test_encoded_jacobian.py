@@ -261,6 +261,10 @@ def test_distinct_top_by_hand():
     assert items.tolist() == [[1, 2], [4, 5]]
     assert values.tolist() == [[5.0, 4.0], [6.0, 5.0]]
     assert distinct_top(scores[:1], 3).indices.tolist() == [[0, 3, 1]]
+    of_numpy = distinct_top(scores.numpy(), 2)
+    assert all(isinstance(array, np.ndarray) for array in of_numpy) and of_numpy.indices.tolist() == [[1, 2], [4, 5]]
+    with pytest.raises(TypeError, match=r"^distinct_top: scores must be a torch tensor, NumPy array or CuPy array, "):
+        distinct_top(scores.tolist(), 2)
     with pytest.raises(ValueError, match="m must be at most the 2 items that are left, got 3"):
         distinct_top(scores, 3)
     with pytest.raises(ValueError, match=r"^distinct_top: m must lie in \[1, 6\], got 0$"):
@@ -332,8 +336,10 @@ def test_errors():
         made.approximate(samples, [1], "magic")
     with pytest.raises(TypeError, match="tangents_per_pass goes with the method jacobian alone"):
         made.approximate(samples, [1], "members", tangents_per_pass=2)
-    with pytest.raises(ValueError, match="tangents_per_pass must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^EncodedEnsemble: tangents_per_pass must lie in \[1, 2147483648\], got 0$"):
         made.jacobian(samples, tangents_per_pass=0)
+    with pytest.raises(TypeError, match=r"^EncodedEnsemble: tangents_per_pass must be an integer, got float$"):
+        made.jacobian(samples, tangents_per_pass=2.0)
     with pytest.raises(ValueError, match=r"^EncodedEnsemble: k must lie in \[0, 6\], got -1$"):
         made.search(samples, -1)
     with pytest.raises(ValueError, match=r"^EncodedEnsemble: k must lie in \[0, 2\], got 3$"):

@@ -81,6 +81,13 @@ def test_compare_paired_without_differences_or_numbers():
     assert (found.count, found.statistic, found.difference) == (1, 1.0, 1.0)
 
 
+def test_infinite_changes_have_no_correlation_of_pixels():
+    image, guessed = np.zeros((1, 3)), np.array([[[0.0, 0.1, 0.2], [0.3, 0.1, 0.1]]])
+    found = agreement(image, np.array([[[np.inf, 0.0, 1.0], [3.0, 1.0, 1.0]]]), guessed)
+    np.testing.assert_allclose(found.pearson, [[np.nan, 1.0]])
+    assert np.isnan(agreement(image + np.inf, guessed + np.inf, guessed).pearson).all()
+
+
 def test_no_samples_agree_in_nothing():
     found = agreement(np.zeros((0, 3)), np.zeros((0, 4, 3)), np.zeros((0, 4, 3)))
     assert found.pearson.shape == (0, 4) and found.spearman.shape == (0,)

@@ -31,6 +31,12 @@ def test_distances_worked_by_hand():
     np.testing.assert_allclose(found.successive, [[3, 4]])
 
 
+def test_infinite_pixels_have_no_distance():
+    found = convergence(np.array([[[0.0], [np.inf], [np.inf]]]))
+    np.testing.assert_array_equal(found.to_full, [[np.inf, np.nan, np.nan]])
+    np.testing.assert_array_equal(found.successive, [[np.inf, np.nan]])
+
+
 def test_principal_components_of_a_line():
     t = np.array([-1.0, 0.0, 4.0])[:, None]
     features = np.array([5.0, 5.0, 1.0]) + t * np.array([0.0, -3.0, 4.0]) / 5

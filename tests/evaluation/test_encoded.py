@@ -43,6 +43,9 @@ def test_classes_by_hand():
     by = told["by distance"]["L2"]
     assert by["most influential ablation is of the sample's class"].count == 1
     assert by["confusion"].tolist() == [[1, 0], [1, 0]]
+    # Four distances, but two samples: 1 against 0.2 and 0.2 against 0.3.
+    paired = by["own against another, paired by sample"]
+    assert (paired.count, paired.effect) == (2, 0.5) and paired.difference == pytest.approx(0.35)
     assert by["median of own ablation"] == pytest.approx(0.6) and by["median of another"] == pytest.approx(0.25)
 
 
@@ -85,6 +88,15 @@ def test_quality_by_hand():
     assert found.ensemble == Distance("Fréchet distance of pixel features", pytest.approx(0, abs=1e-12))
     # Two means apart by a quarter in both pixels.
     assert [each.value for each in found.members] == pytest.approx([0, 2 / 16], abs=1e-6)
+
+
+def test_the_training_images_go_through_the_network_once():
+    real, asked = images(*([value, 0.0] for value in (-0.5, -0.1, 0.1, 0.5))), []
+    samples = real[:2]
+    module = nn.Flatten()
+    module.register_forward_hook(lambda _module, given, _features: asked.append(len(given[0])))
+    quality(samples, torch.stack([samples] * 5, 1), real, Extractor("pixel", module))
+    assert sorted(asked) == [2] * 6 + [4]
 
 
 def test_how_samples_settle():
