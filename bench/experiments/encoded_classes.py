@@ -22,7 +22,7 @@ from pyattr.report.numbers import write_results
 from .encoded_digits import accuracy, arguments, classifier, digits, ensemble, settings, showing
 
 CLASSES = (0, 1, 2, 3, 4, 6, 8)
-MEMBERS, STEPS, SAMPLES = 7, 1200, 144
+MEMBERS, STEPS, SAMPLES = 7, 2400, 144
 BATCH = 48
 
 

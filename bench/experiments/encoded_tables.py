@@ -31,7 +31,12 @@ def classes(found: dict) -> str:
         ("the same, by chance", "14.3%", "14.3%"),
         ("ablating its own class changes the predicted class", percent(own), "93%"),
         ("ablating another class does", percent(another), "43%"),
-        ("own against other ablations, L2", p_and_effect(by["L2"]["own against another"]), "p <= 1e-300"),
+        ("own against other ablations, L2, all at once", p_and_effect(by["L2"]["own against another"]), "p <= 1e-300"),
+        (
+            "own against the median of the others, sample by sample",
+            p_and_effect(by["L2"]["own against another, paired by sample"]),
+            "",
+        ),
         (
             "Fréchet distance of classifier features to the training digits: ensemble; best and worst member",
             f"{quality['ensemble']:.3g}; {members[0]:.3g} and {members[-1]:.3g}",

@@ -19,7 +19,11 @@ CLASSES = {
     "own ablation flips the class": share(80),
     "another ablation flips the class": share(20),
     "by distance": {
-        "L2": {RECOVERED: share(60), "own against another": {**TEST, "p": 0}},
+        "L2": {
+            RECOVERED: share(60),
+            "own against another": {**TEST, "p": 0},
+            "own against another, paired by sample": PAIRED,
+        },
         "classifier-feature distance": {RECOVERED: share(65), "own against another": TEST},
     },
     "Fréchet distance of classifier features": {"ensemble": 1.5, "members": [3, 2, 4]},
@@ -52,7 +56,8 @@ def test_tables_replace_what_stood_there(tmp_path):
     lines = text.splitlines()
     assert "| samples, each without 7 classes | 1,234 | 3,000 |" in lines
     assert "| ablating another class does | 20.0% (15.0 to 25.0) | 43% |" in lines
-    assert "| own against other ablations, L2 | p < 1e-300, effect 0.900 | p <= 1e-300 |" in lines
+    assert "| own against other ablations, L2, all at once | p < 1e-300, effect 0.900 | p <= 1e-300 |" in lines
+    assert "| own against the median of the others, sample by sample | p = 3.9e-03, effect 1.000 |  |" in lines
     assert any(line.endswith("| 1.5; 2 and 4 |  |") for line in lines)
     assert "|  | Jacobian | individual models |" in lines
     told = "| the Jacobian's Pearson against theirs,"
