@@ -176,7 +176,8 @@ def primal_kernel(
             row, end, start, num_keys, width, scale, MASK, CAUSAL, BL, BS, BE, DOT_TYPE, PRECISION,
         )  # fmt: skip
         p = tl.exp2((scores - base[:, None]) * LOG2_E) / total[:, None]
-        p = tl.where(forbidden, -0.0, p)
+        # By its bits, since Triton 3.7 makes 0.0 of a literal -0.0.
+        p = tl.where(forbidden, MINUS_ZERO, p.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
         values = tile(value_ptr, start, num_keys, value_row, column, value_width, value_column, BS, BV)
         y = tl.dot(p, values.to(tl.float32), y, input_precision="tf32x3")
         if tl.program_id(1) == 0:
@@ -250,7 +251,7 @@ def attention_jvp_kernel(
     for start in range(0, num_keys, BS):
         at = probabilities_ptr + start + (rows[:, None] * num_keys + keys[None, :])
         here = (rows[:, None] < slab_rows - local) & (keys[None, :] < num_keys - start)
-        p = tl.load(at, mask=here, other=-0.0)
+        p = tl.load(at, mask=here, other=0.0)
         if QUERY_DOT or KEY_DOT:
             scores_dot = tl.zeros([BL, BS], tl.float32)
             if QUERY_DOT:
@@ -263,7 +264,7 @@ def attention_jvp_kernel(
                     scores_dot, query_ptr, query_row, query_column, key_dot_ptr, key_dot_row, key_dot_column,
                     row, end, start, num_keys, width, BL, BS, BE, DOT_TYPE, PRECISION,
                 )  # fmt: skip
-            forbidden = p.to(tl.int32, bitcast=True) == MINUS_ZERO
+            forbidden = (p.to(tl.int32, bitcast=True) == MINUS_ZERO) | (here == 0)
             weights = p * tl.where(forbidden, 0.0, scores_dot * scale)
             mean += tl.sum(weights, 1)
             values = tile(value_ptr, start, num_keys, value_row, column, value_width, value_column, BS, BV)

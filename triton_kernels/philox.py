@@ -42,7 +42,7 @@ def normal_pair(a, b):
     u_bits = u.to(tl.uint32, bitcast=True)
     exponent_bits = (u_bits - 0x3F3504F3) & 0xFF800000
     near_one = a >= 0xB504F334
-    f_near = ((~a) * 2 + 1).to(tl.float32) * -1.1641532182693481e-10  # -2^-33
+    f_near = ((a ^ 0xFFFFFFFF) * 2 + 1).to(tl.float32) * -1.1641532182693481e-10  # -2^-33
     f = tl.where(near_one, f_near, (u_bits - exponent_bits).to(tl.float32, bitcast=True) - 1.0)
     exponent = tl.where(near_one, 0.0, exponent_bits.to(tl.int32, bitcast=True).to(tl.float32) * 1.1920928955078125e-07)
     p = -0.0762228742

@@ -227,6 +227,7 @@ def test_what_sjlt_says_of_a_gpu(monkeypatch):
     for name, value in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_name", "card {}".format)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92000)  # which would ask the cards
     info = get_cuda_info()
     assert (info["devices"], info["device_count"], info["current_device"]) == (["card 0", "card 1"], 2, 1)
     assert {"cuda_version", "cudnn_version"} < set(info)
