@@ -21,8 +21,7 @@ from bench.memory import peak_mib, print_peak
 from pyattr.jvp import dual_forward
 
 TABLE, SEED, TANGENTS, TIMESTEP = "dual_forward", 5, 16, 400
-# Few channels at full resolution and many below, where most of the time goes to what torch does between the convolutions;
-# and many at full resolution, where it goes to the convolutions themselves.
+# Few channels at full resolution and many below; and many at full resolution: what is gained depends on that.
 NARROW, WIDE = (f"U-Net of {channels}, 3x32x32, B=1, K=16" for channels in ("32 to 256 channels", "64 to 128 channels"))
 
 
