@@ -34,6 +34,7 @@ UNITS = {
     "scores": "queries",
     "patches": "passes",
     "matches": "pairs of images",
+    "ground truth": "passes",
 }
 LOG_EVERY = 20.0  # seconds between lines of a log
 
