@@ -121,7 +121,7 @@ def patches(place: Workplace) -> Iterator[Found]:
     yield Found("NDA", method.scores(place.queries))
 
 
-def gradients(place: Workplace, timesteps: int) -> Iterator[Found]:
+def of_gradients(place: Workplace, timesteps: int) -> Iterator[Found]:
     """Every method of the gradients of one network, and over its checkpoints."""
     told = {"timesteps": timesteps, "proj_dim": DIM}
     simple = place.options(timesteps, "simple")
@@ -139,14 +139,15 @@ def gradients(place: Workplace, timesteps: int) -> Iterator[Found]:
         yield place.damped(method, name, **told)
     method = DTRAK(place.model, SCHEDULE, **place.options(timesteps, "square")).fit(place.images)
     yield place.damped(method, "D-TRAK", **told)
+    yield _journey(place, timesteps)
 
 
-def journey(place: Workplace, timesteps: int) -> Iterator[Found]:
+def _journey(place: Workplace, timesteps: int) -> Found:
     """Of the generated queries alone."""
     samples = build.sampled(place.problem, "trajectory", place.progress)
     method = JourneyTRAK(place.model, SCHEDULE, **place.options(timesteps, "simple")).fit(place.images)
     found = place.damped(method, "Journey TRAK", samples, timesteps=timesteps, proj_dim=DIM)
-    yield Found(
+    return Found(
         found.name,
         found.scores,
         found.grid,
