@@ -11,6 +11,7 @@ from .journey import JourneyTRAK
 from .nda import NDA
 from .patch_matches import Explanation, Match
 from .patch_tuning import Tuning
+from .probed_das import ProbedDAS
 from .queries import QUERY_IDS
 from .readouts import READOUTS, Readout, readout
 from .retraining import Datamodel, EmpiricalInfluence
@@ -35,6 +36,7 @@ __all__ = [
     "GradientDot",
     "JourneyTRAK",
     "Match",
+    "ProbedDAS",
     "RawPixel",
     "Readout",
     "RelativeInfluence",

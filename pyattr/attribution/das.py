@@ -24,7 +24,7 @@ class DAS(TRAK):
 
         tau(q, n) = (phi_q^T (Phi^T Phi + lambda I)^{-1} phi_n  w_n)^2,    w_n = r_n / (1 - h_n), or without its factors.
 
-    That is the method as it is evaluated in public.
+    That is the method as it is evaluated in public; :class:`~pyattr.attribution.ProbedDAS` keeps all D numbers.
 
     - ``residuals``: r_n is the root of image n's mean squared error over its timesteps and noise, one forward pass for each.
       The published code weighs by errors that are first normalised over the timesteps of each image, which leaves them nearly
@@ -33,8 +33,8 @@ class DAS(TRAK):
 
     Sign: the square says how much an image changes the prediction, not whether for the better; there are no opponents.
     ``squared=False`` is the number before the square, positive for an image whose gradient points the query's way, a
-    proponent as in D-TRAK. The square predicts the losses of retrained models better for most methods, and is the worse list of
-    what to remove: :class:`~pyattr.attribution.Readout` takes it of any method.
+    proponent as in D-TRAK. A size may predict the losses of retrained models better and is no list of what to
+    remove; :class:`~pyattr.attribution.Readout` squares any method.
 
     lambda is in the units of ``Phi^T Phi``: of D times gradients of norm 1, where they are normalised.
 

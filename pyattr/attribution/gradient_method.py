@@ -152,9 +152,7 @@ class GradientMethod:
             RuntimeError: :meth:`fit` was not called.
             ValueError: a network has changed since, or an argument is not as it should be.
         """
-        name = type(self).__name__
-        if not self._train:
-            raise RuntimeError(f"{name}: fit must be called before scores")
+        self._check_fitted()
         images, ids, feature_map = self._asked(queries, ids)
         if len(images) == 0:
             none = torch.empty(0, feature_map.proj_dim, dtype=torch.float32, device="cpu")
@@ -163,15 +161,22 @@ class GradientMethod:
         kept = self._queries[1] if self._queries is not None and self._queries[0] == key else None
         found = []
         for number, model in enumerate(self._networks()):
-            changed = differences(self._identities[number], identity(model))
-            if changed:
-                raise ValueError(f"{name}: the model has changed since fit ({changed}); fit again")
+            self._check_unchanged(number, model)
             if kept is None:
                 place = self._place(model), f"queries-{key[:16]}-{feature_map.num_noises}"
                 found.append(self._features(number, model, feature_map, images, ids, place, "query features"))
         if kept is None:
             self._queries = key, found
         return self._queries[1]
+
+    def _check_fitted(self) -> None:
+        if not self._train:
+            raise RuntimeError(f"{type(self).__name__}: fit must be called before scores")
+
+    def _check_unchanged(self, number: int, model: nn.Module) -> None:
+        changed = differences(self._identities[number], identity(model))
+        if changed:
+            raise ValueError(f"{type(self).__name__}: the model has changed since fit ({changed}); fit again")
 
     def _features(
         self,
@@ -182,9 +187,10 @@ class GradientMethod:
         ids: Tensor,
         place: tuple[str, str],
         stage: str = "features",
+        of: int | None = None,
     ) -> Features:
-        """The features of a network, of those that are counted together in the progress the one of this number."""
-        networks = self._num_networks()
+        """The features of a network: the one of this number of those that progress counts together, all networks or ``of``."""
+        networks = self._num_networks() if of is None else of
 
         def progress(done: int, total: int, stage: str) -> None:
             self.progress(number * total + done, networks * total, stage)

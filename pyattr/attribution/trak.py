@@ -71,9 +71,12 @@ class TRAK(GradientMethod):
         self.progress(0, 1, "eigendecomposition")
         kernel = DampedKernel if self.solve_dtype == torch.float64 else Float32Kernel
         self._kernel = kernel(found[0], self.device)
+        self._choose_lambda()
+        self.progress(1, 1, "eigendecomposition")
+
+    def _choose_lambda(self) -> None:
         self.eigenvalues = self._kernel.eigenvalues
         self.lambda_ = choose_lambda(self.eigenvalues, self._asked_lambda)
-        self.progress(1, 1, "eigendecomposition")
 
     def scores(self, queries, *, lambda_: float | None = None, ids=None) -> Tensor:
         """Scores of all training images for each query; positive = proponent.

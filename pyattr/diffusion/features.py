@@ -181,10 +181,12 @@ class FeatureMap:
     def _times(self) -> Tensor:  # [R], R = K * num_noises
         return self.timesteps().repeat_interleave(self.num_noises)
 
+    def _draws(self) -> Tensor:  # [R]
+        return torch.arange(self.num_noises).repeat(self.num_timesteps)
+
     def _rows(self, x: Tensor, ids: Tensor, which: slice) -> dict[str, Tensor]:
         """What some of the R rows of images are made of; "noise" is what f compares the prediction with."""
-        t = self._times()[which]
-        draw = torch.arange(self.num_noises).repeat(self.num_timesteps)[which]
+        t, draw = self._times()[which], self._draws()[which]
         x = x if x.shape[1] == 1 else x[:, which]
         eps = noise(x.shape[2:], seed=self.noise_seed, ids=ids[:, None], timesteps=t, draws=draw).to(x)
         t = t.to(x.device).expand(len(x), -1)  # [B, R']
