@@ -87,17 +87,23 @@ def test_timesteps():
         {"memory": 2_000_000},
     ],
 )
-@pytest.mark.parametrize("normalize", [False, True])
-def test_chunking_changes_rounding_only(tiny_unet, images, chunks, normalize):
-    model, which = tiny_unet(), feature_map(num_noises=2, normalize=normalize)
+def test_chunking_changes_rounding_only(tiny_unet, images, chunks):
+    model, which = tiny_unet(), feature_map(num_noises=2)
     whole = features.compute(model, images, which, batch_size=16).tensor()
     other = features.compute(model, images, which, **chunks).tensor()
     torch.testing.assert_close(whole, other, atol=1e-4 * float(whole.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("chunks", [{"batch_size": 1}, {"timesteps_per_pass": 3}, {"memory": 60_000}], ids=str)
+def test_chunking_changes_rounding_of_normalized_gradients_only(tiny_net, images, chunks):
+    model, which = tiny_net().double(), feature_map(num_noises=2, normalize=True)
+    whole = features.compute(model, images, which).tensor()
+    torch.testing.assert_close(features.compute(model, images, which, **chunks).tensor(), whole)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
-def test_a_row_depends_on_image_and_id_alone(tiny_unet, images, normalize):
-    model, which = tiny_unet().double(), feature_map(normalize=normalize)
+def test_a_row_depends_on_image_and_id_alone(tiny_unet, tiny_net, images, normalize):
+    model, which = (tiny_net if normalize else tiny_unet)().double(), feature_map(normalize=normalize)
     whole = features.compute(model, images, which).tensor()
     order = torch.tensor([7, 0, 3])
     part = features.compute(model, images[order], which, ids=order).tensor()
