@@ -29,7 +29,7 @@ class GradientMethod:
         model: the trained network; ``model(x_t, t)`` predicts the noise.
         schedule: the one it was trained with.
         proj_dim: D.
-        num_timesteps, strategy, num_noises, kind, noise_seed: see :class:`~pyattr.diffusion.features.FeatureMap`.
+        num_timesteps, strategy, num_noises, kind, noise_seed, normalize: see :class:`~pyattr.diffusion.features.FeatureMap`.
         query_noises: draws of the noise at each timestep of a query; None: ``num_noises``, as published. Queries are few,
             so more of them take their share of the noise off the scores at little cost.
         feature: f, a :class:`~pyattr.diffusion.Loss` or its name; None for the method's own.
@@ -64,6 +64,7 @@ class GradientMethod:
         kind: str = "rademacher",
         seed: int = 0,
         noise_seed: int = 0,
+        normalize: bool = False,
         batch_size: int = 16,
         timesteps_per_pass: int = 32,
         memory: int = features.MEMORY,
@@ -81,6 +82,7 @@ class GradientMethod:
             kind=kind,
             seed=seed,
             noise_seed=noise_seed,
+            normalize=normalize,
         )
         self.query_map = self.feature_map
         if query_noises is not None:
@@ -150,9 +152,7 @@ class GradientMethod:
             RuntimeError: :meth:`fit` was not called.
             ValueError: a network has changed since, or an argument is not as it should be.
         """
-        name = type(self).__name__
-        if not self._train:
-            raise RuntimeError(f"{name}: fit must be called before scores")
+        self._check_fitted()
         images, ids, feature_map = self._asked(queries, ids)
         if len(images) == 0:
             none = torch.empty(0, feature_map.proj_dim, dtype=torch.float32, device="cpu")
@@ -161,15 +161,22 @@ class GradientMethod:
         kept = self._queries[1] if self._queries is not None and self._queries[0] == key else None
         found = []
         for number, model in enumerate(self._networks()):
-            changed = differences(self._identities[number], identity(model))
-            if changed:
-                raise ValueError(f"{name}: the model has changed since fit ({changed}); fit again")
+            self._check_unchanged(number, model)
             if kept is None:
                 place = self._place(model), f"queries-{key[:16]}-{feature_map.num_noises}"
                 found.append(self._features(number, model, feature_map, images, ids, place, "query features"))
         if kept is None:
             self._queries = key, found
         return self._queries[1]
+
+    def _check_fitted(self) -> None:
+        if not self._train:
+            raise RuntimeError(f"{type(self).__name__}: fit must be called before scores")
+
+    def _check_unchanged(self, number: int, model: nn.Module) -> None:
+        changed = differences(self._identities[number], identity(model))
+        if changed:
+            raise ValueError(f"{type(self).__name__}: the model has changed since fit ({changed}); fit again")
 
     def _features(
         self,
@@ -180,9 +187,10 @@ class GradientMethod:
         ids: Tensor,
         place: tuple[str, str],
         stage: str = "features",
+        of: int | None = None,
     ) -> Features:
-        """The features of a network, of those that are counted together in the progress the one of this number."""
-        networks = self._num_networks()
+        """The features of a network: the one of this number of those that progress counts together, all networks or ``of``."""
+        networks = self._num_networks() if of is None else of
 
         def progress(done: int, total: int, stage: str) -> None:
             self.progress(number * total + done, networks * total, stage)
