@@ -211,7 +211,8 @@ def test_more_methods_numbers_and_queries_leave_what_is_there(queries, reference
 def test_samples_of_another_model_are_refused(queries, reference, tmp_path):
     others = samples(trained(initial=4))
     with pytest.raises(
-        ValueError, match="the recipe trains another model on all images than the one that made the queries: model was"
+        ValueError,
+        match=r"the recipe trains another model on all images than the one that made the queries \(.*\): model was",
     ):
         run(tmp_path / "a", others)
     with pytest.raises(
