@@ -216,7 +216,9 @@ class _Job:
     def run(self) -> tuple[Counterfactuals, list[Effects]]:
         """What was made, and its measures."""
         work, settings = self.work, self.generated.settings
-        chosen = SampleOptions(**{name: settings[name] for name in SampleOptions.__dataclass_fields__})
+        chosen = SampleOptions(
+            **{name: settings[name] for name in SampleOptions.__dataclass_fields__ if name in settings}
+        )
         model = self.model.run(work.device)
         samples = Sampling(work.workspace, self.model.key, self.images.shape, chosen).run(model, work.display)
         work.begin(self.retraining)

@@ -79,7 +79,7 @@ def images_grid(path: str | os.PathLike, found: Counterfactuals, count: int | No
         columns=["sample", *map(_in_lines, found.methods)],
         labels=[f"query {number}" for number in found.ids[:shown].tolist()],
         marked=[(q, 1 + int(most)) for q, most in enumerate(sizes.argmax(0))],
-        title=f"Trained without {count} images of each method; framed: the largest change (L2)",
+        title=f"Made without the {count} images that each method names; framed: the largest change (L2)",
     )
 
 
