@@ -236,10 +236,10 @@ class _Job:
         return {
             "data": self.images.name,
             "images": len(self.images),
-            "methods": list(self.scores),
             "train": self.trained.settings,
             "generate": self.generated.settings,
             **dataclasses.asdict(self.options),
+            "methods": list(self.scores),
             "remove": self.remove,
             "queries": self.queries,
         }
