@@ -35,6 +35,8 @@ UNITS = {
     "patches": "passes",
     "matches": "pairs of images",
     "ground truth": "passes",
+    "original": "passes",
+    "retraining": "passes",
 }
 LOG_EVERY = 20.0  # seconds between lines of a log
 
