@@ -1,8 +1,9 @@
 """The command line: `pyattr` and `python -m pyattr`."""
 
-from . import ensemble
+from . import attribute, ensemble
 from .commands import app, main
 
+app.command()(attribute.attribute)
 app.add_typer(ensemble.commands, name="ensemble")
 
 __all__ = ["app", "main"]
