@@ -11,6 +11,7 @@ from ... import attribution
 from ...diffusion.storage import model_hash
 from ...evaluation import Extractor
 from ...evaluation.clip import clip
+from ...evaluation.features import package
 from ...report import Attribution
 from ..classifying import Classifying
 from ..kept_features import kept
@@ -93,6 +94,8 @@ class EncoderScoring(Scoring):
         else:
             if not Path(options.clip).is_dir():
                 raise WorkspaceError(f"--clip must be a folder of transformers' CLIPModel, got {options.clip}")
+            # Its bar for the weights, on stderr, would run into ours.
+            package("transformers", "clip").utils.logging.disable_progress_bar()
             self.clip = clip(options.clip)
             made, name = model_hash(self.clip.module), "CLIP"
             self.width = self.clip.module.visual_projection.out_features
