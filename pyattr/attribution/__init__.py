@@ -3,6 +3,7 @@
 from . import codes
 from .dtrak import DTRAK
 from .encoded import EncodedEnsemble
+from .ensembles import Ensemble
 from .gradient_similarity import GAS, GradientCosine, GradientDot, TracInCP
 from .influence import RelativeInfluence, RenormalizedInfluence
 from .journey import JourneyTRAK
@@ -26,6 +27,7 @@ __all__ = [
     "Datamodel",
     "EmpiricalInfluence",
     "EncodedEnsemble",
+    "Ensemble",
     "Explanation",
     "GradientCosine",
     "GradientDot",
