@@ -72,6 +72,9 @@ def attribute(
     eta: Annotated[
         float | None, typer.Option(help="Of --feature interpolate, from half the loss (0.5) to square (1).")
     ] = None,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Divide the gradient at each timestep by its norm; costs each twice.")
+    ] = SCORE.normalize,
     num_noises: Annotated[int, typer.Option(min=1, help="Noise draws for each timestep.")] = SCORE.num_noises,
     query_noises: Annotated[
         int | None,
@@ -178,6 +181,7 @@ def attribute(
             strategy=strategy,
             feature=feature,
             eta=eta,
+            normalize=normalize,
             num_noises=num_noises,
             query_noises=num_noises if query_noises is None else query_noises,
             kind=projection,

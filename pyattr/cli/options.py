@@ -50,6 +50,7 @@ GOES_WITH = {
     "--proj-dim": GRADIENTS,
     "--feature": GRADIENTS,
     "--eta": GRADIENTS,
+    "--normalize": GRADIENTS,
     "--memory": GRADIENTS,
     "--lambda": DAMPED,
     "--checkpoints": HISTORY,
@@ -195,6 +196,7 @@ class ScoreOptions:
     strategy: str = "uniform"
     feature: str | None = None
     eta: float | None = None
+    normalize: bool = False
     num_noises: int = 1
     query_noises: int = 1
     kind: str = "rademacher"

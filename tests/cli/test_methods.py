@@ -141,15 +141,15 @@ def test_features_noises_and_a_grid_of_lambdas(attributed, train):
         assert words in page, words
 
 
-@pytest.mark.parametrize("name", ["elbo", "avg", "l1", "l2", "linf"])
-def test_any_function(attributed, train, name):
-    out, _, found = attributed("-m", "gradient-dot", "--feature", name, "--no-report")
+@pytest.mark.parametrize("name", ["elbo", "l2"])
+def test_another_function_of_normalised_gradients(attributed, train, name):
+    out, _, found = attributed("-m", "gradient-dot", "--feature", name, "--normalize", "--no-report")
     samples = samples_of(out)
-    method = attribution.GradientDot(model_of(out), SCHEDULE, feature=name, **SETTINGS).fit(train)
-    np.testing.assert_array_equal(
-        found["scores"], method.scores(samples.uint8(), ids=attribution.QUERY_IDS + samples.ids)
-    )
-    assert found["methods"].tolist() == [f"Gradient dot of {name}"] and list(out.glob(f"{name}-features-*"))
+    method = attribution.GradientDot(model_of(out), SCHEDULE, feature=name, normalize=True, **SETTINGS).fit(train)
+    ids = attribution.QUERY_IDS + samples.ids
+    np.testing.assert_array_equal(found["scores"], method.scores(samples.uint8(), ids=ids))
+    assert found["methods"].tolist() == [f"Gradient dot of {name}, normalised"]
+    assert list(out.glob(f"{name}-features-*"))
 
 
 def test_one_function_has_one_set_of_features(attributed):

@@ -99,7 +99,11 @@ class GradientScoring(Scoring):
         self.summary = summary.format(f=function)
         if self.loss != Loss(own):
             self.method_name += f" of {self.loss.name}" + ("" if eta is None else f" {eta:g}")
-        chosen = {name: getattr(options, name) for name in ("num_timesteps", "strategy", "kind", "proj_dim", "seed")}
+        if options.normalize:
+            self.method_name += ", normalised"
+            self.summary += " The gradient at each timestep counts by its direction alone."
+        names = ("num_timesteps", "strategy", "normalize", "kind", "proj_dim", "seed")
+        chosen = {name: getattr(options, name) for name in names}
         for noises in (options.num_noises, options.query_noises):
             feature_map = FeatureMap(schedule, num_noises=noises, **chosen)
         self.timesteps = feature_map.timesteps().tolist()
@@ -180,6 +184,7 @@ class GradientScoring(Scoring):
                 "timesteps",
                 f"{o.num_timesteps} of {self.schedule.num_timesteps:,}, {o.strategy}: {listed(self.timesteps)}",
             ),
+            *([("gradients", "each divided by its norm")] if o.normalize else []),
             ("noise", f"{draws(o.num_noises)} of a training image, {draws(o.query_noises)} of a query"),
             ("projection", f"{o.kind}, to {o.proj_dim:,} numbers, seed {o.seed}"),
         ]
