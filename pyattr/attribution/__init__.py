@@ -1,6 +1,7 @@
 """Attribution methods: ``fit(train)`` returns self, ``scores(queries)`` returns [Q, N], positive = proponent."""
 
 from . import codes
+from .das import DAS
 from .dtrak import DTRAK
 from .encoded import EncodedEnsemble
 from .ensembles import Ensemble
@@ -17,6 +18,7 @@ from .similarity import CLIPSimilarity, RawPixel
 from .trak import TRAK
 
 __all__ = [
+    "DAS",
     "DTRAK",
     "GAS",
     "NDA",

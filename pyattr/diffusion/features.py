@@ -128,29 +128,19 @@ class FeatureMap:
 
         Extra memory: ``memory``, and the images with their noise once for each row of a pass.
         """
-        like = reference_parameter(model, "features")
-        x = to_unit(images, like)
-        x = x[:, None] if x.dim() == 4 else x.repeat_interleave(self.num_noises, 1)  # [B, 1 or R, C, H, W]
-        times = self.timesteps().repeat_interleave(self.num_noises)  # [R], R = K * num_noises
-        draws = torch.arange(self.num_noises).repeat(self.num_timesteps)  # [R]
-        loss = functools.partial(_values, loss=self.loss, schedule=self.schedule)
-
-        def rows(x: Tensor, ids: Tensor, which: slice) -> dict[str, Tensor]:
-            t, draw = times[which], draws[which]
-            x = x if x.shape[1] == 1 else x[:, which]
-            eps = noise(x.shape[2:], seed=self.noise_seed, ids=ids[:, None], timesteps=t, draws=draw).to(x)
-            t = t.to(x.device).expand(len(x), -1)  # [B, R']
-            return {"noisy": self.schedule.add_noise(x, eps, t), "noise": eps, "timesteps": t}
-
+        x, times = self._views(model, images), self._times()
+        loss = functools.partial(_values, loss=self._function(), schedule=self.schedule)
         count = min(timesteps_per_pass, len(times))
         if count > 1:
             # Two images at a time are measured, so half of the budget is for one.
-            least = gradients.least_memory(model, loss, rows(x[:2], ids[:2], slice(0, 1)), self.proj_dim, self.kind)
+            least = gradients.least_memory(
+                model, loss, self._rows(x[:2], ids[:2], slice(0, 1)), self.proj_dim, self.kind
+            )
             count = max(1, min(count, memory // 2 // least))
         count = -(-len(times) // -(-len(times) // count))  # equal passes
         total = None
         for start in range(0, len(times), count):
-            batch = rows(x, ids, slice(start, start + count))
+            batch = self._rows(x, ids, slice(start, start + count))
             if self.normalize:
                 batch["weights"] = _inverse_norms(model, loss, batch, memory)
             part = gradients.project_gradients(
@@ -159,6 +149,46 @@ class FeatureMap:
             part *= batch["timesteps"].shape[1] / len(times)  # a mean over the rows of this pass
             total = part if total is None else total.add_(part)
         return total
+
+    @torch.no_grad()
+    def mean_loss(self, model: nn.Module, images: Tensor, ids: Tensor, *, timesteps_per_pass: int = 32) -> Tensor:
+        """The training loss ``mean (e - eps)^2`` of a batch, averaged over the timesteps and the noise of its features.
+
+        Args:
+            model, images, ids, timesteps_per_pass: see :meth:`batch`.
+
+        Returns:
+            [B] float64 on the CPU.
+
+        Extra memory: the images with their noise once for each row of a pass, and a forward pass of them.
+        """
+        x, times = self._views(model, images), self._times()
+        total = torch.zeros(len(x), dtype=torch.float64)
+        for start in range(0, len(times), timesteps_per_pass):
+            batch = self._rows(x, ids, slice(start, start + timesteps_per_pass))
+            values = _values(model, batch, loss=as_loss("simple"), schedule=self.schedule)
+            total += values.double().sum(1).cpu()
+        return total / len(times)
+
+    def _function(self):
+        """f, called as a :class:`~pyattr.diffusion.Loss` is."""
+        return self.loss
+
+    def _views(self, model: nn.Module, images: Tensor) -> Tensor:  # -> [B, 1 or R, C, H, W]
+        x = to_unit(images, reference_parameter(model, "features"))
+        return x[:, None] if x.dim() == 4 else x.repeat_interleave(self.num_noises, 1)
+
+    def _times(self) -> Tensor:  # [R], R = K * num_noises
+        return self.timesteps().repeat_interleave(self.num_noises)
+
+    def _rows(self, x: Tensor, ids: Tensor, which: slice) -> dict[str, Tensor]:
+        """What some of the R rows of images are made of; "noise" is what f compares the prediction with."""
+        t = self._times()[which]
+        draw = torch.arange(self.num_noises).repeat(self.num_timesteps)[which]
+        x = x if x.shape[1] == 1 else x[:, which]
+        eps = noise(x.shape[2:], seed=self.noise_seed, ids=ids[:, None], timesteps=t, draws=draw).to(x)
+        t = t.to(x.device).expand(len(x), -1)  # [B, R']
+        return {"noisy": self.schedule.add_noise(x, eps, t), "noise": eps, "timesteps": t}
 
 
 def _values(model, batch, *, loss: Loss, schedule: Schedule) -> Tensor:  # -> [B, R]
