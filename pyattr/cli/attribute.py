@@ -66,14 +66,18 @@ def attribute(
     feature: Annotated[
         str | None,
         typer.Option(
-            help=f"What gradients are of: {', '.join(FEATURES)}; default: square for dtrak, else simple, the loss."
+            help=f"What gradients are of: {', '.join(FEATURES)}; default: square for dtrak, avg for das, else simple, the loss."
         ),
     ] = None,
     eta: Annotated[
         float | None, typer.Option(help="Of --feature interpolate, from half the loss (0.5) to square (1).")
     ] = None,
     normalize: Annotated[
-        bool, typer.Option("--normalize", help="Divide the gradient at each timestep by its norm; costs each twice.")
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize",
+            help="Divide the gradient at each timestep by its norm, which costs each twice; default: das alone does.",
+        ),
     ] = SCORE.normalize,
     num_noises: Annotated[int, typer.Option(min=1, help="Noise draws for each timestep.")] = SCORE.num_noises,
     query_noises: Annotated[
@@ -95,6 +99,12 @@ def attribute(
             help="Damping, or several with commas between, to choose from; default: chosen from the spectrum.",
         ),
     ] = None,
+    residuals: Annotated[
+        bool, typer.Option("--residuals", help="das: weigh training images by the model's error on them.")
+    ] = SCORE.residuals,
+    leverage: Annotated[
+        bool, typer.Option("--leverage", help="das: weigh training images by what they have to themselves.")
+    ] = SCORE.leverage,
     checkpoints: Annotated[
         int | None,
         typer.Option(
@@ -187,6 +197,8 @@ def attribute(
             kind=projection,
             proj_dim=proj_dim,
             lambda_=lambdas,
+            residuals=residuals,
+            leverage=leverage,
             checkpoints=checkpoints,
             seed=seed,
             batch_size=batch_size,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 # name on the command line -> name for people
 METHODS = {
     "dtrak": "D-TRAK",
+    "das": "DAS",
     "trak": "TRAK",
     "journey-trak": "Journey TRAK",
     "relative-influence": "Relative influence",
@@ -53,6 +54,8 @@ GOES_WITH = {
     "--normalize": GRADIENTS,
     "--memory": GRADIENTS,
     "--lambda": DAMPED,
+    "--residuals": ("das",),
+    "--leverage": ("das",),
     "--checkpoints": HISTORY,
     "--patch-timesteps": ("nda",),
     "--patch-k": ("nda",),
@@ -187,8 +190,9 @@ class SampleOptions:
 class ScoreOptions:
     """A method of gradients and its settings (see :class:`pyattr.attribution.TRAK`).
 
-    `feature` None is the method's own; `lambda_` a number, several of which one is chosen, or None; `checkpoints` how many of
-    the training's count, None for all, of the methods of :data:`HISTORY`.
+    `feature` and `normalize` None are the method's own; `lambda_` is a number, several of which one is chosen, or None;
+    `residuals` and `leverage` weigh the images of DAS; `checkpoints` is how many of the training's count, None for all, of
+    the methods of :data:`HISTORY`.
     """
 
     method: str = "dtrak"
@@ -196,12 +200,14 @@ class ScoreOptions:
     strategy: str = "uniform"
     feature: str | None = None
     eta: float | None = None
-    normalize: bool = False
+    normalize: bool | None = None
     num_noises: int = 1
     query_noises: int = 1
     kind: str = "rademacher"
     proj_dim: int = 4096
     lambda_: float | tuple[float, ...] | None = None
+    residuals: bool = False
+    leverage: bool = False
     checkpoints: int | None = None
     seed: int = 0
     batch_size: int = 16

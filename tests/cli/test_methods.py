@@ -159,6 +159,20 @@ def test_another_function_of_normalised_gradients(attributed, train, name):
     assert list(out.glob(f"{name}-features-*"))
 
 
+def test_das(attributed, train):
+    out, _, found = attributed("-m", "das", "--residuals", "--leverage", "--lambda", 0.1)
+    samples = samples_of(out)
+    options = {**SETTINGS, "residuals": True, "leverage": True, "lambda_": 0.1}
+    method = attribution.DAS(model_of(out), SCHEDULE, **options).fit(train)
+    ids = attribution.QUERY_IDS + samples.ids
+    np.testing.assert_array_equal(found["scores"], method.scores(samples.uint8(), ids=ids))
+    assert found["scores"].min() >= 0 and found["opponents"].shape == (2, 0)
+    page = (out / "report.html").read_text()
+    for words in ("DAS knows no opponents", "for better or worse", "weighed by the model’s error on it", "residuals, leverage",
+                  "each divided by its norm"):  # fmt: skip
+        assert words in page, words
+
+
 def test_one_function_has_one_set_of_features(attributed):
     """TRAK of D-TRAK's function is D-TRAK, and computes nothing twice."""
     out, _, dtrak = attributed("-m", "dtrak", "--no-report")

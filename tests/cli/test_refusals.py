@@ -206,9 +206,9 @@ def test_damaged_scores_are_named(out, fails):
     [
         (
             ["attribute", "--method", "magic"],
-            "Invalid value for --method: must be one of dtrak, trak, journey-trak, relative-influence, renormalized-influence, "
-            "gradient-dot, gradient-cosine, tracincp, gas, nda, pixels, clip-similarity, empirical-influence, datamodel, "
-            "got magic",
+            "Invalid value for --method: must be one of dtrak, das, trak, journey-trak, relative-influence, "
+            "renormalized-influence, gradient-dot, gradient-cosine, tracincp, gas, nda, pixels, clip-similarity, "
+            "empirical-influence, datamodel, got magic",
         ),
         (
             ["attribute", "--limit", "3"],

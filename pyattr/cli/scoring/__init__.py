@@ -9,7 +9,7 @@ from ..options import HISTORY, MethodOptions, PatchOptions, PixelOptions, PoolOp
 from ..stages import SCHEDULE, Checkpoint
 from ..workspace import Workspace
 from .base import PLAIN, Scoring, listed
-from .gradients import GradientScoring, HistoryScoring, JourneyScoring, evenly_spaced
+from .gradients import ChangeScoring, GradientScoring, HistoryScoring, JourneyScoring, evenly_spaced
 from .patches import PatchScoring
 from .retraining import RetrainingScoring
 from .similarity import EncoderScoring, PixelScoring
@@ -42,7 +42,7 @@ def scoring_of(
         history = evenly_spaced(options.method, model, options.checkpoints)
         return HistoryScoring(*common, history=history, readout=readout)
     if isinstance(options, ScoreOptions):
-        kind = JourneyScoring if options.method == "journey-trak" else GradientScoring
+        kind = {"das": ChangeScoring, "journey-trak": JourneyScoring}.get(options.method, GradientScoring)
     else:
         kinds = {PatchOptions: PatchScoring, PixelOptions: PixelScoring, PoolOptions: RetrainingScoring}
         kind = kinds.get(type(options), EncoderScoring)

@@ -40,6 +40,11 @@ _TRAK = (
 # method -> its class (that of one network, for those of several), and what it does, for people
 _KINDS = {
     "dtrak": (attribution.DTRAK, _TRAK),
+    "das": (
+        attribution.DAS,
+        "Estimates how much the model’s prediction for an image would change without a training image: TRAK’s scores from "
+        "gradients of {f}, squared.",
+    ),
     "trak": (attribution.TRAK, _TRAK),
     "journey-trak": (
         attribution.JourneyTRAK,
@@ -83,9 +88,11 @@ class GradientScoring(Scoring):
     Attributes:
         timesteps: those that the gradients are averaged over.
         damped: whether the method has a lambda.
+        normalised: whether the method itself divides gradients by their norms.
     """
 
     meaning = INFLUENCE
+    normalised = False
     options: ScoreOptions
 
     def __init__(self, workspace, model_key, data, options, schedule=SCHEDULE, **rest):
@@ -99,11 +106,13 @@ class GradientScoring(Scoring):
         self.summary = summary.format(f=function)
         if self.loss != Loss(own):
             self.method_name += f" of {self.loss.name}" + ("" if eta is None else f" {eta:g}")
-        if options.normalize:
-            self.method_name += ", normalised"
+        self.normalize = self.normalised if options.normalize is None else options.normalize
+        if self.normalize != self.normalised:
+            self.method_name += ", normalised" if self.normalize else ", not normalised"
+        if self.normalize:
             self.summary += " The gradient at each timestep counts by its direction alone."
-        names = ("num_timesteps", "strategy", "normalize", "kind", "proj_dim", "seed")
-        chosen = {name: getattr(options, name) for name in names}
+        chosen = {name: getattr(options, name) for name in ("num_timesteps", "strategy", "kind", "proj_dim", "seed")}
+        chosen["normalize"] = self.normalize
         for noises in (options.num_noises, options.query_noises):
             feature_map = FeatureMap(schedule, num_noises=noises, **chosen)
         self.timesteps = feature_map.timesteps().tolist()
@@ -131,7 +140,11 @@ class GradientScoring(Scoring):
         )
 
     def plan(self, queries_key: str, count: int) -> list[Step]:
-        settings = {"model": self.model_key, **({"lambda": self.options.lambda_} if self.damped else {})}
+        settings = {
+            "model": self.model_key,
+            **({"lambda": self.options.lambda_} if self.damped else {}),
+            **self._weights(),
+        }
         return self._plan([self.features], settings, queries_key, count)
 
     def _plan(self, features: list[Step], settings: dict, queries_key: str, count: int) -> list[Step]:
@@ -162,13 +175,17 @@ class GradientScoring(Scoring):
         return self.attribution(read_npz(path)["scores"])
 
     def _fit(self, model: nn.Module, directory: Path, display: Display) -> GradientMethod:
-        left_out = {"method", "eta", "checkpoints", "lambda_"}
+        left_out = {"method", "eta", "checkpoints", "lambda_", "residuals", "leverage"}
         options = {name: value for name, value in dataclasses.asdict(self.options).items() if name not in left_out}
         if self.damped:
             options["lambda_"] = self.options.lambda_
-        options["feature"] = self.loss
+        options |= {"feature": self.loss, "normalize": self.normalize, **self._weights()}
         method = self.kind(model, self.schedule, directory=directory, progress=display.progress, **options)
         return method.fit(torch.from_numpy(self.data.images))
+
+    def _weights(self) -> dict[str, bool]:
+        """Options of the method alone that weigh training images."""
+        return {}
 
     def _scores(self, fitted: GradientMethod, queries: Queries) -> Tensor:  # -> [Q, N]
         return fitted.scores(torch.from_numpy(queries.images), ids=queries.ids)
@@ -184,7 +201,7 @@ class GradientScoring(Scoring):
                 "timesteps",
                 f"{o.num_timesteps} of {self.schedule.num_timesteps:,}, {o.strategy}: {listed(self.timesteps)}",
             ),
-            *([("gradients", "each divided by its norm")] if o.normalize else []),
+            *([("gradients", "each divided by its norm")] if self.normalize else []),
             ("noise", f"{draws(o.num_noises)} of a training image, {draws(o.query_noises)} of a query"),
             ("projection", f"{o.kind}, to {o.proj_dim:,} numbers, seed {o.seed}"),
         ]
@@ -223,6 +240,32 @@ class GradientScoring(Scoring):
             "which adds noise to every score.",
             "Scores are estimates for one trained model; no model was retrained without these images to confirm them.",
         ]
+
+
+class ChangeScoring(GradientScoring):
+    """DAS: how much the prediction changes, in whatever direction."""
+
+    meaning = (
+        "an estimate of how much the model’s prediction for that image would change without it, for better or worse"
+    )
+    signed = False
+    normalised = True
+
+    def __init__(self, workspace, model_key, data, options, schedule=SCHEDULE, **rest):
+        super().__init__(workspace, model_key, data, options, schedule, **rest)
+        for used, words in (
+            (options.residuals, "the model’s error on it"),
+            (options.leverage, "what it has to itself"),
+        ):
+            if used:
+                self.summary += f" Each training image is weighed by {words}."
+
+    def _weights(self) -> dict[str, bool]:
+        return {"residuals": self.options.residuals, "leverage": self.options.leverage}
+
+    def _settings(self) -> list[tuple[str, str]]:
+        used = [name for name, value in self._weights().items() if value]
+        return [*super()._settings(), ("weights of training images", ", ".join(used) or "none")]
 
 
 class JourneyScoring(GradientScoring):
