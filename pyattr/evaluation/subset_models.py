@@ -13,14 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.checkpoint import identity, save_model
-from ..diffusion.images import as_images, evaluating, predict_noise, reference_parameter, to_unit
+from ..diffusion.conditioned import (
+    Conditioned,
+    Examples,
+    as_examples,
+    contents,
+    examples_hash,
+    separate,
+    with_conditions,
+)
+from ..diffusion.images import evaluating, predict_noise, reference_parameter, to_unit
 from ..diffusion.losses import Loss
 from ..diffusion.members import PACE, Recipe, check_importable, check_model, in_processes, training_options
 from ..diffusion.noise import LOSSES, MAX_DRAWS, noise
 from ..diffusion.progress import Progress, silent
 from ..diffusion.sampling import Samples
 from ..diffusion.schedule import Schedule
-from ..diffusion.storage import DamagedFileError, data_hash, differences, load_tensors, save_tensors, tensors_hash
+from ..diffusion.storage import DamagedFileError, differences, load_tensors, save_tensors, tensors_hash
 from .ground_truth import GroundTruth, image_hashes
 
 TARGETS = ("simple", "elbo", "square", "l1", "linf")
@@ -44,9 +53,10 @@ class _Evaluation:
         return torch.arange(self.timesteps) * stride + stride // 2
 
     def losses(
-        self, model: nn.Module, schedule: Schedule, queries: Tensor, ids: Tensor, tell: Callable[[int], None]
+        self, model: nn.Module, schedule: Schedule, queries: Examples, ids: Tensor, tell: Callable[[int], None]
     ) -> Tensor:  # [Q, C, H, W], [Q] -> [F, E, Q] float64 on the CPU
         like = reference_parameter(model, _OP)
+        queries, conditions = separate(queries)
         functions = [Loss(target) for target in self.targets]
         times = self.times(schedule)
         rows, done = len(queries) * len(times), 0
@@ -60,8 +70,9 @@ class _Evaluation:
                 eps = noise(
                     x.shape[1:], seed=self.noise_seed, ids=ids[which], timesteps=t, draws=draw, purpose=LOSSES
                 ).to(x)
+                told = () if conditions is None else (conditions[which].to(x.device),)
                 with torch.no_grad():
-                    prediction = predict_noise(model, schedule.add_noise(x, eps, t), t.to(x.device))
+                    prediction = predict_noise(model, schedule.add_noise(x, eps, t), t.to(x.device), *told)
                     wide = prediction.double(), eps.double(), t.to(x.device), schedule
                     values[:, row] = torch.stack([function(*wide) for function in functions]).cpu()
                 done += len(row)
@@ -129,14 +140,14 @@ class _Plan:
         """Train a model, take its losses, and keep them."""
         subset, seed = divmod(task, self.seeds)
         recipe, folder = self.recipe, self.training_folder(task)
-        images = shared["images"]
+        images = _unpacked(shared, "images")
         kept = images[torch.from_numpy(self.masks[subset].nonzero()[0]).to(images.device)]
         passes = recipe.training["batch_size"] * _TRAINING_PASSES
         model = recipe.train(seed, kept, folder, lambda done, _total, _stage: tell(done * passes))
         trained = recipe.training["steps"] * passes
         with evaluating(model):
             losses = self.evaluation.losses(
-                model, recipe.schedule, shared["queries"], shared["ids"], lambda done: tell(trained + done)
+                model, recipe.schedule, _unpacked(shared, "queries"), shared["ids"], lambda done: tell(trained + done)
             )
         if self.keep_models:
             self.model_file(task).parent.mkdir(exist_ok=True)
@@ -181,7 +192,8 @@ def build_ground_truth(
     Args:
         directory: where all of it lies; created when it is missing.
         model: builds a network, without arguments, from torch's random state; or a preset of :func:`pyattr.diffusion.unet`.
-        images: the training images, [N, C, H, W] uint8, or floating point in [-1, 1].
+        images: the training images, [N, C, H, W] uint8, or floating point in [-1, 1]; for conditional models
+            :class:`~pyattr.diffusion.Conditioned`.
         queries: [Q, C, H, W] likewise, or :class:`~pyattr.diffusion.Samples`.
         masks: [M, N] boolean or 0 and 1, see :func:`subsets`; each subset holds an image.
         schedule: of the diffusion.
@@ -214,10 +226,13 @@ def build_ground_truth(
 
     Source: Zheng et al., ICLR 2024 (D-TRAK), section 4.1 (all 1,000 timesteps, three draws, three models of each subset).
     """
-    images = as_images(images, _OP, "images")
+    images = as_examples(images, _OP, "images")
     if isinstance(queries, Samples):
-        queries, query_ids = queries.images, queries.ids if query_ids is None else query_ids
-    queries = as_images(queries, _OP, "queries")
+        query_ids = queries.ids if query_ids is None else query_ids
+        queries = with_conditions(queries.images, queries.conditions)
+    queries = as_examples(queries, _OP, "queries")
+    if isinstance(queries, Conditioned) != isinstance(images, Conditioned):
+        raise TypeError(f"{_OP}: queries must have conditions where images have them, and only there")
     query_ids = torch.arange(len(queries)) if query_ids is None else torch.as_tensor(query_ids, dtype=torch.int64)
     if query_ids.shape != queries.shape[:1] or len(query_ids.unique()) != len(query_ids):
         raise ValueError(
@@ -260,12 +275,12 @@ def build_ground_truth(
         "training": {name: value for name, value in options.items() if name not in PACE},
         "seed": seed,
         "evaluation": dataclasses.asdict(evaluation),
-        "images": data_hash(images),
-        "queries": tensors_hash({"queries": queries, "ids": query_ids}),
+        "images": examples_hash(images),
+        "queries": tensors_hash({**_packed(queries, "queries"), "ids": query_ids}),
     }
     directory = Path(directory)
     plan = _Plan(recipe, evaluation, masks, seeds, directory, keep_models, settings)
-    shared = {"images": images, "queries": queries, "ids": query_ids}
+    shared = {**_packed(images, "images"), **_packed(queries, "queries"), "ids": query_ids}
     losses = _run(plan, shared, workers, progress)
     made = GroundTruth(
         masks=masks,
@@ -281,6 +296,20 @@ def build_ground_truth(
     )
     made.save(directory / RESULT)
     return made
+
+
+def _packed(examples: Examples, name: str) -> dict[str, Tensor]:
+    """Examples as the tensors that processes share: the images under their name, what else there is under longer ones."""
+    parts = contents(examples)
+    if isinstance(examples, Conditioned) and examples.mirrored is not None:
+        parts["mirrored"] = examples.mirrored
+    return {name if part == "images" else f"{name} {part}": tensor for part, tensor in parts.items()}
+
+
+def _unpacked(shared: dict[str, Tensor], name: str) -> Examples:
+    if f"{name} conditions" not in shared:
+        return shared[name]
+    return Conditioned(shared[name], shared[f"{name} conditions"], shared.get(f"{name} mirrored"))
 
 
 def _as_masks(masks, num_images: int) -> np.ndarray:
