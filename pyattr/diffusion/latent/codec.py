@@ -140,13 +140,12 @@ class Codec:
         channels = self._vae.config.latent_channels
         if latents.dim() != 4 or latents.shape[1] != channels:
             raise ValueError(f"Codec: latents must have shape [N, {channels}, h, w], got {list(latents.shape)}")
-        factor, out = self._factor, []
-        for some in latents.split(self._batch_size):
-            some = some.to(self._vae.device, self._vae.dtype) / self._scale + self._shift
-            out.append(to_bytes(self._vae.decode(some).sample).cpu())
-        height, width = (factor * side for side in latents.shape[2:])
-        none = torch.empty(0, self._vae.config.out_channels, height, width, dtype=torch.uint8, device="cpu")
-        return torch.cat(out) if len(latents) else none
+        height, width = (self._factor * side for side in latents.shape[2:])
+        out = torch.empty(len(latents), self._vae.config.out_channels, height, width, dtype=torch.uint8, device="cpu")
+        for start in range(0, len(latents), self._batch_size):
+            some = latents[start : start + self._batch_size].to(self._vae.device, self._vae.dtype)
+            out[start : start + len(some)] = to_bytes(self._vae.decode(some / self._scale + self._shift).sample)
+        return out
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Tensor:  # [B, C, H, W] -> [B, c, h, w] float32 on the CPU
