@@ -34,7 +34,7 @@ class Conditioned:
 
     def __post_init__(self):
         images, _ = arrays.to_torch(self.images, "Conditioned", "images")
-        if images.dim() not in (4, 5):  # five: another image for each timestep, within the package
+        if images.dim() not in (4, 5):  # five, within the package: images of each timestep
             raise ValueError(f"Conditioned: images must have shape [N, C, H, W], got {list(images.shape)}")
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise TypeError(f"Conditioned: images must be uint8 or floating point, got {images.dtype}")
@@ -108,6 +108,21 @@ def contents(examples: Examples) -> dict[str, Tensor]:
     """What identifies examples, by name, for hashes and for files."""
     images, conditions = separate(examples)
     return {"images": images} if conditions is None else {"images": images, "conditions": conditions}
+
+
+def pack(examples: Examples, name: str) -> dict[str, Tensor]:
+    """Examples as tensors alone, for other processes: the images under ``name``, what else there is under longer names."""
+    parts = contents(examples)
+    if isinstance(examples, Conditioned) and examples.mirrored is not None:
+        parts["mirrored"] = examples.mirrored
+    return {name if part == "images" else f"{name} {part}": tensor for part, tensor in parts.items()}
+
+
+def unpack(tensors: dict[str, Tensor], name: str) -> Examples:
+    """The inverse of :func:`pack`."""
+    if f"{name} conditions" not in tensors:
+        return tensors[name]
+    return Conditioned(tensors[name], tensors[f"{name} conditions"], tensors.get(f"{name} mirrored"))
 
 
 def examples_hash(examples: Examples) -> str:

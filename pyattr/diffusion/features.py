@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import gradients
 from .checkpoint import identity
-from .conditioned import Examples, as_examples, check_conditions, contents, separate
+from .conditioned import Examples, as_examples, check_conditions, contents, separate, with_conditions
 from .images import evaluating, predict_noise, reference_parameter, to_unit
 from .losses import Loss, as_loss
 from .noise import MAX_DRAWS, noise
@@ -120,20 +120,21 @@ class FeatureMap:
         """
         like = reference_parameter(model, "features")
         images, conditions = separate(images)
-        told = {} if conditions is None else {"conditions": conditions.to(like.device)[:, None]}  # [B, 1]
         x = to_unit(images, like)
         x = x[:, None] if x.dim() == 4 else x.repeat_interleave(self.num_noises, 1)  # [B, 1 or R, C, H, W]
+        x = with_conditions(x, conditions)
         times = self.timesteps().repeat_interleave(self.num_noises)  # [R], R = K * num_noises
         draws = torch.arange(self.num_noises).repeat(self.num_timesteps)  # [R]
         loss = functools.partial(_values, loss=self.loss, schedule=self.schedule)
 
-        def rows(x: Tensor, ids: Tensor, which: slice) -> dict[str, Tensor]:
+        def rows(x: Examples, ids: Tensor, which: slice) -> dict[str, Tensor]:
+            x, conditions = separate(x)
             t, draw = times[which], draws[which]
             x = x if x.shape[1] == 1 else x[:, which]
             eps = noise(x.shape[2:], seed=self.noise_seed, ids=ids[:, None], timesteps=t, draws=draw).to(x)
             t = t.to(x.device).expand(len(x), -1)  # [B, R']
-            others = {name: values[: len(x)].expand(t.shape) for name, values in told.items()}
-            return {"noisy": self.schedule.add_noise(x, eps, t), "noise": eps, "timesteps": t, **others}
+            told = {} if conditions is None else {"conditions": conditions.to(x.device)[:, None].expand(t.shape)}
+            return {"noisy": self.schedule.add_noise(x, eps, t), "noise": eps, "timesteps": t, **told}
 
         count = min(timesteps_per_pass, len(times))
         if count > 1:

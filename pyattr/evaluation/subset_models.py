@@ -17,9 +17,10 @@ from ..diffusion.conditioned import (
     Conditioned,
     Examples,
     as_examples,
-    contents,
     examples_hash,
+    pack,
     separate,
+    unpack,
     with_conditions,
 )
 from ..diffusion.images import evaluating, predict_noise, reference_parameter, to_unit
@@ -140,14 +141,14 @@ class _Plan:
         """Train a model, take its losses, and keep them."""
         subset, seed = divmod(task, self.seeds)
         recipe, folder = self.recipe, self.training_folder(task)
-        images = _unpacked(shared, "images")
+        images = unpack(shared, "images")
         kept = images[torch.from_numpy(self.masks[subset].nonzero()[0]).to(images.device)]
         passes = recipe.training["batch_size"] * _TRAINING_PASSES
         model = recipe.train(seed, kept, folder, lambda done, _total, _stage: tell(done * passes))
         trained = recipe.training["steps"] * passes
         with evaluating(model):
             losses = self.evaluation.losses(
-                model, recipe.schedule, _unpacked(shared, "queries"), shared["ids"], lambda done: tell(trained + done)
+                model, recipe.schedule, unpack(shared, "queries"), shared["ids"], lambda done: tell(trained + done)
             )
         if self.keep_models:
             self.model_file(task).parent.mkdir(exist_ok=True)
@@ -276,11 +277,11 @@ def build_ground_truth(
         "seed": seed,
         "evaluation": dataclasses.asdict(evaluation),
         "images": examples_hash(images),
-        "queries": tensors_hash({**_packed(queries, "queries"), "ids": query_ids}),
+        "queries": tensors_hash({**pack(queries, "queries"), "ids": query_ids}),
     }
     directory = Path(directory)
     plan = _Plan(recipe, evaluation, masks, seeds, directory, keep_models, settings)
-    shared = {**_packed(images, "images"), **_packed(queries, "queries"), "ids": query_ids}
+    shared = {**pack(images, "images"), **pack(queries, "queries"), "ids": query_ids}
     losses = _run(plan, shared, workers, progress)
     made = GroundTruth(
         masks=masks,
@@ -296,20 +297,6 @@ def build_ground_truth(
     )
     made.save(directory / RESULT)
     return made
-
-
-def _packed(examples: Examples, name: str) -> dict[str, Tensor]:
-    """Examples as the tensors that processes share: the images under their name, what else there is under longer ones."""
-    parts = contents(examples)
-    if isinstance(examples, Conditioned) and examples.mirrored is not None:
-        parts["mirrored"] = examples.mirrored
-    return {name if part == "images" else f"{name} {part}": tensor for part, tensor in parts.items()}
-
-
-def _unpacked(shared: dict[str, Tensor], name: str) -> Examples:
-    if f"{name} conditions" not in shared:
-        return shared[name]
-    return Conditioned(shared[name], shared[f"{name} conditions"], shared.get(f"{name} mirrored"))
 
 
 def _as_masks(masks, num_images: int) -> np.ndarray:
