@@ -91,9 +91,9 @@ def test_from_a_folder_to_scores(folder, run, examples, tmp_path):
     queries = codec.encode(codec.decode(samples), samples.conditions)
     made = {}
     for method in (
-        DTRAK(model, model.schedule, directory=tmp_path, **options),
-        TRAK(model, model.schedule, directory=tmp_path, **options),
-        GradientDot(model, model.schedule, directory=tmp_path, **options),
+        DTRAK(model, model.schedule, directory=tmp_path / "square", **options),
+        TRAK(model, model.schedule, directory=tmp_path / "simple", **options),
+        GradientDot(model, model.schedule, directory=tmp_path / "simple", **options),
         GAS(model, model.schedule, checkpoints=checkpoints(directory).values(), **options),
         RawPixel(),
     ):
@@ -105,7 +105,7 @@ def test_from_a_folder_to_scores(folder, run, examples, tmp_path):
     latent.save_lora(tmp_path / "lora", model)
     again = latent.load(folder, PROMPTS, lora=tmp_path / "lora")
     seen = []
-    method = DTRAK(again, again.schedule, directory=tmp_path, progress=lambda *news: seen.append(news), **options).fit(
+    method = DTRAK(again, again.schedule, directory=tmp_path / "square", progress=lambda *news: seen.append(news), **options).fit(
         examples
     )
     torch.testing.assert_close(method.scores(queries), made[DTRAK], rtol=0, atol=0)

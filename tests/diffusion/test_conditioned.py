@@ -228,7 +228,7 @@ def test_ground_truth(images, tmp_path):
     plain = build_ground_truth(tmp_path / "plain", Knowing, images, queries, masks, **options)
     examples = Conditioned(images, [1] * 6, images.flip(3))
     asked = Conditioned(queries, [1, 1])
-    told = build_ground_truth(tmp_path / "told", Told, examples, asked, masks, workers=2, **options)
+    told = build_ground_truth(tmp_path / "told", Told, examples, asked, masks, **options)
     assert (told.losses == plain.losses).all()
     assert told.images != plain.images and set(told.queries).isdisjoint(plain.queries)
     assert told.rows(asked, "test").tolist() == [0, 1]
