@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.images import as_images, evaluating
+from ..diffusion.conditioned import as_examples
+from ..diffusion.images import evaluating
 from ..diffusion.schedule import Schedule
 from .trak import TRAK
 
@@ -80,7 +81,7 @@ class DAS(TRAK):
 
     def fit(self, train) -> "DAS":
         """As :meth:`TRAK.fit`; with ``residuals`` the losses of the training images are computed too, and kept in memory."""
-        train = as_images(train, type(self).__name__, "train")
+        train = as_examples(train, type(self).__name__, "train")
         errors = self._residuals(train) if self.residuals and len(train) else None
         super().fit(train)
         self._errors = errors

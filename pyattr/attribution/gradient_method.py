@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..diffusion import features
 from ..diffusion.checkpoint import identity
+from ..diffusion.conditioned import Examples, as_examples, contents
 from ..diffusion.features import FeatureMap, Features
-from ..diffusion.images import as_images, reference_parameter
+from ..diffusion.images import reference_parameter
 from ..diffusion.losses import Loss
 from ..diffusion.progress import Progress, silent
 from ..diffusion.schedule import Schedule, check_schedule
@@ -99,7 +100,8 @@ class GradientMethod:
         """Compute the features of the training images.
 
         Args:
-            train: [N, C, H, W] uint8, or floating point in [-1, 1]; image n has noise id n.
+            train: [N, C, H, W] uint8, or floating point in [-1, 1]; for a conditional model
+                :class:`~pyattr.diffusion.Conditioned`. Image n has noise id n.
 
         Returns:
             self.
@@ -111,7 +113,7 @@ class GradientMethod:
         Extra memory: that of the features, and of :class:`~pyattr.attribution.kernel.DampedKernel` for those methods.
         """
         name = type(self).__name__
-        train = as_images(train, name, "train")
+        train = as_examples(train, name, "train")
         found, identities = [], []
         for number, model in enumerate(self._networks()):
             identities.append(identity(model))
@@ -140,7 +142,7 @@ class GradientMethod:
         """The folder of a network's features, within the directory."""
         return ""
 
-    def _asked(self, queries, ids) -> tuple[Tensor, Tensor, FeatureMap]:
+    def _asked(self, queries, ids) -> tuple[Examples, Tensor, FeatureMap]:
         """What the features of queries are computed from: images, noise ids, and how."""
         images = query_images(queries, type(self).__name__)
         return images, query_ids(queries, ids, len(images)), self.query_map
@@ -157,7 +159,7 @@ class GradientMethod:
         if len(images) == 0:
             none = torch.empty(0, feature_map.proj_dim, dtype=torch.float32, device="cpu")
             return [Features.from_tensor(none, ids)] * len(self._train)
-        key = tensors_hash({"images": images, "ids": ids})
+        key = tensors_hash({**contents(images), "ids": ids})
         kept = self._queries[1] if self._queries is not None and self._queries[0] == key else None
         found = []
         for number, model in enumerate(self._networks()):
@@ -183,7 +185,7 @@ class GradientMethod:
         number: int,
         model: nn.Module,
         feature_map: FeatureMap,
-        images: Tensor,
+        images: Examples,
         ids: Tensor,
         place: tuple[str, str],
         stage: str = "features",

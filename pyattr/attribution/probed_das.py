@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.conditioned import Examples, as_examples, contents
 from ..diffusion.features import FeatureMap, Features
-from ..diffusion.images import as_images
 from ..diffusion.noise import PROBES, noise
 from ..diffusion.schedule import Schedule
 from ..diffusion.storage import tensors_hash
@@ -102,7 +102,7 @@ class ProbedDAS(TRAK):
     """
 
     signed = False
-    _images: Tensor | None = None  # while they are fitted
+    _images: Examples | None = None  # while they are fitted
 
     def __init__(self, model: nn.Module, schedule: Schedule, *, probes: int = 8, train_probes: int = 1, **features):
         super().__init__(model, schedule, **features)
@@ -120,7 +120,7 @@ class ProbedDAS(TRAK):
 
         Extra memory: 4 N (L + 1) D bytes for features, what the decomposition takes, and 8 N min(N L, D).
         """
-        self._images = as_images(train, "ProbedDAS", "train")
+        self._images = as_examples(train, "ProbedDAS", "train")
         try:
             return super().fit(self._images)
         finally:
@@ -149,7 +149,7 @@ class ProbedDAS(TRAK):
         self._check_unchanged(0, self.model)
         images, ids, feature_map = self._asked(queries, ids)
         lambdas = [self.lambda_ if value is None else value for value in lambdas]
-        key = tensors_hash({"images": images, "ids": ids})
+        key = tensors_hash({**contents(images), "ids": ids})
         if self._queries is None or self._queries[0] != key:
             place = f"queries-{key[:16]}-{feature_map.num_noises}"
             self._queries = key, self._along_probes(self.probes, feature_map, images, ids, place, "query features")
@@ -160,7 +160,7 @@ class ProbedDAS(TRAK):
         return zip(lambdas, means, strict=True)
 
     def _along_probes(
-        self, count: int, feature_map: FeatureMap, images: Tensor, ids: Tensor, place: str, stage: str = "features"
+        self, count: int, feature_map: FeatureMap, images: Examples, ids: Tensor, place: str, stage: str = "features"
     ) -> Tensor:
         """Features along directions 0 to count - 1, [count, B, D]."""
         if len(images) == 0:

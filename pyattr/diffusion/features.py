@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .. import gradients
 from .checkpoint import identity
-from .images import as_images, evaluating, predict_noise, reference_parameter, to_unit
+from .conditioned import Examples, as_examples, check_conditions, contents, separate, with_conditions
+from .images import evaluating, predict_noise, reference_parameter, to_unit
 from .losses import Loss, as_loss
 from .noise import MAX_DRAWS, noise
 from .progress import Progress, silent
@@ -104,7 +105,7 @@ class FeatureMap:
     def batch(
         self,
         model: nn.Module,
-        images: Tensor,
+        images: Examples,
         ids: Tensor,
         *,
         timesteps_per_pass: int = 32,
@@ -114,7 +115,8 @@ class FeatureMap:
 
         Args:
             model: in eval mode.
-            images: [B, C, H, W] uint8, or floating point in [-1, 1]; or [B, K, C, H, W], another one for each timestep.
+            images: [B, C, H, W] uint8, or floating point in [-1, 1]; or [B, K, C, H, W], another one for each timestep. For a
+                conditional model :class:`~pyattr.diffusion.Conditioned`.
             ids: [B] int64.
             timesteps_per_pass: rows of one image that go through the model together, at most; changes rounding only.
             memory: bytes that the gradients may take (:func:`pyattr.gradients.project_gradients`). Fewer rows and images
@@ -174,9 +176,10 @@ class FeatureMap:
         """f, called as a :class:`~pyattr.diffusion.Loss` is."""
         return self.loss
 
-    def _views(self, model: nn.Module, images: Tensor) -> Tensor:  # -> [B, 1 or R, C, H, W]
+    def _views(self, model: nn.Module, images: Examples) -> Examples:  # -> [B, 1 or R, C, H, W]
+        images, conditions = separate(images)
         x = to_unit(images, reference_parameter(model, "features"))
-        return x[:, None] if x.dim() == 4 else x.repeat_interleave(self.num_noises, 1)
+        return with_conditions(x[:, None] if x.dim() == 4 else x.repeat_interleave(self.num_noises, 1), conditions)
 
     def _times(self) -> Tensor:  # [R], R = K * num_noises
         return self.timesteps().repeat_interleave(self.num_noises)
@@ -184,19 +187,22 @@ class FeatureMap:
     def _draws(self) -> Tensor:  # [R]
         return torch.arange(self.num_noises).repeat(self.num_timesteps)
 
-    def _rows(self, x: Tensor, ids: Tensor, which: slice) -> dict[str, Tensor]:
+    def _rows(self, x: Examples, ids: Tensor, which: slice) -> dict[str, Tensor]:
         """What some of the R rows of images are made of; "noise" is what f compares the prediction with."""
+        x, conditions = separate(x)
         t, draw = self._times()[which], self._draws()[which]
         x = x if x.shape[1] == 1 else x[:, which]
         eps = noise(x.shape[2:], seed=self.noise_seed, ids=ids[:, None], timesteps=t, draws=draw).to(x)
         t = t.to(x.device).expand(len(x), -1)  # [B, R']
-        return {"noisy": self.schedule.add_noise(x, eps, t), "noise": eps, "timesteps": t}
+        told = {} if conditions is None else {"conditions": conditions.to(x.device)[:, None].expand(t.shape)}
+        return {"noisy": self.schedule.add_noise(x, eps, t), "noise": eps, "timesteps": t, **told}
 
 
 def _values(model, batch, *, loss: Loss, schedule: Schedule) -> Tensor:  # -> [B, R]
     noisy, eps, times = batch["noisy"], batch["noise"], batch["timesteps"]  # [B, R, C, H, W] twice, [B, R]
     flat = times.flatten()
-    prediction = predict_noise(model, noisy.flatten(0, 1), flat)
+    told = (batch["conditions"].flatten(),) if "conditions" in batch else ()
+    prediction = predict_noise(model, noisy.flatten(0, 1), flat, *told)
     values = loss(prediction, eps.flatten(0, 1), flat, schedule).unflatten(0, times.shape)
     return values * batch["weights"] if "weights" in batch else values
 
@@ -232,7 +238,7 @@ def compute(
 
     Args:
         model: predicts the noise; evaluated in eval mode and left in its own.
-        images: [N, C, H, W] uint8, or floating point in [-1, 1].
+        images: [N, C, H, W] uint8, or floating point in [-1, 1]; or :class:`~pyattr.diffusion.Conditioned`.
         ids: [N] distinct integers in [0, 2^63) that the noise is a function of; 0..N-1 if None.
         batch_size: images whose gradients are taken together.
         timesteps_per_pass, memory: see :meth:`FeatureMap.batch`.
@@ -244,13 +250,14 @@ def compute(
         :class:`Features`.
 
     Raises:
-        ValueError: an argument is not as above, or the directory was made with another model, other images or another
-            feature map; the message says what differs. Or ``memory`` is too small.
+        TypeError, ValueError: an argument is not as above, or the directory was made with another model, other images or
+            another feature map; the message says what differs. Or ``memory`` is too small.
         DamagedFileError: the directory's manifest cannot be read, or a shard in it is damaged.
 
     Extra memory: that of :meth:`FeatureMap.batch`, and one shard twice or all features twice.
     """
-    images = as_images(images, "features", "images")
+    images = as_examples(images, "features", "images")
+    check_conditions(model, images, "features", "images")
     if len(images) == 0:
         raise ValueError("features: images must hold at least one image, got none")
     for name, value in (
@@ -291,7 +298,7 @@ def compute(
                 **identity(model),
                 "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             },
-            data={"images and ids": tensors_hash({"images": images, "ids": ids})},
+            data={"images and ids": tensors_hash({**contents(images), "ids": ids})},
             rows=total,
             shard_rows=shard_rows,
         )

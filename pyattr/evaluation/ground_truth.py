@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ..diffusion.images import as_images
+from ..diffusion.conditioned import Examples, as_examples, contents, examples_hash, with_conditions
 from ..diffusion.sampling import Samples
-from ..diffusion.storage import data_hash, load_tensors, save_tensors, tensors_hash
+from ..diffusion.storage import load_tensors, save_tensors, tensors_hash
 
 _POOLS = {"evaluation": 0x6576616C, "retraining": 0x72657472}  # key word 1 of the draws
 _PUBLISHED = {"evaluation": 42, "retraining": 42 + 512}  # random states of the first subset; the next are 2 apart
@@ -73,10 +72,10 @@ class GroundTruth:
         Raises:
             ValueError: they are others, in another order, or of another dtype.
         """
-        images = as_images(images, op, "train")
+        images = as_examples(images, op, "train")
         if len(images) != self.masks.shape[1]:
             raise ValueError(f"{op}: train must be the {self.masks.shape[1]} images of the pool, got {len(images)}")
-        if self.images is not None and data_hash(images) != self.images:
+        if self.images is not None and examples_hash(images) != self.images:
             raise ValueError(f"{op}: train must be the images of the pool, in their order and dtype, got others")
 
     def rows(self, queries, op: str) -> np.ndarray:
@@ -94,7 +93,9 @@ class GroundTruth:
         """
         if self.queries is None:
             raise ValueError(f"{op}: pool must say which queries it has the losses of, got one that does not")
-        found = image_hashes(queries.images if isinstance(queries, Samples) else as_images(queries, op, "queries"))
+        if isinstance(queries, Samples):
+            queries = with_conditions(queries.images, queries.conditions)
+        found = image_hashes(as_examples(queries, op, "queries"))
         places, met, rows = {}, Counter(), []
         for row, query in enumerate(self.queries):
             places.setdefault(query, []).append(row)
@@ -146,9 +147,12 @@ _ARRAYS = ("masks", "losses", "query_ids")
 _RECORDED = ("targets", "images", "queries", "settings")
 
 
-def image_hashes(images: Tensor) -> list[str]:
-    """What identifies each image, SHA-256 over dtype, shape and pixels."""
-    return [tensors_hash({"image": image}) for image in images]
+def image_hashes(images: Examples) -> list[str]:
+    """What identifies each image, SHA-256 over dtype, shape and pixels, and its condition where it has one."""
+    images, *conditions = contents(images).values()
+    if not conditions:
+        return [tensors_hash({"image": image}) for image in images]
+    return [tensors_hash({"image": image, "condition": c}) for image, c in zip(images, *conditions, strict=True)]
 
 
 def subsets(
