@@ -1,8 +1,10 @@
 """Attribution methods: ``fit(train)`` returns self, ``scores(queries)`` returns [Q, N], positive = proponent."""
 
 from . import codes
+from .das import DAS
 from .dtrak import DTRAK
 from .encoded import EncodedEnsemble
+from .ensembles import Ensemble
 from .gradient_similarity import GAS, GradientCosine, GradientDot, TracInCP
 from .influence import RelativeInfluence, RenormalizedInfluence
 from .journey import JourneyTRAK
@@ -16,6 +18,7 @@ from .similarity import CLIPSimilarity, RawPixel
 from .trak import TRAK
 
 __all__ = [
+    "DAS",
     "DTRAK",
     "GAS",
     "NDA",
@@ -26,6 +29,7 @@ __all__ = [
     "Datamodel",
     "EmpiricalInfluence",
     "EncodedEnsemble",
+    "Ensemble",
     "Explanation",
     "GradientCosine",
     "GradientDot",

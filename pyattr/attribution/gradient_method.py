@@ -29,7 +29,7 @@ class GradientMethod:
         model: the trained network; ``model(x_t, t)`` predicts the noise.
         schedule: the one it was trained with.
         proj_dim: D.
-        num_timesteps, strategy, num_noises, kind, noise_seed: see :class:`~pyattr.diffusion.features.FeatureMap`.
+        num_timesteps, strategy, num_noises, kind, noise_seed, normalize: see :class:`~pyattr.diffusion.features.FeatureMap`.
         query_noises: draws of the noise at each timestep of a query; None: ``num_noises``, as published. Queries are few,
             so more of them take their share of the noise off the scores at little cost.
         feature: f, a :class:`~pyattr.diffusion.Loss` or its name; None for the method's own.
@@ -64,6 +64,7 @@ class GradientMethod:
         kind: str = "rademacher",
         seed: int = 0,
         noise_seed: int = 0,
+        normalize: bool = False,
         batch_size: int = 16,
         timesteps_per_pass: int = 32,
         memory: int = features.MEMORY,
@@ -81,6 +82,7 @@ class GradientMethod:
             kind=kind,
             seed=seed,
             noise_seed=noise_seed,
+            normalize=normalize,
         )
         self.query_map = self.feature_map
         if query_noises is not None:

@@ -20,8 +20,8 @@ from ..evaluation import counterfactual as retrain
 from ..report.counterfactual import effects_plot, images_grid
 from ..report.grid import matplotlib
 from ..report.numbers import numbers, write_results
+from .classifying import Classifying
 from .display import Display
-from .ensemble_evaluate import Classifying
 from .evaluate_counterfactual import CounterfactualOptions
 from .options import DataOptions, Machine, SampleOptions, TrainOptions
 from .run import Session, session
