@@ -46,6 +46,7 @@ def test_pictures_are_written(tmp_path):
     each = [Effects(name, ("D-TRAK", "random"), (1, 5), values) for name in ("L2", "pixel cosine")]
     effects_plot(tmp_path / "effects.png", each)
     for name in ("grid", "effects"):
-        pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int)
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            pixels = np.asarray(picture.convert("RGB")).astype(int)
         red = (pixels[..., 0] - pixels[..., 1] > 100).sum()
         assert red > 20 and min(pixels.shape[:2]) > 100
