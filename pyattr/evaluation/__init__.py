@@ -11,6 +11,7 @@ from .foreign import read_bergson, read_dattri
 from .frechet import frechet_distance
 from .ground_truth import GroundTruth, subsets
 from .lds import LDS, Interval, LDSDifference, lds, lds_difference
+from .scores import Scores
 from .subset_models import build_ground_truth
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "LDSDifference",
     "PairedComparison",
     "Principal",
+    "Scores",
     "Share",
     "agreement",
     "build_ground_truth",

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,13 +93,17 @@ class GroundTruth:
         Raises:
             ValueError: a query is not among those of the pool, or these are unknown.
         """
+        images = queries.images if isinstance(queries, Samples) else as_images(queries, op, "queries")
+        return self.rows_of(image_hashes(images), op)
+
+    def rows_of(self, hashes: Sequence[str], op: str) -> np.ndarray:
+        """:meth:`rows` of queries that are known by what identifies them, see :func:`image_hashes`."""
         if self.queries is None:
             raise ValueError(f"{op}: pool must say which queries it has the losses of, got one that does not")
-        found = image_hashes(queries.images if isinstance(queries, Samples) else as_images(queries, op, "queries"))
         places, met, rows = {}, Counter(), []
         for row, query in enumerate(self.queries):
             places.setdefault(query, []).append(row)
-        for number, query in enumerate(found):
+        for number, query in enumerate(hashes):
             if met[query] == len(places.get(query, ())):
                 raise ValueError(
                     f"{op}: queries must be among those of the pool, in their dtype; number {number} is not"
