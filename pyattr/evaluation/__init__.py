@@ -13,6 +13,7 @@ from .ground_truth import GroundTruth, subsets
 from .lds import LDS, Interval, LDSDifference, lds, lds_difference
 from .scores import Scores
 from .subset_models import build_ground_truth
+from .tuning import Tuned, tune_on_split, two_folds
 
 __all__ = [
     "LDS",
@@ -31,6 +32,7 @@ __all__ = [
     "Principal",
     "Scores",
     "Share",
+    "Tuned",
     "agreement",
     "build_ground_truth",
     "change_sizes",
@@ -53,4 +55,6 @@ __all__ = [
     "read_dattri",
     "share",
     "subsets",
+    "tune_on_split",
+    "two_folds",
 ]

@@ -1,6 +1,7 @@
 """The linear datamodeling score: how well scores predict what training on other subsets does to a query's loss."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -42,6 +43,11 @@ class _Ranks:
     def take(self, rows) -> "_Ranks":
         """Of some queries."""
         return _Ranks(self.doubled[rows], self.unknown[rows])
+
+    @classmethod
+    def joined(cls, parts: Sequence["_Ranks"]) -> "_Ranks":
+        """Of the queries of one after the other."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("doubled", "unknown")))
 
     def above(self, queries: slice, some: slice) -> np.ndarray:  # -> [Q, M', M]
         """1 where one of some numbers lies above another, -1 where it lies below, 0 where they are equal."""
@@ -225,6 +231,21 @@ class LDS(_Resampled):
             if name in self.__dict__:
                 part.__dict__[name] = self.__dict__[name][:, rows]
         return part
+
+    @classmethod
+    def gathered(cls, parts: Sequence["LDS"], which: np.ndarray) -> "LDS":
+        """The score over the queries of several parts of one set of subsets.
+
+        Args:
+            parts: scores that :meth:`take` gave, of whatever method.
+            which: [Q], the part of each query; those of a part follow each other in its order.
+        """
+        order = np.argsort(np.argsort(which, kind="stable"), kind="stable")
+        per_query = np.concatenate([part.per_query for part in parts])[order]
+        predicted, true = (
+            _Ranks.joined([getattr(part, side) for part in parts]).take(order) for side in ("predicted", "true")
+        )
+        return cls(per_query, parts[0].num_subsets, parts[0].level, predicted, true)
 
     def minus(self, other: "LDS") -> "LDSDifference":
         """See :func:`lds_difference`; both scores must be of the same subsets, outputs and queries."""
