@@ -1,8 +1,9 @@
 """The command line: `pyattr` and `python -m pyattr`."""
 
-from . import ensemble
+from . import ensemble, evaluate
 from .commands import app, main
 
 app.add_typer(ensemble.commands, name="ensemble")
+app.add_typer(evaluate.commands, name="evaluate")
 
 __all__ = ["app", "main"]

@@ -34,6 +34,8 @@ UNITS = {
     "scores": "queries",
     "patches": "passes",
     "matches": "pairs of images",
+    "original": "passes",
+    "retraining": "passes",
 }
 LOG_EVERY = 20.0  # seconds between lines of a log
 

@@ -61,7 +61,7 @@ def evaluate(out: Path, options: EvaluateOptions, machine: Machine) -> None:
             work.display.say(f"picture  {picture}")
 
 
-class _Classifying(Step):
+class Classifying(Step):
     """Trains a classifier of the folder's labels."""
 
     def __init__(self, workspace: Workspace, images: ImageDataset, epochs: int):
@@ -135,7 +135,7 @@ class _Job:
         def ablating(codes: np.ndarray, title: str, what: str, queries: int | None = None) -> Ablating:
             return Ablating(folder, self.sampled, self.ensemble, codes, options.batch_size, title, what, queries)
 
-        self.classifying = _Classifying(folder, self.images, options.epochs) if judged else None
+        self.classifying = Classifying(folder, self.images, options.epochs) if judged else None
         self.without = self.alone = self.derivatives = self.guessing = self.features = None
         if self.by_class:
             self.names, chosen = self.classes, codes[list(rows.values())]
