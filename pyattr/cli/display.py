@@ -34,6 +34,8 @@ UNITS = {
     "scores": "queries",
     "patches": "passes",
     "matches": "pairs of images",
+    "ground truth": "passes",
+    "score files": "rows",
     "original": "passes",
     "retraining": "passes",
 }
