@@ -91,9 +91,9 @@ def build(
             f"losses of {len(stacked):,} queries at {options.timesteps} timesteps",
             parameters,
         )
+        _write_queries(work.workspace.folder, images, asked)
         work.plan([step])
         work.begin(step)
-        _write_queries(work.workspace.folder, images, asked)
         with step.stage.work():
             truth = build_ground_truth(
                 step.stage.folder,

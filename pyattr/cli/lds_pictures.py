@@ -33,7 +33,7 @@ def draw(
     folder.mkdir(parents=True, exist_ok=True)
     made = [folder / "lds.png"]
     bars, note = _bars(board, rows)
-    lds_bars(made[0], bars, note)
+    lds_bars(made[0], bars, list(board.groups), note)
     for setting, panels in _panels(board, rows).items():
         made.append(folder / f"lds-against-{setting}.png")
         lds_lines(made[-1], panels, setting)
@@ -49,17 +49,17 @@ def draw(
 
 
 def _mean(row: Row) -> float:
-    """Over the first group that it has; what is NaN comes last."""
-    mean = next(iter(row.groups.values())).mean if row.groups else np.nan
-    return -np.inf if np.isnan(mean) else mean
+    """Over its groups; what is NaN comes last."""
+    mean = np.mean([score.mean for score in row.groups.values()]) if row.groups else np.nan
+    return -np.inf if np.isnan(mean) else float(mean)
 
 
 def _best(rows: Sequence[Row]) -> list[Row]:
-    """The best row of each method, the best method first."""
+    """The best row of each method, the best method first; those that lack a group of queries come last."""
     best: dict[str, Row] = {}
     for row in sorted(rows, key=_mean, reverse=True):
         best.setdefault(row.method, row)
-    return [row for row in best.values() if row.groups]
+    return sorted((row for row in best.values() if row.groups), key=lambda row: -len(row.groups))
 
 
 def _bars(board: Scoreboard, rows: Sequence[Row]) -> tuple[dict[str, Mapping[str, LDS]], str]:

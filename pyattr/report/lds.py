@@ -15,6 +15,7 @@ from .grid import matplotlib, write_grid
 from .ranking import shown_count, strongest
 
 BINS = 16  # of ranks, each way
+BANDS = 4  # lines whose intervals can be told apart
 LOGARITHMIC = 8.0  # the ratio of largest to smallest value from which an axis is logarithmic
 
 
@@ -27,28 +28,30 @@ class Line:
     scores: Sequence[LDS]
 
 
-def lds_bars(path: str | os.PathLike, methods: Mapping[str, Mapping[str, LDS]], note: str = "") -> None:
-    """A bar for each method and group of queries with its interval; the best of the first group on top.
+def lds_bars(
+    path: str | os.PathLike, methods: Mapping[str, Mapping[str, LDS]], groups: Sequence[str], note: str = ""
+) -> None:
+    """A bar for each method and group of queries with its interval; the best on top.
 
     Args:
         path: the PNG.
         methods: scores by method and group of queries; a method may lack a group.
+        groups: in their order.
         note: under the axis.
 
     Raises:
         ImportError: matplotlib is missing.
     """
-    groups = list(dict.fromkeys(group for scores in methods.values() for group in scores))
-    first = groups[0]
-    order = sorted(methods, key=lambda name: -_percent(methods[name].get(first))[0])
+    means = {name: [score.mean for score in scores.values()] for name, scores in methods.items()}
+    order = sorted(methods, key=lambda name: -np.mean(means[name]) if means[name] else np.nan)
     figure = matplotlib().Figure(figsize=(7.2, 1.1 + len(order) * (0.14 + 0.17 * len(groups))))
     axes = figure.subplots()
     height = 0.8 / len(groups)
     for g, group in enumerate(groups):
-        means, low, high = np.array([_percent(methods[name].get(group)) for name in order]).T
+        centre, low, high = np.array([_percent(methods[name].get(group)) for name in order]).T
         places = np.arange(len(order)) + (g - (len(groups) - 1) / 2) * height
-        axes.barh(places, means, 0.9 * height, color=f"C{g % 10}", alpha=0.75, label=group)
-        axes.errorbar(means, places, xerr=[means - low, high - means], fmt="none", ecolor="0.2", elinewidth=0.9)
+        axes.barh(places, centre, 0.9 * height, color=f"C{g % 10}", alpha=0.75, label=group)
+        axes.errorbar(centre, places, xerr=[centre - low, high - centre], fmt="none", ecolor="0.2", elinewidth=0.9)
     axes.set_yticks(range(len(order)), order, fontsize=8)
     axes.set_ylim(len(order) - 0.4, -0.6)
     axes.axvline(0, color="0.2", linewidth=0.8)
@@ -60,7 +63,7 @@ def lds_bars(path: str | os.PathLike, methods: Mapping[str, Mapping[str, LDS]], 
 
 
 def lds_lines(path: str | os.PathLike, panels: Mapping[str, Sequence[Line]], setting: str) -> None:
-    """The score against a setting, a panel for each group of queries, with intervals as bands.
+    """The score against a setting, a panel for each group of queries; of up to four lines with intervals as bands.
 
     Args:
         path: the PNG.
@@ -79,14 +82,16 @@ def lds_lines(path: str | os.PathLike, panels: Mapping[str, Sequence[Line]], set
             colour = f"C{labels.index(line.label) % 10}"
             means, low, high = np.array([_percent(score) for score in line.scores]).T
             axes.plot(line.values, means, marker=".", color=colour, label=line.label)
-            axes.fill_between(line.values, low, high, color=colour, alpha=0.12, linewidth=0)
+            if len(labels) <= BANDS:
+                axes.fill_between(line.values, low, high, color=colour, alpha=0.12, linewidth=0)
         if min(values) > 0 and max(values) >= LOGARITHMIC * min(values):
             axes.set_xscale("log")
         axes.axhline(0, color="0.2", linewidth=0.8)
         axes.set_title(group, fontsize=9)
         axes.set_xlabel(setting, fontsize=8)
         _plain(axes)
-    boxes[0].set_ylabel("LDS, percent; bands: 95% over subsets", fontsize=8)
+    bands = "; bands: 95% over subsets" if len(labels) <= BANDS else ""
+    boxes[0].set_ylabel(f"LDS, percent{bands}", fontsize=8)
     figure.legend(
         *_handles(boxes),
         fontsize=7,
