@@ -1,8 +1,9 @@
 """The command line: `pyattr` and `python -m pyattr`."""
 
-from . import ensemble, evaluate
+from . import attribute, ensemble, evaluate
 from .commands import app, main
 
+app.command()(attribute.attribute)
 app.add_typer(ensemble.commands, name="ensemble")
 app.add_typer(evaluate.commands, name="evaluate")
 

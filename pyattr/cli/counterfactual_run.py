@@ -20,8 +20,8 @@ from ..evaluation import counterfactual as retrain
 from ..report.counterfactual import effects_plot, images_grid
 from ..report.grid import matplotlib
 from ..report.numbers import numbers, write_results
+from .classifying import Classifying
 from .display import Display
-from .ensemble_evaluate import Classifying
 from .evaluate_counterfactual import CounterfactualOptions
 from .options import DataOptions, Machine, SampleOptions, TrainOptions
 from .run import Session, session
@@ -49,7 +49,11 @@ def counterfactual(out: Path, options: CounterfactualOptions, machine: Machine) 
         images_grid(pictures[1], found)
         shown = numbers(results)
         for count in found.remove:
-            work.display.console.print(_table(shown[f"{count} removed"], count, len(job.images)))
+            # Queries that share their models are no independent units of a test.
+            table = _table(
+                shown[f"{count} removed"], f"without {count} of {len(job.images):,}", tests=not options.together
+            )
+            work.display.console.print(table)
         told = ", ".join(map(str, found.remove))
         work.display.say(f"done; {found.retrained} models trained, each without {told} of {len(job.images):,} images")
         work.display.say(f"numbers  {folder / 'counterfactual.json'}")
@@ -212,7 +216,9 @@ class _Job:
     def run(self) -> tuple[Counterfactuals, list[Effects]]:
         """What was made, and its measures."""
         work, settings = self.work, self.generated.settings
-        chosen = SampleOptions(**{name: settings[name] for name in SampleOptions.__dataclass_fields__})
+        chosen = SampleOptions(
+            **{name: settings[name] for name in SampleOptions.__dataclass_fields__ if name in settings}
+        )
         model = self.model.run(work.device)
         samples = Sampling(work.workspace, self.model.key, self.images.shape, chosen).run(model, work.display)
         work.begin(self.retraining)
@@ -230,10 +236,10 @@ class _Job:
         return {
             "data": self.images.name,
             "images": len(self.images),
-            "methods": list(self.scores),
             "train": self.trained.settings,
             "generate": self.generated.settings,
             **dataclasses.asdict(self.options),
+            "methods": list(self.scores),
             "remove": self.remove,
             "queries": self.queries,
         }
@@ -267,13 +273,13 @@ def _figures(effects: list[Effects]) -> dict:
     }
 
 
-def _table(found: dict, count: int, num_images: int) -> Table:
-    """Medians by method, with p against the control."""
-    table = Table(f"without {count} of {num_images:,}", *found, box=None, padding=(0, 1, 0, 0))
+def _table(found: dict, title: str, *, tests: bool) -> Table:
+    """Medians by method, with p against the control if asked for."""
+    table = Table(title, *found, box=None, padding=(0, 1, 0, 0))
     methods = list(next(iter(found.values()))["methods"])
     for method in methods:
         table.add_row(method, *(_median(each["methods"][method]) for each in found.values()))
-        if method != methods[-1]:
+        if tests and method != methods[-1]:
             pairs = (each["paired by query"][f"{method} against {methods[-1]}"] for each in found.values())
             table.add_row("  against random", *(f"p = {pair['p']:.2g}" for pair in pairs), style="dim")
     return table

@@ -31,6 +31,7 @@ UNITS = {
     "image distances": "pairs of images",
     "features": "images",
     "query features": "images",
+    "residuals": "images",
     "scores": "queries",
     "patches": "passes",
     "matches": "pairs of images",

@@ -205,7 +205,7 @@ def counterfactual(
     Extra memory: for each worker its images, that of :func:`pyattr.diffusion.train` and of one image's sampling; the result,
     with A R Q N bytes; the scores in float64.
 
-    Source: Zheng et al., ICLR 2024 (D-TRAK), section 4.3, who remove 1,000 images and take medians over 60 samples.
+    Source: the counterfactual evaluation of Zheng et al., ICLR 2024 (D-TRAK), and of NDA: 1,000 images removed, 60 samples.
     """
     images = as_images(images, _OP, "images")
     if not isinstance(queries, Samples):
@@ -259,7 +259,11 @@ def counterfactual(
     else:
         (original,) = run_tasks(plan, [ORIGINAL], shared, workers=1, progress=progress, stage="original", op=_OP)
         told = json.loads(original["identity"].numpy().tobytes())
-        _check_made_by(made, told, "the recipe trains another model on all images than the one that made the queries")
+        what = (
+            "the recipe trains another model on all images than the one that made the queries (where machines or numbers of "
+            "threads may differ, give reference)"
+        )
+        _check_made_by(made, told, what)
     found = run_tasks(plan, range(len(sets)), shared, workers=workers, progress=progress, stage="retraining", op=_OP)
     outcome = Counterfactuals(
         methods=methods,

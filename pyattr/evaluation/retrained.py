@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.conditioned import Examples, separate
 from ..diffusion.images import predict_noise, reference_parameter, to_unit
 from ..diffusion.losses import Loss
 from ..diffusion.members import in_processes
@@ -57,12 +58,13 @@ class QueryLosses:
         self,
         model: nn.Module,
         schedule: Schedule,
-        queries: Tensor,
+        queries: Examples,
         ids: Tensor,
         tell: Callable[[int], None] = lambda done: None,
     ) -> Tensor:  # [Q, C, H, W], [Q] -> [F, E, Q] float64 on the CPU
         """The losses; ``tell`` is told how many noisy images went through the model."""
         like = reference_parameter(model, "QueryLosses")
+        queries, conditions = separate(queries)
         functions = [Loss(target) for target in self.targets]
         times = self.times(schedule)
         rows, done = len(queries) * len(times), 0
@@ -76,8 +78,9 @@ class QueryLosses:
                 eps = noise(
                     x.shape[1:], seed=self.noise_seed, ids=ids[which], timesteps=t, draws=draw, purpose=LOSSES
                 ).to(x)
+                told = () if conditions is None else (conditions[which].to(x.device),)
                 with torch.no_grad():
-                    prediction = predict_noise(model, schedule.add_noise(x, eps, t), t.to(x.device))
+                    prediction = predict_noise(model, schedule.add_noise(x, eps, t), t.to(x.device), *told)
                     wide = prediction.double(), eps.double(), t.to(x.device), schedule
                     values[:, row] = torch.stack([function(*wide) for function in functions]).cpu()
                 done += len(row)

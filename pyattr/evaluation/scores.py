@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.images import as_images
-from ..diffusion.sampling import Samples
-from ..diffusion.storage import data_hash, load_tensors, save_tensors
-from .ground_truth import GroundTruth, image_hashes
+from ..diffusion.conditioned import as_examples, examples_hash
+from ..diffusion.storage import load_tensors, save_tensors
+from .ground_truth import GroundTruth, query_hashes
 
 _LARGEST = 15  # a row's largest entry lies in [2^14, 2^15) in the file: half of what float16 holds
 _LEAST = -126  # exponents of float32 that are not denormal
@@ -63,13 +62,12 @@ class Scores:
         """
         scores = scores.detach().to("cpu", torch.float32).numpy() if isinstance(scores, Tensor) else scores
         matrix = np.array(scores, np.float32)
-        images = as_images(images, "Scores", "images")
-        queries = queries.images if isinstance(queries, Samples) else as_images(queries, "Scores", "queries")
+        images = as_examples(images, "Scores", "images")
         if matrix.ndim == 2 and matrix.shape[1] != len(images):
             raise ValueError(
                 f"Scores: scores must have a column for each of {len(images)} images, got {matrix.shape[1]}"
             )
-        return cls(matrix, method, signed, settings, data_hash(images), tuple(image_hashes(queries)))
+        return cls(matrix, method, signed, settings, examples_hash(images), tuple(query_hashes(queries, "Scores")))
 
     def take(self, rows) -> "Scores":
         """Those of some queries.

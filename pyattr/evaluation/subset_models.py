@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.checkpoint import identity, save_model
-from ..diffusion.images import as_images, evaluating
+from ..diffusion.conditioned import Conditioned, as_examples, examples_hash, pack, unpack, with_conditions
+from ..diffusion.images import evaluating
 from ..diffusion.members import PACE, Recipe, check_importable, check_model, training_options
 from ..diffusion.progress import Progress, silent
 from ..diffusion.sampling import Samples
 from ..diffusion.schedule import Schedule
-from ..diffusion.storage import data_hash, save_tensors, tensors_hash
+from ..diffusion.storage import save_tensors, tensors_hash
 from .ground_truth import GroundTruth, image_hashes
 from .retrained import TARGETS, TRAINING_PASSES, QueryLosses, check_between, read_task, run_tasks
 
@@ -76,14 +77,14 @@ class _Plan:
         """Train a model, take its losses, and keep them."""
         subset, seed = divmod(task, self.seeds)
         recipe, folder = self.recipe, self.training_folder(task)
-        images = shared["images"]
+        images = unpack(shared, "images")
         kept = images[torch.from_numpy(self.masks[subset].nonzero()[0]).to(images.device)]
         passes = recipe.training["batch_size"] * TRAINING_PASSES
         model = recipe.train(seed, kept, folder, lambda done, _total, _stage: tell(done * passes))
         trained = recipe.training["steps"] * passes
         with evaluating(model):
             losses = self.evaluation(
-                model, recipe.schedule, shared["queries"], shared["ids"], lambda done: tell(trained + done)
+                model, recipe.schedule, unpack(shared, "queries"), shared["ids"], lambda done: tell(trained + done)
             )
         if self.keep_models:
             self.model_file(task).parent.mkdir(exist_ok=True)
@@ -128,7 +129,8 @@ def build_ground_truth(
     Args:
         directory: where all of it lies; created when it is missing.
         model: builds a network, without arguments, from torch's random state; or a preset of :func:`pyattr.diffusion.unet`.
-        images: the training images, [N, C, H, W] uint8, or floating point in [-1, 1].
+        images: the training images, [N, C, H, W] uint8, or floating point in [-1, 1]; for conditional models
+            :class:`~pyattr.diffusion.Conditioned`.
         queries: [Q, C, H, W] likewise, or :class:`~pyattr.diffusion.Samples`.
         masks: [M, N] boolean or 0 and 1, see :func:`subsets`; each subset holds an image.
         schedule: of the diffusion.
@@ -161,10 +163,13 @@ def build_ground_truth(
 
     Source: Zheng et al., ICLR 2024 (D-TRAK), section 4.1 (all 1,000 timesteps, three draws, three models of each subset).
     """
-    images = as_images(images, _OP, "images")
+    images = as_examples(images, _OP, "images")
     if isinstance(queries, Samples):
-        queries, query_ids = queries.images, queries.ids if query_ids is None else query_ids
-    queries = as_images(queries, _OP, "queries")
+        query_ids = queries.ids if query_ids is None else query_ids
+        queries = with_conditions(queries.images, queries.conditions)
+    queries = as_examples(queries, _OP, "queries")
+    if isinstance(queries, Conditioned) != isinstance(images, Conditioned):
+        raise TypeError(f"{_OP}: queries must have conditions where images have them, and only there")
     query_ids = torch.arange(len(queries)) if query_ids is None else torch.as_tensor(query_ids, dtype=torch.int64)
     if query_ids.shape != queries.shape[:1] or len(query_ids.unique()) != len(query_ids):
         raise ValueError(
@@ -194,12 +199,12 @@ def build_ground_truth(
         "training": {name: value for name, value in options.items() if name not in PACE},
         "seed": seed,
         "evaluation": dataclasses.asdict(evaluation),
-        "images": data_hash(images),
-        "queries": tensors_hash({"queries": queries, "ids": query_ids}),
+        "images": examples_hash(images),
+        "queries": tensors_hash({**pack(queries, "queries"), "ids": query_ids}),
     }
     directory = Path(directory)
     plan = _Plan(recipe, evaluation, masks, seeds, directory, keep_models, settings, len(queries))
-    shared = {"images": images, "queries": queries, "ids": query_ids}
+    shared = {**pack(images, "images"), **pack(queries, "queries"), "ids": query_ids}
     tasks = range(len(masks) * seeds)
     found = run_tasks(plan, tasks, shared, workers=workers, progress=progress, stage="ground truth", op=_OP)
     made = GroundTruth(

@@ -37,7 +37,7 @@ def effects_plot(path: str | os.PathLike, effects: Sequence[Effects]) -> None:
             axes.set_title(each.name if len(counts) == 1 else f"{each.name}, {count} removed", fontsize=9)
         row[0].set_yticks(range(len(methods)), methods, fontsize=8)
         row[0].set_ylim(len(methods) - 0.5, -0.5)
-    figure.supxlabel("a point is a query; red: the median and 95% around it", fontsize=8)
+    figure.supxlabel("a point is a query; red: the median and 95% around it; dotted: the control's median", fontsize=8)
     figure.tight_layout()
     with whole_file(path) as stream:
         figure.savefig(stream, format="png", dpi=120)
@@ -53,6 +53,7 @@ def _strips(axes: Any, each: Effects, count: int) -> None:
         axes.plot([each.median(method, count)], [place], "|", color=MARK, markersize=14, markeredgewidth=2)
     axes.axvline(each.median(each.methods[-1], count), color="0.6", linewidth=0.8, linestyle=":", zorder=0)
     axes.tick_params(labelsize=7)
+    axes.locator_params(axis="x", nbins=5)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
@@ -79,7 +80,7 @@ def images_grid(path: str | os.PathLike, found: Counterfactuals, count: int | No
         columns=["sample", *map(_in_lines, found.methods)],
         labels=[f"query {number}" for number in found.ids[:shown].tolist()],
         marked=[(q, 1 + int(most)) for q, most in enumerate(sizes.argmax(0))],
-        title=f"Trained without {count} images of each method; framed: the largest change (L2)",
+        title=f"Made without the {count} images that each method names; framed: the largest change (L2)",
     )
 
 

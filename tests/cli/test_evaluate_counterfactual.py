@@ -17,7 +17,9 @@ def models(out):
 
 
 def outcomes(out):
-    return [Counterfactuals.open(path) for path in sorted(out.glob("counterfactual-*/counterfactuals.safetensors"))]
+    return [
+        Counterfactuals.open(path) for path in sorted(out.glob("counterfactual-[0-9a-f]*/counterfactuals.safetensors"))
+    ]
 
 
 def test_a_folder_is_evaluated_and_added_to(out, succeeds, arrays):

@@ -102,7 +102,7 @@ def removed_by(found, method, remove, query):
 def test_true_proponents_change_the_sample_as_the_closed_form_says(tmp_path):
     images = torch.full((8, 1, 2, 2), -0.4)
     images[:2] = 0.8
-    options = {"schedule": ONE, "steps": 80, "batch_size": 8, "learning_rate": 0.1}
+    options = {"schedule": ONE, "steps": 60, "batch_size": 8, "learning_rate": 0.05, "betas": (0.5, 0.9)}
     asked = samples(trained(images, Mean, **options), (4, 7, 9), (1, 2, 2), ONE, steps=1)
     torch.testing.assert_close(asked.images, torch.full((3, 1, 2, 2), -0.1), atol=0.01, rtol=0)
     scores = {"true": np.tile([1.0, 1, 0, 0, 0, 0, 0, 0], (3, 1)), "wrong": np.tile(np.arange(8.0), (3, 1))}
@@ -211,7 +211,8 @@ def test_more_methods_numbers_and_queries_leave_what_is_there(queries, reference
 def test_samples_of_another_model_are_refused(queries, reference, tmp_path):
     others = samples(trained(initial=4))
     with pytest.raises(
-        ValueError, match="the recipe trains another model on all images than the one that made the queries: model was"
+        ValueError,
+        match=r"the recipe trains another model on all images than the one that made the queries \(.*\): model was",
     ):
         run(tmp_path / "a", others)
     with pytest.raises(

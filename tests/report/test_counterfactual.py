@@ -33,7 +33,7 @@ def test_grid_shows_samples_beside_their_counterfactuals(tmp_path, monkeypatch):
         "query 6",
     ]
     assert told["marked"] == [(0, 1), (1, 1), (2, 2)]
-    assert told["title"] == "Trained without 5 images of each method; framed: the largest change (L2)"
+    assert told["title"] == "Made without the 5 images that each method names; framed: the largest change (L2)"
     assert [int(image[0, 0, 0]) for image in told["rows"][0]] == [128, 255, 64]
     images_grid(tmp_path / "x.png", found(20), 1)
     assert len(told["rows"]) == 12 and [int(image[0, 0, 0]) for image in told["rows"][0]] == [128, 128, 128]

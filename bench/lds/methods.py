@@ -1,0 +1,164 @@
+"""The scores of every method for the queries of a problem, from the committed images, networks and retrained models."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyattr.attribution import (
+    DTRAK,
+    GAS,
+    NDA,
+    TRAK,
+    CLIPSimilarity,
+    Datamodel,
+    EmpiricalInfluence,
+    GradientCosine,
+    GradientDot,
+    JourneyTRAK,
+    RawPixel,
+    RelativeInfluence,
+    RenormalizedInfluence,
+    TracInCP,
+)
+from pyattr.diffusion import Progress, load_model
+from pyattr.evaluation import GroundTruth
+from pyattr.evaluation.classifier import Classifier
+
+from . import build
+from . import problem as settings
+from .problem import SCHEDULE, Problem
+
+DIM = 4096
+# Of the largest eigenvalue of the Gram matrix: in thirds of a power of ten.
+LAMBDAS = 10.0 ** np.arange(-8, 1.01, 1 / 3)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a method gives.
+
+    Attributes:
+        name: for people.
+        scores: [Q, N]; with the automatic lambda where there is one.
+        grid: the same at each of some lambdas; None for a method without.
+        signed: whether negative scores mean opponents.
+        queries: rows that it can score, of validation images and then generated ones.
+        settings: what else decided them.
+    """
+
+    name: str
+    scores: Tensor
+    grid: Callable[[], Iterable[tuple[float, Tensor]]] | None = None
+    signed: bool = True
+    queries: slice = slice(None)
+    settings: dict = field(default_factory=dict)
+
+
+class Workplace:
+    """Images, networks and features of a problem.
+
+    Args:
+        problem: which.
+        work: where features are kept.
+        progress: of the features.
+    """
+
+    def __init__(self, problem: Problem, work: Path, progress: Progress):
+        self.problem, self.work, self.progress = problem, work / "features", progress
+        self.checkpoints = build.main_checkpoints(problem)
+        self.model = load_model(self.checkpoints[-1]).eval()
+        found = build.images(problem)
+        self.images, self.labels = torch.from_numpy(found["train_images"]), found["train_labels"]
+        self.queries = build.queries(problem)
+
+    def options(self, timesteps: int, feature: str, **more) -> dict:
+        """Of a method of gradients; methods that share all of them share their features."""
+        words = [feature, str(timesteps), *(f"{name}={value}" for name, value in more.items() if name != "proj_dim")]
+        return {
+            "proj_dim": DIM,
+            "num_timesteps": timesteps,
+            "feature": feature,
+            "batch_size": 32,
+            "directory": self.work / f"{'-'.join(words)}-{more.get('proj_dim', DIM)}",
+            "progress": self.progress,
+            **more,
+        }
+
+    def damped(self, method: TRAK, name: str, queries=None, **told) -> Found:
+        """The scores of a fitted method at its automatic lambda, and at the others."""
+        asked = self.queries if queries is None else queries
+        lambdas = [float(method.eigenvalues[0]) * value for value in LAMBDAS]
+        return Found(
+            name,
+            method.scores(asked),
+            lambda: method.scores_grid(asked, lambdas),
+            settings={"lambda": method.lambda_, **told},
+        )
+
+
+def similarities(place: Workplace) -> Iterator[Found]:
+    """Of pixels, and of a classifier's features."""
+    for similarity in ("dot", "cosine"):
+        for centre in (False, True):
+            method = RawPixel(similarity, centre=centre).fit(place.images)
+            name = f"raw pixel, {similarity}{', centred' if centre else ''}"
+            yield Found(name, method.scores(place.queries))
+    classifier = Classifier(epochs=20).fit(
+        place.images, place.labels, path=place.work / "classifier.safetensors", progress=place.progress
+    )
+    for similarity in ("dot", "cosine"):
+        method = CLIPSimilarity(classifier.extractor(), similarity).fit(place.images)
+        yield Found(f"classifier features, {similarity}", method.scores(place.queries))
+
+
+def patches(place: Workplace) -> Iterator[Found]:
+    """NDA as it comes."""
+    method = NDA(SCHEDULE, progress=place.progress).fit(place.images)
+    yield Found("NDA", method.scores(place.queries))
+
+
+def of_gradients(place: Workplace, timesteps: int) -> Iterator[Found]:
+    """Every method of the gradients of one network, and over its checkpoints."""
+    told = {"timesteps": timesteps, "proj_dim": DIM}
+    simple = place.options(timesteps, "simple")
+    for kind, name in ((GradientDot, "gradient dot"), (GradientCosine, "gradient cosine")):
+        yield Found(name, kind(place.model, SCHEDULE, **simple).fit(place.images).scores(place.queries), settings=told)
+    for kind, name in ((TracInCP, "TracInCP"), (GAS, "GAS")):
+        method = kind(place.model, SCHEDULE, checkpoints=place.checkpoints, **simple).fit(place.images)
+        yield Found(name, method.scores(place.queries), settings={**told, "checkpoints": len(place.checkpoints)})
+    for kind, name in (
+        (TRAK, "TRAK"),
+        (RelativeInfluence, "relative influence"),
+        (RenormalizedInfluence, "renormalized influence"),
+    ):
+        method = kind(place.model, SCHEDULE, **simple).fit(place.images)
+        yield place.damped(method, name, **told)
+    method = DTRAK(place.model, SCHEDULE, **place.options(timesteps, "square")).fit(place.images)
+    yield place.damped(method, "D-TRAK", **told)
+    yield _journey(place, timesteps)
+
+
+def _journey(place: Workplace, timesteps: int) -> Found:
+    """Of the generated queries alone."""
+    samples = build.sampled(place.problem, "trajectory", place.progress)
+    method = JourneyTRAK(place.model, SCHEDULE, **place.options(timesteps, "simple")).fit(place.images)
+    found = place.damped(method, "Journey TRAK", samples, timesteps=timesteps, proj_dim=DIM)
+    return Found(
+        found.name,
+        found.scores,
+        found.grid,
+        queries=slice(settings.VALIDATION, settings.VALIDATION + settings.GENERATED),
+        settings=found.settings,
+    )
+
+
+def retrained(place: Workplace) -> Iterator[Found]:
+    """Of the pool of retrained models."""
+    pool = GroundTruth.open(place.problem.folder / "retraining.safetensors")
+    for kind, name in ((EmpiricalInfluence, "empirical influence"), (Datamodel, "datamodel")):
+        method = kind(pool).fit(place.images)
+        yield Found(name, method.scores(place.queries), settings={"models": len(pool.masks)})
