@@ -36,6 +36,7 @@ UNITS = {
     "patches": "passes",
     "matches": "pairs of images",
     "ground truth": "passes",
+    "score files": "rows",
     "original": "passes",
     "retraining": "passes",
 }

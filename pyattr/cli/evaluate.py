@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from .evaluate_counterfactual import counterfactual
+from .evaluate_lds import lds
 
 commands = typer.Typer(
     no_args_is_help=True,
@@ -12,8 +13,4 @@ commands = typer.Typer(
     help="How well scores say what training without some images would have done.",
 )
 commands.command()(counterfactual)
-
-
-@commands.callback()
-def _group() -> None:
-    """So that a single command keeps its name."""
+commands.add_typer(lds, name="lds")

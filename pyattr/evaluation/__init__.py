@@ -14,8 +14,10 @@ from .frechet import frechet_distance
 from .ground_truth import GroundTruth, subsets
 from .lds import LDS, Interval, LDSDifference, lds, lds_difference
 from .leave_one_out import leave_one_out_masks
+from .scores import Scores
 from .subset_models import build_ground_truth
 from .tail_patch import TailPatch, tail_patch
+from .tuning import Tuned, tune_on_split, two_folds
 
 __all__ = [
     "LDS",
@@ -34,8 +36,10 @@ __all__ = [
     "LDSDifference",
     "PairedComparison",
     "Principal",
+    "Scores",
     "Share",
     "TailPatch",
+    "Tuned",
     "agreement",
     "build_ground_truth",
     "change_sizes",
@@ -61,4 +65,6 @@ __all__ = [
     "share",
     "subsets",
     "tail_patch",
+    "tune_on_split",
+    "two_folds",
 ]

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,15 +92,16 @@ class GroundTruth:
         Raises:
             ValueError: a query is not among those of the pool, or these are unknown.
         """
+        return self.rows_of(query_hashes(queries, op), op)
+
+    def rows_of(self, hashes: Sequence[str], op: str) -> np.ndarray:
+        """:meth:`rows` of queries that are known by what identifies them, see :func:`image_hashes`."""
         if self.queries is None:
             raise ValueError(f"{op}: pool must say which queries it has the losses of, got one that does not")
-        if isinstance(queries, Samples):
-            queries = with_conditions(queries.images, queries.conditions)
-        found = image_hashes(as_examples(queries, op, "queries"))
         places, met, rows = {}, Counter(), []
         for row, query in enumerate(self.queries):
             places.setdefault(query, []).append(row)
-        for number, query in enumerate(found):
+        for number, query in enumerate(hashes):
             if met[query] == len(places.get(query, ())):
                 raise ValueError(
                     f"{op}: queries must be among those of the pool, in their dtype; number {number} is not"
@@ -153,6 +155,17 @@ def image_hashes(images: Examples) -> list[str]:
     if not conditions:
         return [tensors_hash({"image": image}) for image in images]
     return [tensors_hash({"image": image, "condition": c}) for image, c in zip(images, *conditions, strict=True)]
+
+
+def query_hashes(queries, op: str) -> list[str]:
+    """:func:`image_hashes` of queries as methods take them, or of Samples.
+
+    Raises:
+        TypeError, ValueError: they are no images.
+    """
+    if isinstance(queries, Samples):
+        queries = with_conditions(queries.images, queries.conditions)
+    return image_hashes(as_examples(queries, op, "queries"))
 
 
 def subsets(
