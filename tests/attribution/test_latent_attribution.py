@@ -105,8 +105,9 @@ def test_from_a_folder_to_scores(folder, run, examples, tmp_path):
     latent.save_lora(tmp_path / "lora", model)
     again = latent.load(folder, PROMPTS, lora=tmp_path / "lora")
     seen = []
-    kept = {"directory": tmp_path / "square", "progress": lambda *news: seen.append(news)}
-    method = DTRAK(again, again.schedule, **kept, **options).fit(examples)
+    method = DTRAK(
+        again, again.schedule, directory=tmp_path / "square", progress=lambda *news: seen.append(news), **options
+    ).fit(examples)
     torch.testing.assert_close(method.scores(queries), made[DTRAK], rtol=0, atol=0)
     assert (0, 6, "features") not in seen and (6, 6, "features") in seen
 
