@@ -64,7 +64,8 @@ def read(unet: nn.Module, path: str | os.PathLike) -> None:
     try:
         attach_to(unet)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"latent.load: {path} does not fit the U-Net: {error}") from error
+        told = " ".join(str(error).split())  # torch's is of several lines
+        raise ValueError(f"latent.load: {path} does not fit the U-Net: {told}") from error
     _train_lora_alone(unet)
     held = len(package("peft").get_peft_model_state_dict(unet, adapter_name=_ADAPTER))
     if held != given:
