@@ -123,7 +123,7 @@ def patches(place: Workplace) -> Iterator[Found]:
 
 def of_gradients(place: Workplace, timesteps: int) -> Iterator[Found]:
     """Every method of the gradients of one network, and over its checkpoints."""
-    told = {"timesteps": timesteps, "proj_dim": DIM}
+    told = {"timesteps": timesteps, "D": DIM}
     simple = place.options(timesteps, "simple")
     for kind, name in ((GradientDot, "gradient dot"), (GradientCosine, "gradient cosine")):
         yield Found(name, kind(place.model, SCHEDULE, **simple).fit(place.images).scores(place.queries), settings=told)
@@ -146,7 +146,7 @@ def _journey(place: Workplace, timesteps: int) -> Found:
     """Of the generated queries alone."""
     samples = build.sampled(place.problem, "trajectory", place.progress)
     method = JourneyTRAK(place.model, SCHEDULE, **place.options(timesteps, "simple")).fit(place.images)
-    found = place.damped(method, "Journey TRAK", samples, timesteps=timesteps, proj_dim=DIM)
+    found = place.damped(method, "Journey TRAK", samples, timesteps=timesteps, D=DIM)
     return Found(
         found.name,
         found.scores,
