@@ -54,7 +54,7 @@ class Found:
     scores: Tensor
     grid: Callable[[], Iterable[tuple[float, Tensor]]] | None = None
     signed: bool = True
-    queries: slice = slice(None)
+    queries: slice = field(default_factory=lambda: slice(None))
     settings: dict = field(default_factory=dict)
 
 
@@ -111,7 +111,7 @@ def similarities(place: Workplace) -> Iterator[Found]:
         place.images, place.labels, path=place.work / "classifier.safetensors", progress=place.progress
     )
     for similarity in ("dot", "cosine"):
-        method = CLIPSimilarity(classifier.extractor(), similarity).fit(place.images)
+        method = CLIPSimilarity(classifier.extractor, similarity).fit(place.images)
         yield Found(f"classifier features, {similarity}", method.scores(place.queries))
 
 

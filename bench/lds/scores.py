@@ -16,13 +16,13 @@ from . import problem as settings
 from .methods import Found, Workplace
 from .problem import Problem
 
-AUTOMATIC, TUNED = "automatic", "tuned on other queries"
+TUNED = "tuned on other queries"
 
 
-def parts() -> dict[str, slice]:
+def parts() -> tuple[slice, slice]:
     """Where validation images and generated ones stand among the queries."""
     last = settings.VALIDATION + settings.GENERATED
-    return {"validation": slice(0, settings.VALIDATION), "generated": slice(settings.VALIDATION, last)}
+    return slice(0, settings.VALIDATION), slice(settings.VALIDATION, last)
 
 
 def write(problem: Problem, work: Path, groups: list[str], progress: Progress) -> None:
@@ -42,11 +42,7 @@ def write(problem: Problem, work: Path, groups: list[str], progress: Progress) -
             if found.grid is None:
                 kinds = {"": (found.scores, told)}
             else:
-                tuned, chosen = tuned_scores(found, truth)
-                kinds = {
-                    "": (found.scores, {**told, "lambda chosen": AUTOMATIC}),
-                    "-tuned": (tuned, {**told, "lambda": chosen, "lambda chosen": TUNED}),
-                }
+                kinds = {"": (found.scores, told), "-tuned": (tuned_scores(found, truth), {**told, "lambda": TUNED})}
             for ending, (scores, record) in kinds.items():
                 name = found.name + (", tuned" if ending else "")
                 Scores.of(name, scores, place.images, queries, signed=found.signed, settings=record).save(
@@ -54,28 +50,23 @@ def write(problem: Problem, work: Path, groups: list[str], progress: Progress) -
                 )
 
 
-def tuned_scores(found: Found, truth: GroundTruth) -> tuple[Tensor, dict[str, list[float]]]:
-    """The scores of each half of the validation (or generated) queries at the lambda that is best for the other half.
-
-    Returns:
-        [Q, N], and the two lambdas of each kind of query: for the first fold, for the second.
-    """
+def tuned_scores(found: Found, truth: GroundTruth) -> Tensor:
+    """The scores of half of the validation (or generated) queries at the lambda that is best for the other half, [Q, N]."""
     outputs = truth.outputs()[:, found.queries]
     rows = np.arange(truth.losses.shape[4])[found.queries]
-    scores, chosen = torch.empty_like(found.scores), {}
-    for name, part in parts().items():
+    scores = torch.empty_like(found.scores)
+    for part in parts():
         inside = np.isin(rows, np.arange(len(truth.query_ids))[part])
         if not inside.any():
             continue
         grid = ((value, matrix[torch.from_numpy(inside)]) for value, matrix in found.grid())
         tuned = tune_on_split(grid, truth.masks, outputs[:, inside])
-        chosen[name] = [float(value) for value in tuned.chosen]
         for value, matrix in found.grid():
             for fold, best in enumerate(tuned.chosen):
                 if value == best:
                     mine = np.flatnonzero(inside)[tuned.folds == fold]
                     scores[mine] = matrix[mine]
-    return scores, chosen
+    return scores
 
 
 def _methods(place: Workplace, group: str) -> Iterator[Found]:
