@@ -32,6 +32,7 @@ def write(problem: Problem, work: Path, groups: list[str], progress: Progress) -
         groups: "similarity", "patches", "retrained", or a number of timesteps: the methods of gradients.
     """
     place = Workplace(problem, work, progress)
+    place.work.mkdir(parents=True, exist_ok=True)
     truth = GroundTruth.open(problem.folder / "evaluation.safetensors")
     folder = problem.folder / "scores"
     folder.mkdir(exist_ok=True)

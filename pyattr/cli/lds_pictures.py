@@ -63,11 +63,14 @@ def _best(rows: Sequence[Row]) -> list[Row]:
 
 
 def _bars(board: Scoreboard, rows: Sequence[Row]) -> tuple[dict[str, Mapping[str, LDS]], str]:
-    told, note = distinguishing(rows), ""
+    note = ""
     if len(rows) > BARS:
         rows = [row for readout in board.readouts for row in _best([row for row in rows if row.readout == readout])]
         note = "of each method the best settings, chosen by these numbers"
     several = len(board.readouts) > 1
+    told: dict[str, str] = {}
+    for method in {row.method for row in rows}:
+        told |= distinguishing([row for row in rows if row.method == method])
     bars: dict[str, Mapping[str, LDS]] = {}
     for row in rows:
         words = [row.readout] if several else []

@@ -134,18 +134,21 @@ class Scoreboard:
 
 
 def distinguishing(rows: Sequence[Row], *, but: str | None = None) -> dict[str, str]:
-    """By the names of rows, the settings in which they are not all alike, in words; with how a value was tuned.
+    """By the names of rows, the settings in which those that have them are not all alike, in words; with how a value was tuned.
 
     Args:
         rows: any.
         but: a setting that is left out.
     """
-    told = {row.name: [(name, _word(value)) for name, value in row.settings.items() if name != but] for row in rows}
-    common = set.intersection(*map(set, told.values())) if len(told) > 1 else set()
+    told = {row.name: {key: _word(value) for key, value in row.settings.items() if key != but} for row in rows}
+    values: dict[str, set[str]] = {}
+    for settings in told.values():
+        for key, word in settings.items():
+            values.setdefault(key, set()).add(word)
     tuned = {row.name: [row.tuned] if row.tuned else [] for row in rows}
     return {
-        name: ", ".join([*("=".join(item) for item in items if item not in common), *tuned[name]])
-        for name, items in told.items()
+        name: ", ".join([*(f"{key}={word}" for key, word in settings.items() if len(values[key]) > 1), *tuned[name]])
+        for name, settings in told.items()
     }
 
 
