@@ -5,6 +5,7 @@ python -m bench.lds main cifar2 --work FOLDER
 python -m bench.lds evaluation cifar2 --work FOLDER
 python -m bench.lds retraining cifar2 --work FOLDER
 python -m bench.lds scores cifar2 --work FOLDER
+python -m bench.lds tables cifar2
 """
 
 import argparse
@@ -15,10 +16,10 @@ from rich.console import Console
 
 from pyattr.cli.display import Display
 
-from . import build, scores
+from . import build, scores, tables
 from .problem import PROBLEMS
 
-STAGES = ("draw", "main", "evaluation", "retraining", "scores")
+STAGES = ("draw", "main", "evaluation", "retraining", "scores", "tables")
 GROUPS = ("similarity", "patches", "10", "100", "retrained")
 
 
@@ -32,13 +33,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that train, a thread each")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="of methods (scores)")
     given = parser.parse_args()
-    wanted = "data" if given.stage == "draw" else "work"
-    if getattr(given, wanted) is None:
+    wanted = {"draw": "data", "tables": None}.get(given.stage, "work")
+    if wanted and getattr(given, wanted) is None:
         parser.error(f"{given.stage} needs --{wanted}")
     problem = PROBLEMS[given.problem]
     with Display(Console()) as display:
         if given.stage == "draw":
             build.draw(problem, given.data)
+        elif given.stage == "tables":
+            tables.update(problem)
         elif given.stage == "main":
             build.main_model(problem, given.work / problem.name, display.progress)
         elif given.stage == "scores":
