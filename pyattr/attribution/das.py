@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.conditioned import as_examples
+from ..diffusion.conditioned import Examples, as_examples, check_conditions
 from ..diffusion.images import evaluating
 from ..diffusion.schedule import Schedule
 from .trak import TRAK
@@ -82,6 +82,7 @@ class DAS(TRAK):
     def fit(self, train) -> "DAS":
         """As :meth:`TRAK.fit`; with ``residuals`` the losses of the training images are computed too, and kept in memory."""
         train = as_examples(train, type(self).__name__, "train")
+        check_conditions(self.model, train, type(self).__name__, "train")
         errors = self._residuals(train) if self.residuals and len(train) else None
         super().fit(train)
         self._errors = errors
@@ -106,7 +107,7 @@ class DAS(TRAK):
             values /= 1 - self._kernel.leverages(lambda_).cpu()
         return (values.square_() if self.squared else values).float()
 
-    def _residuals(self, train: Tensor) -> Tensor:  # [N]
+    def _residuals(self, train: Examples) -> Tensor:  # [N]
         parts = []
         with evaluating(self.model):
             for ids in torch.arange(len(train)).split(self.batch_size):

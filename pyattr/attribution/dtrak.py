@@ -14,7 +14,7 @@ class DTRAK(TRAK):
     that a positive score marks a proponent is therefore taken over from :class:`TRAK`, and is what the published evaluation
     assumes and confirms. It is an empirical fact, not a derivation.
 
-    lambda is in the units of ``Phi^T Phi``; published values for D = 32768 lie between 500 and 5000.
+    lambda is in the units of ``Phi^T Phi``; published values for D = 32768 lie between 100 and 5000.
 
     Args, attributes, errors: as in :class:`TRAK`. With ``feature=Loss("interpolate", eta)`` it moves from half of TRAK's
     gradient (eta = 1/2) to its own (eta = 1).

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.conditioned import Examples, as_examples, contents
+from ..diffusion.conditioned import Examples, as_examples, contents, separate
 from ..diffusion.features import FeatureMap, Features
 from ..diffusion.noise import PROBES, noise
 from ..diffusion.schedule import Schedule
@@ -41,14 +41,13 @@ class ProbeMap(FeatureMap):
     def _function(self):
         return functools.partial(_along, scale=len(self._times()) ** 0.5)
 
-    def _rows(self, x: Tensor, ids: Tensor, which: slice) -> dict[str, Tensor]:
+    def _rows(self, x: Examples, ids: Tensor, which: slice) -> dict[str, Tensor]:
         batch = super()._rows(x, ids, which)
         shape, times, draws = batch["noise"].shape[2:], self._times()[which], self._draws()[which]
-        random = noise(shape, seed=self.noise_seed, ids=ids[:, None], timesteps=times, draws=draws, purpose=PROBES).to(
-            x
-        )
-        row = _hadamard_row(self.probe, shape.numel()).to(x).view(shape)
-        batch["noise"] = torch.where(random < 0, -row, row)
+        random = noise(shape, seed=self.noise_seed, ids=ids[:, None], timesteps=times, draws=draws, purpose=PROBES)
+        images, _ = separate(x)
+        row = _hadamard_row(self.probe, shape.numel()).to(images).view(shape)
+        batch["noise"] = torch.where((random < 0).to(row.device), -row, row)
         return batch
 
 
@@ -140,8 +139,7 @@ class ProbedDAS(TRAK):
         rows = self._along_probes(self.train_probes, self.feature_map, images, torch.arange(len(images)), "train")
         rows = rows.flatten(0, 1) / self.train_probes**0.5  # [L N, D]
         self.progress(0, 1, "eigendecomposition")
-        self._kernel = CrossKernel(Features.from_tensor(rows, torch.arange(len(rows))), found[0], self.device)
-        self._choose_lambda()
+        self._take(CrossKernel(Features.from_tensor(rows, torch.arange(len(rows))), found[0], self.device))
         self.progress(1, 1, "eigendecomposition")
 
     def _grid(self, queries, lambdas: Iterable[float | None], ids) -> Iterator[tuple[float, Tensor]]:

@@ -25,7 +25,7 @@ class TRAK(GradientMethod):
     a proponent. No conversion is needed.
 
     lambda is in the units of the unnormalised projected Gram matrix ``Phi^T Phi``: its published values for D = 32768 and
-    10 timesteps lie between 10 and 5000. Sums over training images, not means, so it grows with D and with the scale of f.
+    10 timesteps lie between 5 and 2000. Sums over training images, not means, so it grows with D and with the scale of f.
     Where none is given it is the one at which the effective dimension sum_i w_i / (w_i + lambda), w the eigenvalues, is a
     quarter of their number: ``docs/attribution.md`` says why, and what that choice does not know.
 
@@ -70,13 +70,13 @@ class TRAK(GradientMethod):
     def _prepare(self, found: list[Features]) -> None:
         self.progress(0, 1, "eigendecomposition")
         kernel = DampedKernel if self.solve_dtype == torch.float64 else Float32Kernel
-        self._kernel = kernel(found[0], self.device)
-        self._choose_lambda()
+        self._take(kernel(found[0], self.device))
         self.progress(1, 1, "eigendecomposition")
 
-    def _choose_lambda(self) -> None:
-        self.eigenvalues = self._kernel.eigenvalues
-        self.lambda_ = choose_lambda(self.eigenvalues, self._asked_lambda)
+    def _take(self, kernel: DampedKernel) -> None:
+        """Use a kernel, once there is a lambda for it: where there is none, what was fitted before stays whole."""
+        lambda_ = choose_lambda(kernel.eigenvalues, self._asked_lambda)
+        self._kernel, self.eigenvalues, self.lambda_ = kernel, kernel.eigenvalues, lambda_
 
     def scores(self, queries, *, lambda_: float | None = None, ids=None) -> Tensor:
         """Scores of all training images for each query; positive = proponent.

@@ -153,7 +153,7 @@ class FeatureMap:
         return total
 
     @torch.no_grad()
-    def mean_loss(self, model: nn.Module, images: Tensor, ids: Tensor, *, timesteps_per_pass: int = 32) -> Tensor:
+    def mean_loss(self, model: nn.Module, images: Examples, ids: Tensor, *, timesteps_per_pass: int = 32) -> Tensor:
         """The training loss ``mean (e - eps)^2`` of a batch, averaged over the timesteps and the noise of its features.
 
         Args:

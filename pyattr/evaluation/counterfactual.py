@@ -15,7 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.checkpoint import checkpoints, identity, load_model
-from ..diffusion.images import as_images, evaluating
+from ..diffusion.conditioned import (
+    Conditioned,
+    as_examples,
+    check_conditions,
+    examples_hash,
+    pack,
+    separate,
+    unpack,
+    with_conditions,
+)
+from ..diffusion.guidance import Guided
+from ..diffusion.images import evaluating
 from ..diffusion.members import PACE, Recipe, check_importable, check_model, training_options
 from ..diffusion.progress import Progress, silent
 from ..diffusion.sampling import Samples, sample
@@ -58,6 +69,10 @@ class _Plan:
     def sampling(self) -> dict:
         return self.settings["sampling"]
 
+    def sampler(self, model: nn.Module) -> nn.Module:
+        """What makes samples of a model as the queries were made."""
+        return Guided(model, self.settings["guidance"]) if "guidance" in self.settings else model
+
     def name(self, task: int) -> str:
         return "the model of all images" if task == ORIGINAL else f"model {task}"
 
@@ -91,7 +106,7 @@ class _Plan:
 
     def __call__(self, task: int, shared: dict[str, Tensor], tell: Callable[[int], None]) -> None:
         """Train a model, make its samples and take its losses, and keep them."""
-        images, folder = shared["images"], self.training_folder(task)
+        images, folder = unpack(shared, "images"), self.training_folder(task)
         if task != ORIGINAL:
             images = images[torch.from_numpy(~self.removed[task]).to(images.device)]
         model = self.recipe.train(0, images, folder, lambda done, _total, _stage: tell(done * self._step()))
@@ -104,23 +119,31 @@ class _Plan:
         """What the file of a task holds: the losses [F, E, q] of its queries, and their samples; of the original, its weights'
         hash in place of them."""
         done, losses, samples = self._training(), [], []
+        queries = unpack(shared, "queries")
         for row in self._rows(task):
             # One by one, so that no query's bits depend on which others had their model in common with it.
             one = slice(row, row + 1)
-            ids, begin = shared["ids"][one], done
+            query, ids, begin = queries[one], shared["ids"][one], done
             with evaluating(model):
                 losses.append(
                     self.losses(
                         model,
                         self.recipe.schedule,
-                        shared["queries"][one],
+                        query,
                         ids,
                         lambda now, begin=begin: tell(begin + now),
                     )
                 )
             done += self.losses.timesteps * self.losses.num_noises
             if task != ORIGINAL:
-                made = sample(model, self.recipe.schedule, ids=ids, shape=self.shape, **self.sampling)
+                made = sample(
+                    self.sampler(model),
+                    self.recipe.schedule,
+                    ids=ids,
+                    conditions=separate(query)[1],
+                    shape=self.shape,
+                    **self.sampling,
+                )
                 samples.append(made.images)
                 done += self.sampling["steps"]
             tell(done)
@@ -174,8 +197,10 @@ def counterfactual(
         directory: where all of it lies; created when it is missing.
         model: builds the network that made the queries, without arguments, from torch's random state; or a preset of
             :func:`pyattr.diffusion.unet`.
-        images: the training images, [N, C, H, W] uint8, or floating point in [-1, 1].
-        queries: :class:`~pyattr.diffusion.Samples` of the model that the recipe trains on all images, on this machine.
+        images: the training images, [N, C, H, W] uint8, or floating point in [-1, 1]; for a conditional model
+            :class:`~pyattr.diffusion.Conditioned`.
+        queries: :class:`~pyattr.diffusion.Samples` of the model that the recipe trains on all images, on this machine; guided
+            ones are made again with that guidance.
         scores: names of methods to [Q, N] scores, the larger the sooner removed; no NaN.
         schedule: of the diffusion.
         remove: m, or several, in [1, N).
@@ -207,7 +232,7 @@ def counterfactual(
 
     Source: the counterfactual evaluation of Zheng et al., ICLR 2024 (D-TRAK), and of NDA: 1,000 images removed, 60 samples.
     """
-    images = as_images(images, _OP, "images")
+    images = as_examples(images, _OP, "images")
     if not isinstance(queries, Samples):
         raise TypeError(f"{_OP}: queries must be Samples, which know their noise, got {type(queries).__name__}")
     if queries.images.shape[1:] != images.shape[1:] or len(queries) == 0:
@@ -237,7 +262,14 @@ def counterfactual(
     if workers > 1:
         check_importable(recipe)
     shape = tuple(images.shape[1:])
-    start = identity(recipe.build(0, shape))
+    mirrored = images.mirrored if options["flip"] and isinstance(images, Conditioned) else None
+    initial = recipe.build(0, shape)
+    check_conditions(initial, images, _OP, "images")
+    asked = with_conditions(queries.images, queries.conditions)
+    check_conditions(initial, asked, _OP, "queries")
+    if "guidance" in made:
+        Guided(initial, made["guidance"])  # raises where the model cannot be guided
+    start = identity(initial)
     trained = {name: value for name, value in options.items() if name not in PACE}
     settings = {
         "kind": "retrained",
@@ -247,13 +279,18 @@ def counterfactual(
         "training": {**trained, "seed": seed},
         "losses": dataclasses.asdict(losses),
         "sampling": {name: made[name] for name in _SAMPLING},
-        "images": data_hash(images),
+        "images": examples_hash(images),
+        **({"guidance": made["guidance"]} if "guidance" in made else {}),
+        **({"mirrored": data_hash(mirrored)} if mirrored is not None else {}),
     }
     methods, removed = _removed(scores, counts, queries.ids.numpy(), together, control_seed)  # [A, R, Q, N]
     sets, rows, place = _distinct(removed)
-    known = tuple(tensors_hash({"image": x, "id": i}) for x, i in zip(queries.images, queries.ids, strict=True))
+    parts = {"image": queries.images, "id": queries.ids}
+    if queries.conditions is not None:
+        parts["condition"] = queries.conditions
+    known = tuple(tensors_hash({name: part[q] for name, part in parts.items()}) for q in range(len(queries)))
     plan = _Plan(recipe, losses, sets, rows, Path(directory), settings, known, shape)
-    shared = {"images": images, "queries": queries.images, "ids": queries.ids}
+    shared = {**pack(images, "images"), **pack(asked, "queries"), "ids": queries.ids}
     if reference is not None:
         original = _read_reference(plan, reference, shared, trained, made, progress)
     else:
@@ -330,7 +367,8 @@ def _read_reference(
         raise ValueError(f"{_OP}: reference {folder} holds no checkpoint of step {steps}, the last of the recipe")
     start = {f"initial {name}": value for name, value in plan.settings["initial"].items()}
     wanted = {**trained, "seed": recipe.seed, "schedule": plan.settings["schedule"], **start}
-    differ = differences(load_record(path)["settings"], {**wanted, "images": plan.settings["images"]})
+    data = {name: plan.settings[name] for name in ("images", "mirrored") if name in plan.settings}
+    differ = differences(load_record(path)["settings"], {**wanted, **data})
     if differ:
         raise ValueError(f"{_OP}: reference {folder} holds a model that was trained by another recipe: {differ}")
     model = load_model(path, into=recipe.build(0, plan.shape))

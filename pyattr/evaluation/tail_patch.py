@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.images import as_images, evaluating, predict_noise, reference_parameter, to_unit
+from ..diffusion.conditioned import Examples, as_examples, check_conditions, separate, with_conditions
+from ..diffusion.images import evaluating, predict_noise, reference_parameter, to_unit
 from ..diffusion.progress import Progress, silent
 from ..diffusion.sampling import Samples
 from ..diffusion.schedule import Schedule, check_schedule
@@ -71,8 +72,10 @@ def tail_patch(
     Args:
         model: trained; evaluated in eval mode. Its weights are those of before when this ends, however it ends.
         schedule: of the diffusion.
-        images: the training images, [N, C, H, W] uint8, or floating point in [-1, 1].
-        queries: [Q, C, H, W] likewise, or :class:`~pyattr.diffusion.Samples`.
+        images: the training images, [N, C, H, W] uint8, or floating point in [-1, 1]; for a conditional model
+            :class:`~pyattr.diffusion.Conditioned`.
+        queries: [Q, C, H, W] likewise, or :class:`~pyattr.diffusion.Samples`. The losses of guided ones are those of the model
+            itself.
         scores: names of methods to [Q, N] scores, positive = proponent; no NaN. Of equal ones the first counts as larger.
         learning_rate: eta of plain gradient descent, without the moments and the decay of the training.
         top: k, in [1, N].
@@ -96,10 +99,14 @@ def tail_patch(
     Source: Chang et al., "Scalable Influence and Fact Tracing for Large Language Model Pretraining", ICLR 2025, the tail-patch
     score, with the loss in place of a text's probability.
     """
-    images = as_images(images, _OP, "images")
+    images = as_examples(images, _OP, "images")
     if isinstance(queries, Samples):
-        queries, query_ids = queries.images, queries.ids if query_ids is None else query_ids
-    queries = as_images(queries, _OP, "queries")
+        query_ids = queries.ids if query_ids is None else query_ids
+        queries = with_conditions(queries.images, queries.conditions)
+    else:
+        queries = as_examples(queries, _OP, "queries")
+    check_conditions(model, images, _OP, "images")
+    check_conditions(model, queries, _OP, "queries")
     query_ids = torch.arange(len(queries)) if query_ids is None else torch.as_tensor(query_ids, dtype=torch.int64)
     if query_ids.shape != queries.shape[:1] or len(query_ids.unique()) != len(query_ids):
         raise ValueError(
@@ -137,7 +144,7 @@ def tail_patch(
         different = np.unique(proponents)
         for done, n in enumerate(different):
             progress(done, len(different), "tail patch")
-            with step.taken(int(n), images[int(n)]):
+            with step.taken(int(n), images[int(n) : int(n) + 1]):
                 for q in np.flatnonzero((proponents == n).any((0, 2))):
                     gains[:, q][proponents[:, q] == n] = before[q] - loss_of(q)
         progress(len(different), len(different), "tail patch")
@@ -154,8 +161,8 @@ class _Step:
         self.like = reference_parameter(model, _OP)
 
     @contextmanager
-    def taken(self, number: int, image: Tensor) -> Iterator[None]:
-        """The model after the steps, inside a `with`."""
+    def taken(self, number: int, image: Examples) -> Iterator[None]:
+        """The model after the steps on one image, [1, C, H, W], inside a `with`."""
         kept = [p.detach().clone() for p in self.parameters]
         try:
             for step in range(self.steps):
@@ -166,13 +173,15 @@ class _Step:
                 for p, before in zip(self.parameters, kept, strict=True):
                     p.copy_(before)
 
-    def _descend(self, step: int, number: int, image: Tensor) -> None:
+    def _descend(self, step: int, number: int, image: Examples) -> None:
         rng = np.random.Generator(np.random.Philox(key=[self.seed, _STEP], counter=[0, 0, step, number]))
-        x = to_unit(image[None], self.like).expand(len(self.times), -1, -1, -1)  # [K, C, H, W]
+        image, condition = separate(image)  # [1, C, H, W], [1]
+        x = to_unit(image, self.like).expand(len(self.times), -1, -1, -1)  # [K, C, H, W]
+        told = () if condition is None else (condition.to(x.device).expand(len(x)),)
         eps = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32)).to(x)
         with torch.enable_grad():
             noisy = self.schedule.add_noise(x, eps, self.times)
-            loss = (predict_noise(self.model, noisy, self.times.to(x.device)) - eps).square().mean()
+            loss = (predict_noise(self.model, noisy, self.times.to(x.device), *told) - eps).square().mean()
             gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         with torch.no_grad():
             for p, gradient in zip(self.parameters, gradients, strict=True):

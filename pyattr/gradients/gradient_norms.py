@@ -14,6 +14,7 @@ from .plan import Planner
 from .project import GIB, split
 
 SAFE = 1e-12, 1e12  # of a float32 norm: no square on the way to it was lost or too large
+_PIECE = 1 << 16  # squares that are summed in float32: one sum of millions would lose three digits more
 
 
 def gradient_norms(module: nn.Module, loss: Loss, batch, *, memory: int = 2 * GIB) -> Tensor:
@@ -28,8 +29,8 @@ def gradient_norms(module: nn.Module, loss: Loss, batch, *, memory: int = 2 * GI
         memory: bytes, as in `project_gradients`.
 
     Returns:
-        [B] float64, on the device of the parameters: squares are summed in float64, so that neither small nor large
-        gradients are lost; NaN where a gradient holds one.
+        [B] float64, on the device of the parameters, with a relative error of about 10^-6 where gradients are float32. Neither
+        small nor large gradients are lost; NaN where a gradient holds one.
 
     Raises:
         TypeError, ValueError: as in `per_sample_gradients`, and for a ``memory`` too small for one sample.
@@ -72,7 +73,9 @@ class _Squares:
 
     def _add(self, grads: Tensor):
         flat = grads.reshape(len(self.out), -1)
-        norms = torch.linalg.vector_norm(flat, dim=1)  # three times as fast as in float64
+        # Three times as fast as in float64.
+        pieces = [torch.linalg.vector_norm(piece, dim=1).double() for piece in flat.split(_PIECE, 1)]
+        norms = torch.linalg.vector_norm(torch.stack(pieces, 1), dim=1)
         if not ((norms > SAFE[0]) & (norms < SAFE[1])).all():
             norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
-        self.out += norms.double().square().to(self.out.device)
+        self.out += norms.square().to(self.out.device)

@@ -5,6 +5,7 @@ from scipy.stats import spearmanr
 
 from pyattr.attribution import DTRAK, QUERY_IDS, TRAK
 from pyattr.diffusion import Loss, Samples, Schedule, noise, sample, train, unet
+from pyattr.diffusion.features import FeatureMap
 
 SETTINGS = {"proj_dim": 16, "num_timesteps": 3, "seed": 5, "noise_seed": 2, "lambda_": 0.7}
 
@@ -242,3 +243,13 @@ def test_float32_solves(linear_net, schedule, images):
         ValueError, match=r"TRAK: solve_dtype must be torch.float32 or torch.float64, got torch.float16"
     ):
         TRAK(model, schedule, solve_dtype=torch.float16)
+
+
+def test_a_fit_that_fails_leaves_the_one_before(linear_net, schedule, images, monkeypatch):
+    method = TRAK(linear_net(4), schedule, num_timesteps=2, proj_dim=16).fit(images)
+    before, lambda_ = method.scores(images[:2]), method.lambda_
+    batch = FeatureMap.batch
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="every feature of the training images is zero"):
+        patch.setattr(FeatureMap, "batch", lambda *given, **others: batch(*given, **others) * 0)
+        method.fit(images[:5])
+    assert torch.equal(method.scores(images[:2]), before) and method.lambda_ == lambda_

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyattr.attribution import DTRAK, EmpiricalInfluence, JourneyTRAK, RawPixel, TracInCP
+from pyattr.attribution import DAS, DTRAK, EmpiricalInfluence, JourneyTRAK, ProbedDAS, RawPixel, TracInCP
 from pyattr.diffusion import Conditioned, Guided, Samples, Schedule, checkpoints, features, sample, train
 from pyattr.diffusion.features import FeatureMap
 from pyattr.evaluation import build_ground_truth
@@ -61,6 +61,20 @@ def test_features_are_those_of_each_condition(images):
         rows = conditions == condition
         torch.testing.assert_close(mixed[rows], alone[rows])
         assert not torch.isclose(mixed[~rows], alone[~rows]).all(1).any()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(DAS, {"residuals": True, "leverage": True}), (ProbedDAS, {"probes": 2}), (DTRAK, {"normalize": True})],
+)
+def test_scores_are_those_of_the_condition(images, method, options):
+    options = {"num_timesteps": 3, "proj_dim": 16, "lambda_": 0.5, **options}
+    examples = Conditioned(images, [1] * 6)
+    told = method(build(), Schedule(), **options).fit(examples)
+    plain = method(build(Knowing), Schedule(), **options).fit(images)
+    torch.testing.assert_close(told.scores(examples[:2]), plain.scores(images[:2]))
+    other = told.scores(Conditioned(images[:2], [0, 0]))
+    assert not torch.isclose(other, plain.scores(images[:2]), rtol=1e-3).all(1).any()
 
 
 def test_features_on_disk_are_known_by_their_conditions(images, tmp_path):
@@ -277,6 +291,8 @@ def test_bad_uses(images):
         sample(build(), Schedule(), num_images=1, shape=(1, 4, 4))
     with pytest.raises(ValueError, match=r"conditions must be 2, one for each image, got shape \[1\]"):
         sample(build(), Schedule(), num_images=2, conditions=[0], shape=(1, 4, 4))
+    with pytest.raises(TypeError, match="DAS: train must be Conditioned, for a model that takes conditions"):
+        DAS(build(), Schedule(), residuals=True).fit(images)
     with pytest.raises(ValueError, match=r"DTRAK: train must have shape \[N, C, H, W\], got \[6, 1, 1, 4, 4\]"):
         DTRAK(build(), Schedule()).fit(Conditioned(images[:, None], [0] * 6))
 

@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from peft import LoraConfig, get_peft_model
 from tiny_pipeline import LENGTH, SIZE, save_pipeline
 
+from pyattr.attribution import DTRAK
 from pyattr.diffusion import DamagedFileError, Guided, ScaledLinearSchedule, Schedule, latent, load_model, sample, train
 from pyattr.diffusion.checkpoint import identity
 
@@ -235,6 +236,17 @@ def test_identity_sees_everything(folder):
     found = [identity(model) for model in (*made, other_prompts, other_base, frozen)]
     assert len({json.dumps(one) for one in found}) == len(found)
     assert identity(Guided(made[0], 2.0)) == {**found[0], "guidance": 2.0}
+
+
+def test_weights_that_no_checkpoint_would_hold_are_not_trained(folder, images):
+    model = load(folder)
+    model.unet.conv_in.weight.requires_grad_(True)
+    examples = latent.Codec(folder).encode(images, [0] * 5)
+    message = r"LatentModel: no weights but LoRA's may take a gradient, got unet\.conv_in\.weight"
+    with pytest.raises(ValueError, match=message):
+        train(model, examples, schedule=model.schedule, steps=1)
+    with pytest.raises(ValueError, match=message):
+        DTRAK(model, model.schedule, num_timesteps=1, proj_dim=4).fit(examples)
 
 
 def test_a_state_of_something_else_is_refused(folder):

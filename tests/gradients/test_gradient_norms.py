@@ -57,3 +57,13 @@ def test_values_that_are_not_finite_stay_with_their_sample():
     batch[2, 0, 0, 0] = float("nan")
     got = gradient_norms(module, squares, batch)
     assert got.isnan().tolist() == [False, False, True, False]
+
+
+def test_a_large_layer_loses_no_digits():
+    """||errs acts^T|| = ||errs|| ||acts||, of four million squares."""
+    module = nn.Linear(2000, 2000, bias=False)
+    inputs, direction = torch.rand(2, 2000), torch.rand(2000)
+    with torch.no_grad():
+        got = gradient_norms(module, lambda module, batch: (module(batch) * direction).sum(1), inputs, memory=1 << 27)
+    expected = torch.linalg.vector_norm(inputs.double(), dim=1) * torch.linalg.vector_norm(direction.double())
+    torch.testing.assert_close(got, expected, rtol=3e-6, atol=0)

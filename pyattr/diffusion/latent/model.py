@@ -70,7 +70,14 @@ class LatentModel(nn.Module):
         return signal * out + spread * latents
 
     def identity(self) -> dict:
-        """What tells it from other models; see :func:`pyattr.diffusion.checkpoint.identity`."""
+        """What tells it from other models; see :func:`pyattr.diffusion.checkpoint.identity`.
+
+        Raises:
+            ValueError: a weight that is not LoRA's takes a gradient: it would be trained, and be missing from the checkpoints.
+        """
+        others = [name for name, p in self.named_parameters() if p.requires_grad and not is_lora(name)]
+        if others:
+            raise ValueError(f"LatentModel: no weights but LoRA's may take a gradient, got {others[0]}")
         layers = {name: f"{type(module).__name__}({module.extra_repr()})" for name, module in self.unet.named_modules()}
         scales = {name: module.scaling for name, module in self.unet.named_modules() if hasattr(module, "scaling")}
         return {
