@@ -1,11 +1,14 @@
 """What retraining without the images that methods name did to samples, and how sure that is."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from ..diffusion.images import as_images, to_unit
 from ..diffusion.storage import load_tensors, save_tensors
 from .agreement import PairedComparison, compare_paired
 from .distances import check_extractor
@@ -111,7 +114,10 @@ class Counterfactuals:
 
     @property
     def l2(self) -> Effects:
-        """Euclidean norm of the difference of the images, pixels in [-1, 1] (twice :func:`~pyattr.evaluation.l2`)."""
+        """Euclidean norm of the difference of the images, pixels in [-1, 1] (twice :func:`~pyattr.evaluation.l2`).
+
+        Of latents, where these were not :meth:`decoded`.
+        """
         differences = (self.images.double() - self.originals.double()).flatten(3)
         return self._effects("L2", differences.norm(dim=3).numpy())
 
@@ -130,6 +136,25 @@ class Counterfactuals:
         after = after.unflatten(0, self.images.shape[:3])  # [A, R, Q, D]
         inner = (before * after).sum(3)
         return self._effects(f"{extractor.name} cosine", (inner / (before.norm(dim=1) * after.norm(dim=3))).numpy())
+
+    def decoded(self, decode: Callable[[Tensor], Tensor]) -> "Counterfactuals":
+        """The same with pictures in the place of latents, for :attr:`l2` and :meth:`cosine` as they are published.
+
+        Args:
+            decode: of latents [B, c, h, w] to pictures [B, C, H, W], as :meth:`pyattr.diffusion.latent.Codec.decode` is.
+
+        Raises:
+            TypeError, ValueError: what it returns is no pictures.
+
+        Extra memory: the pictures, in float32.
+        """
+
+        def pictures(latents: Tensor) -> Tensor:
+            found = as_images(decode(latents), "Counterfactuals", "decoded pictures")
+            return to_unit(found, torch.empty(0))
+
+        images = pictures(self.images.flatten(0, 2)).unflatten(0, self.images.shape[:3])
+        return replace(self, originals=pictures(self.originals), images=images)
 
     def loss_change(self, target: str = "simple") -> Effects:
         """Loss under the retrained model less that under the original one; positive: the removed images had helped.

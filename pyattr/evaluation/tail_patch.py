@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..diffusion.conditioned import Examples, as_examples, check_conditions, separate, with_conditions
 from ..diffusion.images import evaluating, predict_noise, reference_parameter, to_unit

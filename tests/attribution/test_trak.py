@@ -249,7 +249,10 @@ def test_a_fit_that_fails_leaves_the_one_before(linear_net, schedule, images, mo
     method = TRAK(linear_net(4), schedule, num_timesteps=2, proj_dim=16).fit(images)
     before, lambda_ = method.scores(images[:2]), method.lambda_
     batch = FeatureMap.batch
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="every feature of the training images is zero"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match="every feature of the training images is zero"),
+    ):
         patch.setattr(FeatureMap, "batch", lambda *given, **others: batch(*given, **others) * 0)
         method.fit(images[:5])
     assert torch.equal(method.scores(images[:2]), before) and method.lambda_ == lambda_

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyattr.diffusion import DamagedFileError, Schedule, sample, train
+from pyattr.diffusion import Conditioned, DamagedFileError, Guided, Schedule, sample, train
 from pyattr.diffusion.images import evaluating
 from pyattr.evaluation import Counterfactuals, Extractor, counterfactual
 from pyattr.evaluation.retrained import QueryLosses
@@ -41,6 +41,16 @@ class Net(nn.Module):
 
     def forward(self, images, timesteps):
         return self.last(self.drop(torch.tanh(self.first(images)))) * (1 + timesteps[:, None, None, None] / 10)
+
+
+class Told(Net):
+    """A network that a condition shifts; the last says nothing."""
+
+    num_conditions, unconditional = 2, 2
+
+    def forward(self, images, timesteps, conditions):
+        shifts = torch.tensor([-1.0, 2.0, 0.5])[conditions]
+        return super().forward(images + shifts[:, None, None, None], timesteps)
 
 
 class Mean(nn.Module):
@@ -349,6 +359,48 @@ def test_cosine_of_features_bears_their_name(made):
     np.testing.assert_allclose(cosine.of("random", 1)[1], expected, rtol=1e-5)
     with pytest.raises(TypeError, match="Counterfactuals: extractor must be an Extractor, got Flatten"):
         found.cosine(nn.Flatten())
+
+
+def test_a_guided_conditional_model(tmp_path):
+    examples = Conditioned(IMAGES, [0, 1, 0, 1, 0, 1], IMAGES.flip(3))
+    made_by = Guided(trained(examples, Told, folder=tmp_path / "reference", flip=True), 2.0)
+    asked = samples(made_by, conditions=[1, 0, 1])
+    given = {"model": Told, "images": examples, "flip": True, "reference": tmp_path / "reference"}
+    found = run(tmp_path / "made", asked, workers=2, **given)
+    kept = torch.tensor([0, 1, 3, 5])
+    assert removed_by(found, "first", 2, 2) == [2, 4]
+    model = trained(examples[kept], Told, flip=True)
+    assert torch.equal(samples(Guided(model, 2.0), [2], conditions=[1]).images[0], found.images[0, 0, 2])
+    losses = QueryLosses(3, 1, 0, found.targets, 2)
+    with evaluating(model):
+        expected = losses(model, SCHEDULE, Conditioned(asked.images[2:], [1]), torch.tensor([2]))
+    assert torch.equal(expected, found.losses[0, 0, ..., 2:])
+    assert_same(Counterfactuals.open(tmp_path / "made" / "counterfactuals.safetensors"), found)
+    # Another condition is another query, beside those that are there.
+    others = samples(made_by, conditions=[1, 1, 1])
+    again = run(tmp_path / "made", others, **given)
+    assert not torch.equal(again.images[:, :, 1], found.images[:, :, 1])
+    assert torch.equal(again.images[:2, :, 2], found.images[:2, :, 2])
+    with pytest.raises(
+        TypeError, match="counterfactual: images must be Conditioned, for a model that takes conditions"
+    ):
+        run(tmp_path / "plain", asked, model=Told)
+    with pytest.raises(TypeError, match="counterfactual: images must be plain images, for a model that takes no"):
+        run(tmp_path / "plain", asked, images=examples)
+
+
+def test_pictures_in_the_place_of_latents(made):
+    found, _ = made
+
+    def decode(latents):
+        return (latents.mean((2, 3), keepdim=True) * 10 + 128).to(torch.uint8).expand(-1, 3, 2, 2)
+
+    pictures = found.decoded(decode)
+    assert pictures.images.shape == (3, 2, 3, 3, 2, 2) and pictures.originals.shape == (3, 3, 2, 2)
+    levels = [decode(side[None]).flatten()[0].double() for side in (found.originals[1], found.images[2, 0, 1])]
+    expected = abs(float(levels[0] - levels[1])) / 127.5 * 12**0.5
+    np.testing.assert_allclose(pictures.l2.of("random", 1)[1], expected, atol=1e-5)
+    assert torch.equal(pictures.losses, found.losses)
 
 
 @pytest.mark.parametrize(

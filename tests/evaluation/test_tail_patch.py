@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 from torch import nn
 
-from pyattr.diffusion import Schedule
+from pyattr.diffusion import Conditioned, Samples, Schedule
 from pyattr.evaluation import lds, leave_one_out_masks, tail_patch
 
 SCHEDULE = Schedule(8, 1e-2, 0.4)
@@ -134,3 +134,35 @@ def test_lds_on_them_is_the_rank_correlation_with_leaving_one_out():
 def test_refusals_of_masks(arguments, error, message):
     with pytest.raises(error, match=f"leave_one_out_masks: {message}"):
         leave_one_out_masks(*arguments)
+
+
+class Told(Mean):
+    """The best denoiser of an image that the condition doubles."""
+
+    num_conditions = 2
+
+    def forward(self, images, timesteps, conditions):
+        abar = SCHEDULE.alphas_cumprod[timesteps][:, None, None, None]
+        mean = self.mean * (1 + conditions)[:, None, None, None]
+        return self.drop((images - abar.sqrt() * mean) / (1 - abar).sqrt())
+
+
+def test_conditions_of_images_and_queries_count():
+    conditions, asked = torch.tensor([1, 0, 1, 0]), torch.tensor([0, 1])
+    found = patch(Told(0.1), Conditioned(QUERIES, asked), images=Conditioned(IMAGES, conditions))
+    for q in range(2):
+        for k, n in enumerate(found.proponents[0, q]):
+            x, y = float(QUERIES[q].mean()), float(IMAGES[n].mean())
+            told, factor = 1 + int(conditions[n]), 1 + int(asked[q])
+            mean = 0.1 - 0.01 * 2 / 4 * ratio(2) * told * (told * 0.1 - y)
+            gain = ratio(4) * ((x - factor * 0.1) ** 2 - (x - factor * mean) ** 2)
+            np.testing.assert_allclose(found.gains[0, q, k], gain, rtol=1e-5, atol=1e-9)
+    samples = Samples(QUERIES, torch.tensor([0, 1]), QUERIES[:, None], None, torch.tensor([0]), {}, asked)
+    again = patch(Told(0.1), samples, images=Conditioned(IMAGES, conditions))
+    np.testing.assert_array_equal(again.gains, found.gains)
+    with pytest.raises(TypeError, match="tail_patch: images must be Conditioned, for a model that takes conditions"):
+        patch(Told(0.1))
+    with pytest.raises(
+        TypeError, match="tail_patch: queries must be plain images, for a model that takes no conditions"
+    ):
+        patch(Mean(0.1), Conditioned(QUERIES, asked))
