@@ -19,7 +19,7 @@ from ..diffusion.members import PACE, Recipe, check_importable, check_model, tra
 from ..diffusion.progress import Progress, silent
 from ..diffusion.sampling import Samples
 from ..diffusion.schedule import Schedule
-from ..diffusion.storage import save_tensors, tensors_hash
+from ..diffusion.storage import data_hash, save_tensors, tensors_hash
 from .ground_truth import GroundTruth, image_hashes
 from .retrained import TARGETS, TRAINING_PASSES, QueryLosses, check_between, read_task, run_tasks
 
@@ -191,6 +191,7 @@ def build_ground_truth(
     recipe = Recipe(model, schedule, options, seed, _OP, device)
     if workers > 1:
         check_importable(recipe)
+    mirrored = images.mirrored if options["flip"] and isinstance(images, Conditioned) else None
     hashes = tuple(image_hashes(queries))
     settings = {
         "model": model if isinstance(model, str) else None,
@@ -201,6 +202,7 @@ def build_ground_truth(
         "evaluation": dataclasses.asdict(evaluation),
         "images": examples_hash(images),
         "queries": tensors_hash({**pack(queries, "queries"), "ids": query_ids}),
+        **({} if mirrored is None else {"mirrored": data_hash(mirrored)}),
     }
     directory = Path(directory)
     plan = _Plan(recipe, evaluation, masks, seeds, directory, keep_models, settings, len(queries))

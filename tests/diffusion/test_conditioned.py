@@ -251,6 +251,8 @@ def test_ground_truth(images, tmp_path):
         told.rows(Conditioned(queries, [0, 1]), "test")
     with pytest.raises(ValueError, match="train must be the images of the pool"):
         EmpiricalInfluence(told).fit(Conditioned(images, [0] * 6))
+    with pytest.raises(ValueError, match="losses that were made otherwise: mirrored was"):
+        build_ground_truth(tmp_path / "told", Told, Conditioned(images, [1] * 6, images), asked, masks, **options)
     with pytest.raises(TypeError, match="queries must have conditions where images have them, and only there"):
         build_ground_truth(tmp_path / "mixed", Told, examples, queries, masks, **options)
 
