@@ -2,27 +2,36 @@
 
 from . import analytic, features, losses
 from .checkpoint import checkpoints, load_model, save_model
+from .likelihood import Likelihood, bits_per_dimension, dequantise, log_likelihood
 from .losses import Loss
 from .noise import noise
 from .presets import PRESETS, unet
 from .progress import Progress
 from .sampling import Samples, sample
 from .schedule import Schedule
+from .sde import NoiseScore, VarianceExploding, VariancePreserving
 from .storage import DamagedFileError
 from .train import Training, train
 
 __all__ = [
     "PRESETS",
     "DamagedFileError",
+    "Likelihood",
     "Loss",
+    "NoiseScore",
     "Progress",
     "Samples",
     "Schedule",
     "Training",
+    "VarianceExploding",
+    "VariancePreserving",
     "analytic",
+    "bits_per_dimension",
     "checkpoints",
+    "dequantise",
     "features",
     "load_model",
+    "log_likelihood",
     "losses",
     "noise",
     "sample",
