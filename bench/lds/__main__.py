@@ -4,6 +4,8 @@ python -m bench.lds draw cifar2 --data cifar2.npz
 python -m bench.lds main cifar2 --work FOLDER
 python -m bench.lds evaluation cifar2 --work FOLDER
 python -m bench.lds retraining cifar2 --work FOLDER
+python -m bench.lds scores cifar2 --work FOLDER
+python -m bench.lds tables cifar2
 """
 
 import argparse
@@ -14,10 +16,11 @@ from rich.console import Console
 
 from pyattr.cli.display import Display
 
-from . import build
+from . import build, scores, tables
 from .problem import PROBLEMS
 
-STAGES = ("draw", "main", "evaluation", "retraining")
+STAGES = ("draw", "main", "evaluation", "retraining", "scores", "tables")
+GROUPS = ("similarity", "patches", "10", "100", "retrained")
 
 
 def main() -> None:
@@ -26,18 +29,23 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("problem", choices=sorted(PROBLEMS))
     parser.add_argument("--data", type=Path, help="the original images, .npz (draw)")
-    parser.add_argument("--work", type=Path, help="where training states are kept (main, evaluation, retraining)")
+    parser.add_argument("--work", type=Path, help="where training states and features are kept (all others)")
     parser.add_argument("--workers", type=int, default=2, help="processes that train, a thread each")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="of methods (scores)")
     given = parser.parse_args()
-    wanted = "data" if given.stage == "draw" else "work"
-    if getattr(given, wanted) is None:
+    wanted = {"draw": "data", "tables": None}.get(given.stage, "work")
+    if wanted and getattr(given, wanted) is None:
         parser.error(f"{given.stage} needs --{wanted}")
     problem = PROBLEMS[given.problem]
     with Display(Console()) as display:
         if given.stage == "draw":
             build.draw(problem, given.data)
+        elif given.stage == "tables":
+            tables.update(problem)
         elif given.stage == "main":
             build.main_model(problem, given.work / problem.name, display.progress)
+        elif given.stage == "scores":
+            scores.write(problem, given.work / problem.name, list(given.groups), display.progress)
         else:
             torch.set_num_threads(1)  # of each worker; results depend on it in the last bit
             build.retrain(problem, given.stage, given.work / problem.name, given.workers, display.progress)

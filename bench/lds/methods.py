@@ -54,7 +54,7 @@ class Found:
     scores: Tensor
     grid: Callable[[], Iterable[tuple[float, Tensor]]] | None = None
     signed: bool = True
-    queries: slice = slice(None)
+    queries: slice = field(default_factory=lambda: slice(None))
     settings: dict = field(default_factory=dict)
 
 
@@ -111,7 +111,7 @@ def similarities(place: Workplace) -> Iterator[Found]:
         place.images, place.labels, path=place.work / "classifier.safetensors", progress=place.progress
     )
     for similarity in ("dot", "cosine"):
-        method = CLIPSimilarity(classifier.extractor(), similarity).fit(place.images)
+        method = CLIPSimilarity(classifier.extractor, similarity).fit(place.images)
         yield Found(f"classifier features, {similarity}", method.scores(place.queries))
 
 
@@ -121,9 +121,9 @@ def patches(place: Workplace) -> Iterator[Found]:
     yield Found("NDA", method.scores(place.queries))
 
 
-def gradients(place: Workplace, timesteps: int) -> Iterator[Found]:
+def of_gradients(place: Workplace, timesteps: int) -> Iterator[Found]:
     """Every method of the gradients of one network, and over its checkpoints."""
-    told = {"timesteps": timesteps, "proj_dim": DIM}
+    told = {"timesteps": timesteps, "D": DIM}
     simple = place.options(timesteps, "simple")
     for kind, name in ((GradientDot, "gradient dot"), (GradientCosine, "gradient cosine")):
         yield Found(name, kind(place.model, SCHEDULE, **simple).fit(place.images).scores(place.queries), settings=told)
@@ -139,14 +139,15 @@ def gradients(place: Workplace, timesteps: int) -> Iterator[Found]:
         yield place.damped(method, name, **told)
     method = DTRAK(place.model, SCHEDULE, **place.options(timesteps, "square")).fit(place.images)
     yield place.damped(method, "D-TRAK", **told)
+    yield _journey(place, timesteps)
 
 
-def journey(place: Workplace, timesteps: int) -> Iterator[Found]:
+def _journey(place: Workplace, timesteps: int) -> Found:
     """Of the generated queries alone."""
     samples = build.sampled(place.problem, "trajectory", place.progress)
     method = JourneyTRAK(place.model, SCHEDULE, **place.options(timesteps, "simple")).fit(place.images)
-    found = place.damped(method, "Journey TRAK", samples, timesteps=timesteps, proj_dim=DIM)
-    yield Found(
+    found = place.damped(method, "Journey TRAK", samples, timesteps=timesteps, D=DIM)
+    return Found(
         found.name,
         found.scores,
         found.grid,

@@ -1,14 +1,17 @@
 """Attribution methods: ``fit(train)`` returns self, ``scores(queries)`` returns [Q, N], positive = proponent."""
 
 from . import codes
+from .das import DAS
 from .dtrak import DTRAK
 from .encoded import EncodedEnsemble
+from .ensembles import Ensemble
 from .gradient_similarity import GAS, GradientCosine, GradientDot, TracInCP
 from .influence import RelativeInfluence, RenormalizedInfluence
 from .journey import JourneyTRAK
 from .nda import NDA
 from .patch_matches import Explanation, Match
 from .patch_tuning import Tuning
+from .probed_das import ProbedDAS
 from .queries import QUERY_IDS
 from .readouts import READOUTS, Readout, readout
 from .retraining import Datamodel, EmpiricalInfluence
@@ -16,6 +19,7 @@ from .similarity import CLIPSimilarity, RawPixel
 from .trak import TRAK
 
 __all__ = [
+    "DAS",
     "DTRAK",
     "GAS",
     "NDA",
@@ -26,11 +30,13 @@ __all__ = [
     "Datamodel",
     "EmpiricalInfluence",
     "EncodedEnsemble",
+    "Ensemble",
     "Explanation",
     "GradientCosine",
     "GradientDot",
     "JourneyTRAK",
     "Match",
+    "ProbedDAS",
     "RawPixel",
     "Readout",
     "RelativeInfluence",

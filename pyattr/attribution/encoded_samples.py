@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..diffusion.images import evaluating, predict_noise
 from ..diffusion.progress import Progress
 from ..diffusion.sampling import HELD, Sampler, Samples
-from ..diffusion.schedule import Schedule
+from ..diffusion.schedule import Schedule, as_schedule
 from ..diffusion.storage import DamagedFileError, differences, load_tensors, save_tensors, tensors_hash
 from .encoded_members import Mixture
 
@@ -64,7 +64,7 @@ class Replay:
     def with_model(self, model: nn.Module, settings: dict | None = None) -> Sampler:
         """The samples' own sampler with another model; ``settings`` hold theirs and say what else its states are known by."""
         made = self.samples.settings if settings is None else settings
-        return Sampler(model, Schedule(**made["schedule"]), self.samples.timesteps, made)
+        return Sampler(model, as_schedule(made["schedule"]), self.samples.timesteps, made)
 
     def batches(
         self,

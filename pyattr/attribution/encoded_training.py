@@ -12,7 +12,7 @@ from torch import nn
 from ..diffusion.images import as_images
 from ..diffusion.members import DEFAULTS, PACE, Recipe, check_importable, check_model, training_options
 from ..diffusion.progress import Progress, silent
-from ..diffusion.schedule import Schedule
+from ..diffusion.schedule import Schedule, as_schedule
 from ..diffusion.storage import data_hash, differences, load_tensors, save_tensors
 from ..ops._arguments import check_integer
 from .codes import as_codes, membership, random_codes
@@ -81,7 +81,7 @@ class TrainedEnsemble:
             record["model"] if model is None else model,
             tensors["codes"].numpy().view(np.uint64),
             num_members=record["num_members"],
-            schedule=Schedule(**record["schedule"]),
+            schedule=as_schedule(record["schedule"]),
             directory=directory,
             seed=record["seed"],
             device=device,

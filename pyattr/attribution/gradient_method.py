@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..diffusion import features
 from ..diffusion.checkpoint import identity
+from ..diffusion.conditioned import Examples, as_examples, contents
 from ..diffusion.features import FeatureMap, Features
-from ..diffusion.images import as_images, reference_parameter
+from ..diffusion.images import reference_parameter
 from ..diffusion.losses import Loss
 from ..diffusion.progress import Progress, silent
 from ..diffusion.schedule import Schedule, check_schedule
@@ -29,7 +30,7 @@ class GradientMethod:
         model: the trained network; ``model(x_t, t)`` predicts the noise.
         schedule: the one it was trained with.
         proj_dim: D.
-        num_timesteps, strategy, num_noises, kind, noise_seed: see :class:`~pyattr.diffusion.features.FeatureMap`.
+        num_timesteps, strategy, num_noises, kind, noise_seed, normalize: see :class:`~pyattr.diffusion.features.FeatureMap`.
         query_noises: draws of the noise at each timestep of a query; None: ``num_noises``, as published. Queries are few,
             so more of them take their share of the noise off the scores at little cost.
         feature: f, a :class:`~pyattr.diffusion.Loss` or its name; None for the method's own.
@@ -64,6 +65,7 @@ class GradientMethod:
         kind: str = "rademacher",
         seed: int = 0,
         noise_seed: int = 0,
+        normalize: bool = False,
         batch_size: int = 16,
         timesteps_per_pass: int = 32,
         memory: int = features.MEMORY,
@@ -81,6 +83,7 @@ class GradientMethod:
             kind=kind,
             seed=seed,
             noise_seed=noise_seed,
+            normalize=normalize,
         )
         self.query_map = self.feature_map
         if query_noises is not None:
@@ -97,7 +100,8 @@ class GradientMethod:
         """Compute the features of the training images.
 
         Args:
-            train: [N, C, H, W] uint8, or floating point in [-1, 1]; image n has noise id n.
+            train: [N, C, H, W] uint8, or floating point in [-1, 1]; for a conditional model
+                :class:`~pyattr.diffusion.Conditioned`. Image n has noise id n.
 
         Returns:
             self.
@@ -109,7 +113,7 @@ class GradientMethod:
         Extra memory: that of the features, and of :class:`~pyattr.attribution.kernel.DampedKernel` for those methods.
         """
         name = type(self).__name__
-        train = as_images(train, name, "train")
+        train = as_examples(train, name, "train")
         found, identities = [], []
         for number, model in enumerate(self._networks()):
             identities.append(identity(model))
@@ -138,7 +142,7 @@ class GradientMethod:
         """The folder of a network's features, within the directory."""
         return ""
 
-    def _asked(self, queries, ids) -> tuple[Tensor, Tensor, FeatureMap]:
+    def _asked(self, queries, ids) -> tuple[Examples, Tensor, FeatureMap]:
         """What the features of queries are computed from: images, noise ids, and how."""
         images = query_images(queries, type(self).__name__)
         return images, query_ids(queries, ids, len(images)), self.query_map
@@ -150,20 +154,16 @@ class GradientMethod:
             RuntimeError: :meth:`fit` was not called.
             ValueError: a network has changed since, or an argument is not as it should be.
         """
-        name = type(self).__name__
-        if not self._train:
-            raise RuntimeError(f"{name}: fit must be called before scores")
+        self._check_fitted()
         images, ids, feature_map = self._asked(queries, ids)
         if len(images) == 0:
             none = torch.empty(0, feature_map.proj_dim, dtype=torch.float32, device="cpu")
             return [Features.from_tensor(none, ids)] * len(self._train)
-        key = tensors_hash({"images": images, "ids": ids})
+        key = tensors_hash({**contents(images), "ids": ids})
         kept = self._queries[1] if self._queries is not None and self._queries[0] == key else None
         found = []
         for number, model in enumerate(self._networks()):
-            changed = differences(self._identities[number], identity(model))
-            if changed:
-                raise ValueError(f"{name}: the model has changed since fit ({changed}); fit again")
+            self._check_unchanged(number, model)
             if kept is None:
                 place = self._place(model), f"queries-{key[:16]}-{feature_map.num_noises}"
                 found.append(self._features(number, model, feature_map, images, ids, place, "query features"))
@@ -171,18 +171,28 @@ class GradientMethod:
             self._queries = key, found
         return self._queries[1]
 
+    def _check_fitted(self) -> None:
+        if not self._train:
+            raise RuntimeError(f"{type(self).__name__}: fit must be called before scores")
+
+    def _check_unchanged(self, number: int, model: nn.Module) -> None:
+        changed = differences(self._identities[number], identity(model))
+        if changed:
+            raise ValueError(f"{type(self).__name__}: the model has changed since fit ({changed}); fit again")
+
     def _features(
         self,
         number: int,
         model: nn.Module,
         feature_map: FeatureMap,
-        images: Tensor,
+        images: Examples,
         ids: Tensor,
         place: tuple[str, str],
         stage: str = "features",
+        of: int | None = None,
     ) -> Features:
-        """The features of a network, of those that are counted together in the progress the one of this number."""
-        networks = self._num_networks()
+        """The features of a network: the one of this number of those that progress counts together, all networks or ``of``."""
+        networks = self._num_networks() if of is None else of
 
         def progress(done: int, total: int, stage: str) -> None:
             self.progress(number * total + done, networks * total, stage)

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.checkpoint import identity
+from ..diffusion.conditioned import Examples, check_conditions, separate, with_conditions, with_images
 from ..diffusion.features import FeatureMap
+from ..diffusion.guidance import Guided
 from ..diffusion.images import evaluating, predict_noise, reference_parameter
 from ..diffusion.sampling import Samples
 from ..diffusion.storage import differences, tensors_hash
@@ -28,9 +30,10 @@ class JourneyMap(FeatureMap):
     def timesteps(self) -> Tensor:
         return torch.tensor(self.visited, dtype=torch.int64)
 
-    def batch(self, model: nn.Module, images: Tensor, ids: Tensor, **limits) -> Tensor:
+    def batch(self, model: nn.Module, images: Examples, ids: Tensor, **limits) -> Tensor:
         """As :meth:`FeatureMap.batch`, for the images of all steps one after the other among the channels: [B, K C, H, W]."""
-        return super().batch(model, images.unflatten(1, (self.num_timesteps, -1)), ids, **limits)
+        steps = separate(images)[0].unflatten(1, (self.num_timesteps, -1))
+        return super().batch(model, with_images(images, steps), ids, **limits)
 
 
 class JourneyTRAK(TRAK):
@@ -41,6 +44,7 @@ class JourneyTRAK(TRAK):
 
         x0_i = clip((x_{t_i} - sqrt(1 - abar_{t_i}) e(x_{t_i}, t_i)) / sqrt(abar_{t_i}), -1, 1),
 
+    (without the clip where the model works on latents, which have no range; with e guided where the samples were)
     is noised anew to t_i, and the gradient of the loss taken there, not at x_{t_i}. This is the convention of the published
     evaluation of D-TRAK.
 
@@ -58,7 +62,7 @@ class JourneyTRAK(TRAK):
 
     _predicted: tuple[str, Tensor] | None = None  # of the last queries
 
-    def _asked(self, queries, ids) -> tuple[Tensor, Tensor, FeatureMap]:
+    def _asked(self, queries, ids) -> tuple[Examples, Tensor, FeatureMap]:
         if not isinstance(queries, Samples):
             raise TypeError(
                 f"JourneyTRAK: queries must be Samples with their trajectory, from sample(record='trajectory'), "
@@ -74,25 +78,38 @@ class JourneyTRAK(TRAK):
         differ = differences({name: queries.settings.get(name) for name in own}, own)
         if differ:
             raise ValueError(f"JourneyTRAK: queries were made by another model or schedule: {differ}")
+        check_conditions(self.model, with_conditions(queries.images, queries.conditions), "JourneyTRAK", "queries")
         visited = tuple(queries.timesteps.tolist())
         fields = {field.name: getattr(self.query_map, field.name) for field in dataclasses.fields(self.query_map)}
         journey = JourneyMap(**{**fields, "num_timesteps": len(visited)}, visited=visited)
-        key = tensors_hash({"trajectory": queries.trajectory, "timesteps": queries.timesteps})
+        record = {"trajectory": queries.trajectory, "timesteps": queries.timesteps}
+        if queries.conditions is not None:
+            record |= {
+                "conditions": queries.conditions,
+                "guidance": torch.tensor(queries.settings.get("guidance", 1.0), device="cpu"),
+            }
+        key = tensors_hash(record)
         if self._predicted is None or self._predicted[0] != key:
             self._predicted = key, self._predictions(queries)
-        return self._predicted[1], query_ids(queries, ids, len(queries)), journey
+        predicted = with_conditions(self._predicted[1], queries.conditions)
+        return predicted, query_ids(queries, ids, len(queries)), journey
 
     @torch.no_grad()
     def _predictions(self, queries: Samples) -> Tensor:
-        """The clipped x0 of each step, the steps one after the other among the channels: [Q, S C, H, W] on the CPU."""
+        """The x0 of each step, the steps one after the other among the channels: [Q, S C, H, W] on the CPU."""
         schedule, like = self.feature_map.schedule, reference_parameter(self.model, "JourneyTRAK")
         steps = queries.trajectory[:, :-1]  # [Q, S, C, H, W]
         out = torch.empty(steps.shape, dtype=like.dtype, device="cpu")
+        model, conditions, latents = self.model, queries.conditions, getattr(self.model, "latents", False)
+        if "guidance" in queries.settings:
+            model = Guided(model, queries.settings["guidance"])
         with evaluating(self.model):
             for rows in torch.arange(len(steps)).split(self.batch_size):
                 for number, t in enumerate(queries.timesteps.tolist()):
                     abar = float(schedule.alphas_cumprod[t])
                     x = steps[rows, number].to(like)  # [B, C, H, W]
-                    e = predict_noise(self.model, x, torch.full((len(x),), t, device=like.device))
-                    out[rows, number] = ((x - (1 - abar) ** 0.5 * e) / abar**0.5).clamp(-1, 1).cpu()
+                    told = () if conditions is None else (conditions[rows].to(like.device),)
+                    e = predict_noise(model, x, torch.full((len(x),), t, device=like.device), *told)
+                    x0 = (x - (1 - abar) ** 0.5 * e) / abar**0.5
+                    out[rows, number] = (x0 if latents else x0.clamp(-1, 1)).cpu()
         return out.flatten(1, 2)

@@ -108,6 +108,21 @@ class DampedKernel:
             squares = [(rows @ self.vectors).square() @ damped**-2.0 for _, rows in blocks(self.features, self.device)]
         return torch.cat(squares).sqrt().T
 
+    def leverages(self, lambda_: float) -> Tensor:
+        """``h_n = phi_n^T (G + lambda I)^{-1} phi_n``, in [0, 1): the share of a sample's fit that is due to itself.
+
+        Returns:
+            [N] float64 on the kernel's device; their sum is the effective dimension.
+
+        Extra memory: 2048 (D + 2 min(N, D)) bytes.
+        """
+        damped = self.eigenvalues + lambda_  # [M]
+        if self.dual:  # Phi (Phi^T Phi + lambda I)^{-1} Phi^T = K (K + lambda I)^{-1}
+            parts = [rows.square() @ (self.eigenvalues / damped) for rows in self.vectors.split(_QUERIES)]
+        else:
+            parts = [(rows @ self.vectors).square() @ (1 / damped) for _, rows in blocks(self.features, self.device)]
+        return torch.cat(parts)
+
     def _in_eigenvectors(self, queries: Tensor) -> Tensor:  # [R, D] -> [R, M]
         """The queries, in the dual form their products with the training samples, in the basis of the eigenvectors."""
         if not self.dual:

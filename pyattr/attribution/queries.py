@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..diffusion.images import as_images
+from ..diffusion.conditioned import Examples, as_examples, with_conditions
 from ..diffusion.sampling import Samples
 
 # Training image n has noise id n. Queries start here, so that a query shares the noise of a training image only when its id
@@ -11,20 +11,22 @@ from ..diffusion.sampling import Samples
 QUERY_IDS = 1 << 40
 
 
-def query_images(queries, op: str) -> Tensor:
+def query_images(queries, op: str) -> Examples:
     """The images of queries.
 
     Args:
-        queries: [Q, C, H, W] uint8, or floating point in [-1, 1]; or Samples.
+        queries: [Q, C, H, W] uint8, or floating point in [-1, 1]; or Conditioned, or Samples.
         op: for the error message.
 
     Returns:
-        [Q, C, H, W].
+        [Q, C, H, W]; Conditioned where the queries have conditions.
 
     Raises:
         TypeError, ValueError: not as above.
     """
-    return queries.images if isinstance(queries, Samples) else as_images(queries, op, "queries")
+    if isinstance(queries, Samples):
+        return with_conditions(queries.images, queries.conditions)
+    return as_examples(queries, op, "queries")
 
 
 def query_ids(queries, ids, count: int) -> Tensor:

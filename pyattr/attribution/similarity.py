@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.conditioned import as_examples, separate
 from ..diffusion.features import Features
 from ..diffusion.images import as_images
 from ..diffusion.progress import Progress, silent
@@ -55,7 +56,8 @@ class RawPixel:
         """Keep the training images.
 
         Args:
-            train: [N, C, H, W] uint8, or floating point in [-1, 1]; not copied.
+            train: [N, C, H, W] uint8, or floating point in [-1, 1]; or latents that are
+                :class:`~pyattr.diffusion.Conditioned`, whose conditions play no part. Not copied.
 
         Returns:
             self.
@@ -65,7 +67,7 @@ class RawPixel:
 
         Extra memory: that of 1024 images in float64.
         """
-        train = as_images(train, "RawPixel", "train")
+        train, _ = separate(as_examples(train, "RawPixel", "train"))
         if len(train) == 0:
             raise ValueError("RawPixel: train must hold at least one image, got none")
         self._train, self._mean = train, None
@@ -90,7 +92,7 @@ class RawPixel:
         """
         if self._train is None:
             raise RuntimeError("RawPixel: fit must be called before scores")
-        queries = query_images(queries, "RawPixel")
+        queries, _ = separate(query_images(queries, "RawPixel"))
         check_shape(queries, self._train, "RawPixel")
         pixels = self._pixels(queries), self._pixels(self._train)
         return inner_products(*pixels, cosine=self.similarity == "cosine")

@@ -4,10 +4,12 @@ import math
 from collections.abc import Iterable, Iterator
 from numbers import Real
 
+import torch
 from torch import Tensor, nn
 
 from ..diffusion.features import Features
 from ..diffusion.schedule import Schedule
+from .float32_kernel import Float32Kernel
 from .gradient_method import GradientMethod
 from .kernel import DampedKernel, choose_lambda
 
@@ -30,8 +32,10 @@ class TRAK(GradientMethod):
     Args:
         model, schedule: see :class:`~pyattr.attribution.gradient_method.GradientMethod`.
         lambda_: positive; or a grid, whose member nearest to the automatic choice is taken; None for that choice itself.
-        features: proj_dim, num_timesteps, strategy, feature, num_noises, query_noises, kind, seed, noise_seed, batch_size,
-            timesteps_per_pass, memory, directory and progress of
+        solve_dtype: torch.float64; or torch.float32 for the inverse as the published code takes it, for reproduction alone: at
+            small lambda those scores are noise (:class:`~pyattr.attribution.float32_kernel.Float32Kernel`).
+        features: proj_dim, num_timesteps, strategy, feature, num_noises, query_noises, kind, seed, noise_seed, normalize,
+            batch_size, timesteps_per_pass, memory, directory and progress of
             :class:`~pyattr.attribution.gradient_method.GradientMethod`. Progress has a stage "eigendecomposition" besides.
 
     Attributes:
@@ -52,17 +56,27 @@ class TRAK(GradientMethod):
         schedule: Schedule,
         *,
         lambda_: float | Iterable[float] | None = None,
+        solve_dtype: torch.dtype = torch.float64,
         **features,
     ):
         super().__init__(model, schedule, **features)
+        if solve_dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{type(self).__name__}: solve_dtype must be torch.float32 or torch.float64, got {solve_dtype}"
+            )
+        self.solve_dtype = solve_dtype
         self._asked_lambda = None if lambda_ is None else self._lambdas(lambda_)
 
     def _prepare(self, found: list[Features]) -> None:
         self.progress(0, 1, "eigendecomposition")
-        self._kernel = DampedKernel(found[0], self.device)
+        kernel = DampedKernel if self.solve_dtype == torch.float64 else Float32Kernel
+        self._kernel = kernel(found[0], self.device)
+        self._choose_lambda()
+        self.progress(1, 1, "eigendecomposition")
+
+    def _choose_lambda(self) -> None:
         self.eigenvalues = self._kernel.eigenvalues
         self.lambda_ = choose_lambda(self.eigenvalues, self._asked_lambda)
-        self.progress(1, 1, "eigendecomposition")
 
     def scores(self, queries, *, lambda_: float | None = None, ids=None) -> Tensor:
         """Scores of all training images for each query; positive = proponent.

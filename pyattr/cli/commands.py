@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
-from .options import METHODS, DataOptions, Machine, PatchOptions, SampleOptions, ScoreOptions, TrainOptions, parse_bytes
+from .options import DataOptions, KeepOptions, Machine, SampleOptions, TrainOptions
 from .shell import OneLineErrors
 
 app = typer.Typer(
@@ -23,13 +23,10 @@ app = typer.Typer(
     help="Training-data attribution for diffusion models: which training images made this image, and by how much.",
 )
 
-TRAIN, SAMPLE, SCORE, PATCH = TrainOptions(), SampleOptions(), ScoreOptions(), PatchOptions()
+TRAIN, KEEP, SAMPLE = TrainOptions(), KeepOptions(), SampleOptions()
 RUN = Path("pyattr-run")
 DATA_HELP = "A folder of images, an .npz file, or mnist_5k, hf:NAME[:SPLIT], torchvision:NAME."
 Data = Annotated[str, typer.Option("--data", metavar="SOURCE", help=DATA_HELP)]
-MaybeData = Annotated[
-    str | None, typer.Option("--data", metavar="SOURCE", help=DATA_HELP + " Default: what the model was trained on.")
-]
 Size = Annotated[
     int | None, typer.Option(min=1, help="Resize the shorter side to this many pixels and crop the centre square.")
 ]
@@ -116,6 +113,12 @@ def train(
     ema: Annotated[float | None, typer.Option(help="Decay of a moving average of the weights.")] = TRAIN.ema,
     weighting: Annotated[str, typer.Option(help="Of timesteps in the loss: simple or velocity.")] = TRAIN.weighting,
     seed: Seed = TRAIN.seed,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints; default: a twentieth of all.")
+    ] = KEEP.every,
+    keep_checkpoints: Annotated[
+        int, typer.Option(min=1, help="How many of the newest stay, for methods that follow the training.")
+    ] = KEEP.count,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -137,7 +140,8 @@ def train(
         weighting=weighting,
         seed=seed,
     )
-    run.train(out, _data(source or data, size, limit, data_root), options, Machine(device, threads))
+    keep = KeepOptions(checkpoint_every, keep_checkpoints)
+    run.train(out, _data(source or data, size, limit, data_root), options, keep, Machine(device, threads))
 
 
 @app.command()
@@ -150,6 +154,9 @@ def generate(
     eta: Annotated[float, typer.Option(min=0, max=1, help="DDIM: 0 adds no noise, 1 as much as DDPM.")] = SAMPLE.eta,
     seed: Seed = SAMPLE.seed,
     batch_size: Annotated[int, typer.Option(min=1, help="Images made together.")] = SAMPLE.batch_size,
+    trajectory: Annotated[
+        bool, typer.Option("--trajectory", help="Keep the image after each step too, for journey-trak.")
+    ] = SAMPLE.trajectory,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -157,102 +164,15 @@ def generate(
     from . import run
 
     options = SampleOptions(
-        num_images=num_images, method=method, steps=steps, eta=eta, seed=seed, batch_size=batch_size
+        num_images=num_images,
+        method=method,
+        steps=steps,
+        eta=eta,
+        seed=seed,
+        batch_size=batch_size,
+        trajectory=trajectory,
     )
     run.generate(out, checkpoint, options, Machine(device, threads))
-
-
-@app.command()
-def attribute(
-    out: Out = RUN,
-    data: MaybeData = None,
-    size: Size = None,
-    limit: Limit = None,
-    data_root: Root = None,
-    checkpoint: CheckpointPath = None,
-    queries: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="Images to attribute, like --data and of the same size (--size resizes both); default: the generated ones.",
-        ),
-    ] = None,
-    method: Annotated[
-        list[str],
-        typer.Option("--method", "-m", help=f"{', '.join(METHODS)}; several: the first is the main one."),
-    ] = [SCORE.method],  # noqa: B006
-    num_timesteps: Annotated[
-        int, typer.Option(min=1, help="Timesteps that gradients average over.")
-    ] = SCORE.num_timesteps,
-    strategy: Annotated[str, typer.Option(help="Which timesteps: uniform, cumulative or midpoint.")] = SCORE.strategy,
-    query_noises: Annotated[
-        int, typer.Option(min=1, help="Noise draws for each timestep of a query; more make its scores steadier.")
-    ] = SCORE.query_noises,
-    projection: Annotated[
-        str, typer.Option(help="Of the gradients: rademacher, gaussian, sparse or multisketch.")
-    ] = SCORE.kind,
-    proj_dim: Annotated[int, typer.Option(min=1, help="Numbers that each gradient is projected to.")] = SCORE.proj_dim,
-    lambda_: Annotated[
-        float | None, typer.Option("--lambda", help="Damping; default: chosen from the spectrum.")
-    ] = None,
-    seed: Seed = SCORE.seed,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Images whose gradients are taken together.")
-    ] = SCORE.batch_size,
-    patch_timesteps: Annotated[
-        int, typer.Option(min=1, help="NDA: timesteps that scores average over.")
-    ] = PATCH.num_timesteps,
-    patch_k: Annotated[
-        int, typer.Option(min=1, help="NDA: places of a training image that count for each of a query.")
-    ] = PATCH.k,
-    patch_noises: Annotated[int, typer.Option(min=1, help="NDA: noise draws at each timestep.")] = PATCH.num_noises,
-    memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="For the gradients of a batch: GiB, or with a unit, as in 512MiB.")
-    ] = f"{SCORE.memory >> 30}GiB",
-    top: Annotated[int, typer.Option(min=1, help="Proponents and opponents shown for each query.")] = 10,
-    page: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")] = True,
-    device: Device = "auto",
-    threads: Threads = None,
-) -> None:
-    """Score every training image for every query; writes scores.npz and report.html."""
-    from . import run
-
-    for name in method:
-        if name not in METHODS:
-            raise typer.BadParameter(f"must be one of {', '.join(METHODS)}, got {name}", param_hint="--method")
-    if data is None and (limit or (size and queries is None)):
-        raise typer.BadParameter("--size and --limit say how to read it: give it as well", param_hint="--data")
-    try:
-        memory_bytes = parse_bytes(memory)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--memory") from None
-    options = [
-        PatchOptions(num_timesteps=patch_timesteps, k=patch_k, num_noises=patch_noises, seed=seed)
-        if name == "nda"
-        else ScoreOptions(
-            method=name,
-            num_timesteps=num_timesteps,
-            strategy=strategy,
-            query_noises=query_noises,
-            kind=projection,
-            proj_dim=proj_dim,
-            lambda_=lambda_,
-            seed=seed,
-            batch_size=batch_size,
-            memory=memory_bytes,
-        )
-        for name in dict.fromkeys(method)
-    ]
-    run.attribute(
-        out,
-        None if data is None else _data(data, size, limit, data_root),
-        checkpoint,
-        None if queries is None else _data(queries, size, None, data_root),
-        options,
-        Machine(device, threads),
-        top=top,
-        page=page,
-    )
 
 
 def _data(source: str, size: int | None, limit: int | None, root: Path | None) -> DataOptions:

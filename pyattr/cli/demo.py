@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import report
-from .options import DataOptions, Machine, PatchOptions, SampleOptions, ScoreOptions, TrainOptions
+from .options import DataOptions, Machine, MethodOptions, PatchOptions, SampleOptions, ScoreOptions, TrainOptions
 from .results import TOP
 from .run import session
 from .scoring import scoring_of
@@ -19,7 +19,7 @@ class Recipe:
 
     train: TrainOptions
     sample: SampleOptions
-    scores: tuple[ScoreOptions | PatchOptions, ...]
+    scores: tuple[MethodOptions, ...]
     limit: int | None = None
 
 

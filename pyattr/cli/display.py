@@ -31,10 +31,14 @@ UNITS = {
     "image distances": "pairs of images",
     "features": "images",
     "query features": "images",
+    "residuals": "images",
     "scores": "queries",
     "patches": "passes",
     "matches": "pairs of images",
     "ground truth": "passes",
+    "score files": "rows",
+    "original": "passes",
+    "retraining": "passes",
 }
 LOG_EVERY = 20.0  # seconds between lines of a log
 

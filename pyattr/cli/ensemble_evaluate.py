@@ -12,7 +12,6 @@ from rich.table import Table
 from torch import Tensor
 
 from ..attribution import EncodedEnsemble
-from ..datasets import ImageDataset
 from ..diffusion import Samples
 from ..evaluation import (
     Classifier,
@@ -29,8 +28,9 @@ from ..evaluation.encoded import GUESSES, class_results, convergence_summary, gu
 from ..report.encoded import agreement_plot, class_grid, class_plane
 from ..report.grid import matplotlib
 from ..report.numbers import numbers, p_and_effect, percent, write_results
+from .classifying import Classifying
 from .display import Display
-from .ensemble_folder import Ablating, Derivatives, class_rows, found_codes, found_samples, hash_of_labels, samples_of
+from .ensemble_folder import Ablating, Derivatives, class_rows, found_codes, found_samples, samples_of
 from .kept_features import kept, kept_distances
 from .options import EvaluateOptions, Machine
 from .run import Session, session
@@ -38,7 +38,6 @@ from .stages import Step
 from .workspace import Stage, Workspace, WorkspaceError
 
 SETTLING = 12  # samples whose nested ensembles are followed, at most
-CLASSIFIER_BYTES = 4_000_000  # of the largest number of classes that makes sense, with what is being written
 FEATURES, NUMBER = 1000, 8  # of Inception-v3; bytes of a number, generously
 SEEN = "the folder's labelled images, which the members saw as well"
 
@@ -59,23 +58,6 @@ def evaluate(out: Path, options: EvaluateOptions, machine: Machine) -> None:
         work.display.say(f"done; numbers  {folder / 'ensemble-evaluation.json'}")
         for picture in job.pictures:
             work.display.say(f"picture  {picture}")
-
-
-class _Classifying(Step):
-    """Trains a classifier of the folder's labels."""
-
-    def __init__(self, workspace: Workspace, images: ImageDataset, epochs: int):
-        self.epochs = epochs
-        settings = {"data": images.fingerprint(), "labels": hash_of_labels(images), "epochs": epochs}
-        stage = workspace.stage("ensemble-classifier", settings)
-        what = f"of {len(images):,} labelled images, which members saw too"
-        super().__init__("Classifier", what, stage, CLASSIFIER_BYTES)
-
-    def run(self, images: ImageDataset, labels: np.ndarray, display: Display) -> Classifier:
-        with self.working():
-            return Classifier(epochs=self.epochs).fit(
-                images.images, labels, path=self.stage.folder / "classifier.safetensors", progress=display.progress
-            )
 
 
 class _Guessing(Step):
@@ -135,7 +117,11 @@ class _Job:
         def ablating(codes: np.ndarray, title: str, what: str, queries: int | None = None) -> Ablating:
             return Ablating(folder, self.sampled, self.ensemble, codes, options.batch_size, title, what, queries)
 
-        self.classifying = _Classifying(folder, self.images, options.epochs) if judged else None
+        self.classifying = None
+        if judged:
+            self.classifying = Classifying(
+                folder, self.images, options.epochs, name="ensemble-classifier", also=", which members saw too"
+            )
         self.without = self.alone = self.derivatives = self.guessing = self.features = None
         if self.by_class:
             self.names, chosen = self.classes, codes[list(rows.values())]

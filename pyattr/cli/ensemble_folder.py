@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ from .. import diffusion
 from ..attribution import EncodedEnsemble
 from ..datasets import ImageDataset
 from ..diffusion.progress import silent
+from .classifying import hash_of_labels
 from .display import Display
 from .options import DataOptions
 from .run import Session
@@ -28,14 +27,6 @@ COMMANDS = ("encode SOURCE", "train", "sample")  # that make them
 def labels_hash(images: ImageDataset, kind: str) -> str | None:
     """What tells the images' labels from others; None where codes do not depend on them."""
     return None if kind == "items" else hash_of_labels(images)
-
-
-def hash_of_labels(images: ImageDataset) -> str | None:
-    """What tells the images' labels from others; None where there are none."""
-    if images.labels is None:
-        return None
-    names = json.dumps([images.class_names[label] for label in images.labels])
-    return hashlib.sha256(names.encode()).hexdigest()
 
 
 def found_codes(work: Session) -> tuple[ImageDataset, np.ndarray, Stage]:

@@ -1,20 +1,72 @@
 """What can be chosen, and what is chosen when nobody does; free of torch, so that --help is instant."""
 
+import math
 import re
 from dataclasses import dataclass
 
 # name on the command line -> name for people
 METHODS = {
     "dtrak": "D-TRAK",
+    "das": "DAS",
     "trak": "TRAK",
+    "journey-trak": "Journey TRAK",
     "relative-influence": "Relative influence",
     "renormalized-influence": "Renormalized influence",
     "gradient-dot": "Gradient dot",
     "gradient-cosine": "Gradient cosine",
+    "tracincp": "TracInCP",
+    "gas": "GAS",
     "nda": "NDA",
-    "pixels": "Pixel cosine",
+    "pixels": "Pixel",
+    "clip-similarity": "CLIP-feature similarity",
+    "empirical-influence": "Empirical influence",
+    "datamodel": "Datamodel",
 }
-NEEDS_MODEL = METHODS.keys() - {"nda", "pixels"}
+RETRAINING = ("empirical-influence", "datamodel")
+HISTORY = ("tracincp", "gas")
+GRADIENTS = tuple(name for name in METHODS if name not in ("nda", "pixels", "clip-similarity", *RETRAINING))
+DAMPED = tuple(name for name in GRADIENTS if name not in ("gradient-dot", "gradient-cosine", *HISTORY))
+NEEDS_MODEL = frozenset(GRADIENTS)
+
+FEATURES = (
+    "simple",
+    "elbo",
+    "square",
+    "avg",
+    "l1",
+    "l2",
+    "linf",
+    "interpolate",
+)  # as pyattr.diffusion.losses names them
+SIMILARITIES = ("cosine", "dot")
+READOUTS = ("signed", "squared", "signed-squared", "head")
+
+# option of `attribute` -> the methods that have it; the others are of the command as a whole
+GOES_WITH = {
+    "--num-timesteps": GRADIENTS,
+    "--strategy": GRADIENTS,
+    "--num-noises": GRADIENTS,
+    "--query-noises": GRADIENTS,
+    "--projection": GRADIENTS,
+    "--proj-dim": GRADIENTS,
+    "--feature": GRADIENTS,
+    "--eta": GRADIENTS,
+    "--normalize": GRADIENTS,
+    "--memory": GRADIENTS,
+    "--lambda": DAMPED,
+    "--residuals": ("das",),
+    "--leverage": ("das",),
+    "--checkpoints": HISTORY,
+    "--patch-timesteps": ("nda",),
+    "--patch-k": ("nda",),
+    "--patch-noises": ("nda",),
+    "--similarity": ("pixels", "clip-similarity"),
+    "--centre": ("pixels",),
+    "--clip": ("clip-similarity",),
+    "--epochs": ("clip-similarity",),
+    "--pool": RETRAINING,
+    "--target": RETRAINING,
+}
 
 _UNITS = {"": 1 << 30, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -30,6 +82,24 @@ def parse_bytes(text: str) -> int:
     if size < 1:
         raise ValueError(f"must be a number of GiB, or of bytes with a unit (512MiB, 2GB), got {text}")
     return size
+
+
+def parse_lambda(text: str) -> float | tuple[float, ...]:
+    """A number from "500", several from "10,100,1000".
+
+    Raises:
+        ValueError: one of them is none, or neither positive nor finite.
+    """
+    values = []
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise ValueError(f"must be positive and finite, a number or several with commas between, got {text}")
+        values.append(value)
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 @dataclass(frozen=True)
@@ -57,6 +127,14 @@ class TrainOptions:
     ema: float | None = None
     weighting: str = "simple"
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class KeepOptions:
+    """Which checkpoints of a training stay; see :func:`pyattr.diffusion.train`."""
+
+    every: int | None = None
+    count: int = 2
 
 
 CODES = ("items", "classes", "walsh")
@@ -97,7 +175,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """How images are generated; see :func:`pyattr.diffusion.sample`."""
+    """How images are generated; see :func:`pyattr.diffusion.sample`. `trajectory` keeps the way from the noise as well."""
 
     num_images: int = 8
     method: str = "ddim"
@@ -105,19 +183,32 @@ class SampleOptions:
     eta: float = 0.0
     seed: int = 0
     batch_size: int = 64
+    trajectory: bool = False
 
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """A method and its settings (see :class:`pyattr.attribution.TRAK`); "pixels", a baseline, has none."""
+    """A method of gradients and its settings (see :class:`pyattr.attribution.TRAK`).
+
+    `feature` and `normalize` None are the method's own; `lambda_` is a number, several of which one is chosen, or None;
+    `residuals` and `leverage` weigh the images of DAS; `checkpoints` is how many of the training's count, None for all, of
+    the methods of :data:`HISTORY`.
+    """
 
     method: str = "dtrak"
     num_timesteps: int = 10
     strategy: str = "uniform"
+    feature: str | None = None
+    eta: float | None = None
+    normalize: bool | None = None
+    num_noises: int = 1
     query_noises: int = 1
     kind: str = "rademacher"
     proj_dim: int = 4096
-    lambda_: float | None = None
+    lambda_: float | tuple[float, ...] | None = None
+    residuals: bool = False
+    leverage: bool = False
+    checkpoints: int | None = None
     seed: int = 0
     batch_size: int = 16
     memory: int = 2 << 30  # bytes for the gradients of a batch; moves scores by rounding only
@@ -132,6 +223,48 @@ class PatchOptions:
     k: int = 100
     num_noises: int = 1
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class PixelOptions:
+    """See :class:`pyattr.attribution.RawPixel`."""
+
+    method: str = "pixels"
+    similarity: str = "cosine"
+    centre: bool = True
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """See :class:`pyattr.attribution.CLIPSimilarity`.
+
+    `clip` is a folder of transformers' CLIPModel; None: a classifier trained on the labels for `epochs` stands in.
+    """
+
+    method: str = "clip-similarity"
+    similarity: str = "cosine"
+    clip: str | None = None
+    epochs: int = 6
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """See :class:`pyattr.attribution.Datamodel`: a file of losses of retrained models, and which of its functions."""
+
+    method: str
+    pool: str
+    target: str = "simple"
+
+
+MethodOptions = ScoreOptions | PatchOptions | PixelOptions | EncoderOptions | PoolOptions
+
+
+@dataclass(frozen=True)
+class ReadoutOptions:
+    """What is read out of scores (see :class:`pyattr.attribution.Readout`)."""
+
+    kind: str = "signed"
+    percent: float | None = None
 
 
 @dataclass(frozen=True)

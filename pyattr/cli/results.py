@@ -14,7 +14,6 @@ import torch
 from .. import __version__
 from ..datasets import ImageDataset
 from ..report import Attribution, Report, shown_count, strongest, write
-from .options import METHODS
 from .scoring import Scoring
 from .stages import Queries, Step, shape_text, write_npz
 
@@ -143,9 +142,9 @@ def settings_dict(data: ImageDataset, steps: Sequence[Step], scorings: Sequence[
         "pyattr": __version__,
         "data": {"source": data.name, "images": len(data), "sha256": data.fingerprint()},
         "schedule": dataclasses.asdict(scorings[0].schedule),
+        "readout": dataclasses.asdict(scorings[0].readout),
         "methods": [
-            {"name": METHODS[scoring.options.method], **dataclasses.asdict(scoring.options), **scoring.found()}
-            for scoring in scorings
+            {"name": scoring.name, **dataclasses.asdict(scoring.options), **scoring.found()} for scoring in scorings
         ],
     }
     for step in steps:

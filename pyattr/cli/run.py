@@ -14,10 +14,20 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import report
+from ..attribution import Readout
 from ..datasets import DataError, ImageDataset
 from ..report.page import seconds_text
 from .display import Display
-from .options import NEEDS_MODEL, DataOptions, Machine, PatchOptions, SampleOptions, ScoreOptions, TrainOptions
+from .options import (
+    NEEDS_MODEL,
+    DataOptions,
+    KeepOptions,
+    Machine,
+    MethodOptions,
+    ReadoutOptions,
+    SampleOptions,
+    TrainOptions,
+)
 from .results import settings_dict, write_report, write_scores
 from .scoring import Scoring, scoring_of
 from .stages import (
@@ -172,11 +182,11 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def train(out: Path, data: DataOptions, options: TrainOptions, machine: Machine) -> None:
+def train(out: Path, data: DataOptions, options: TrainOptions, keep: KeepOptions, machine: Machine) -> None:
     """Train a model in an output folder."""
     with session(out, machine) as work:
         images = work.load(data)
-        training = Training(work.workspace, images, options)
+        training = Training(work.workspace, images, options, keep)
         work.plan([training])
         work.train(training, data)
         losses = training.stage.record["losses"]
@@ -200,7 +210,8 @@ def attribute(
     data: DataOptions | None,
     checkpoint: Path | None,
     queries: DataOptions | None,
-    options: Sequence[ScoreOptions | PatchOptions],
+    options: Sequence[MethodOptions],
+    readout: ReadoutOptions,
     machine: Machine,
     *,
     top: int,
@@ -212,6 +223,7 @@ def attribute(
     """
     if page:
         report.require()
+    read = Readout(readout.kind.replace("-", "_"), readout.percent)
     with session(out, machine) as work:
         modelless = not NEEDS_MODEL & {each.method for each in options}
         if modelless and checkpoint is None and _trained(work.workspace) is None:
@@ -220,9 +232,11 @@ def attribute(
                     f"no trained model in {out}: give --data and --queries, enough for "
                     f"{' and '.join(each.method for each in options)}, or run `pyattr train SOURCE --out {out}` first"
                 )
-            job = _job_without_model(work, data, queries, options)
+            job = _job_without_model(work, data, queries, options, read)
         else:
-            job = _job(work, data, checkpoint, queries, options)
+            job = _job(work, data, checkpoint, queries, options, read)
+        for scoring in job.scorings:
+            scoring.check(job.queries)
         steps = [step for scoring in job.scorings for step in scoring.plan(job.queries.key, len(job.queries.images))]
         work.plan({step.stage.key: step for step in steps}.values())  # methods may share features
         attributions = [work.score(scoring, job.model, job.queries) for scoring in job.scorings]
@@ -261,11 +275,11 @@ class _Job:
 
 
 def _job_without_model(
-    work: Session, data: DataOptions, queries: DataOptions, options: Sequence[ScoreOptions | PatchOptions]
+    work: Session, data: DataOptions, queries: DataOptions, options: Sequence[MethodOptions], readout: Readout
 ) -> _Job:
     images = work.load(data)
     asked = queries_of_data(work.load(queries), images)
-    return _Job(images, asked, [scoring_of(work.workspace, None, images, each) for each in options])
+    return _Job(images, asked, [scoring_of(work.workspace, None, images, each, readout=readout) for each in options])
 
 
 def _job(
@@ -273,7 +287,8 @@ def _job(
     data: DataOptions | None,
     checkpoint: Path | None,
     queries: DataOptions | None,
-    options: Sequence[ScoreOptions | PatchOptions],
+    options: Sequence[MethodOptions],
+    readout: Readout,
 ) -> _Job:
     model_at, trained = _model(work.workspace, checkpoint)
     generated = work.workspace.existing(work.workspace.recall("generate").get("stage", "."))
@@ -292,11 +307,15 @@ def _job(
             + (f"give --size {shape[1]}, or " if fits else "give ")
             + "the images that it was trained on"
         )
-    scorings = [scoring_of(work.workspace, model_at.key, images, each, model_at.schedule) for each in options]
+    scorings = [
+        scoring_of(work.workspace, model_at.key, images, each, model_at.schedule, model=model_at, readout=readout)
+        for each in options
+    ]
     earlier = [Step("Training", "", trained, 0)] if trained is not None else []
     if queries is None:
         # Reads what lies there; the images of an earlier `generate` are not made again.
-        settings = {name: generated.settings[name] for name in SampleOptions.__dataclass_fields__}
+        made = generated.settings
+        settings = {name: made[name] for name in SampleOptions.__dataclass_fields__ if name in made}
         sampling = Sampling(work.workspace, model_at.key, shape, SampleOptions(**settings), model_at.schedule)
         asked = queries_of_samples(sampling.run(model, work.display), sampling.stage.key)
         earlier.append(sampling)

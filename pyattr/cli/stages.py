@@ -26,10 +26,11 @@ from ..diffusion.train import check_options as check_training
 from ..files import whole_file
 from ..report import Timing
 from .display import Display
-from .options import DataOptions, SampleOptions, TrainOptions
+from .options import DataOptions, KeepOptions, SampleOptions, TrainOptions
 from .workspace import Stage, Workspace, WorkspaceError
 
 SCHEDULE = diffusion.Schedule()  # of every model made here
+NEWEST = KeepOptions()
 
 
 def load_data(options: DataOptions) -> ImageDataset:
@@ -106,25 +107,30 @@ class Training(Step):
         WorkspaceError, ValueError, ImportError: the network does not fit the images, or cannot be built.
     """
 
-    def __init__(self, workspace: Workspace, data: ImageDataset, options: TrainOptions):
-        self.data, self.options = data, options
+    def __init__(self, workspace: Workspace, data: ImageDataset, options: TrainOptions, keep: KeepOptions = NEWEST):
+        self.data, self.options, self.keep = data, options, keep
         check_fits(options.network, data.shape)
         check_training(**{name: value for name, value in self._options().items() if name != "flip"})
         with torch.device("meta"):  # only to count, and to fail before the work
             self.parameters = sum(p.numel() for p in self._network().parameters())
         settings = {"data": data.fingerprint(), "schedule": dataclasses.asdict(SCHEDULE), **dataclasses.asdict(options)}
+        if keep != NEWEST:  # the model is the same, but not what else lies in its folder
+            settings["checkpoints"] = dataclasses.asdict(keep)
+        made = -(-options.steps // (keep.every or -(-options.steps // 20)))
         super().__init__(
             "Training",
             f"{options.network} ({self.parameters:,} parameters), {options.steps:,} steps of {options.batch_size} images",
             workspace.stage("train", settings),
-            # Weights, two moments and perhaps an average, in two checkpoints, the state since, and the one being written.
-            4 * 4 * self.parameters * (3 if options.ema is None else 4),
+            # Weights, two moments and perhaps an average, in each checkpoint, the state since, and the one being written.
+            4 * self.parameters * (3 if options.ema is None else 4) * (min(keep.count, made) + 2),
         )
 
     def _options(self) -> dict[str, Any]:
         """Those of :func:`pyattr.diffusion.train`."""
-        options = dataclasses.asdict(self.options)
-        return {name: value for name, value in options.items() if name not in ("network", "dropout")}
+        options = {
+            name: v for name, v in dataclasses.asdict(self.options).items() if name not in ("network", "dropout")
+        }
+        return {**options, "checkpoint_every": self.keep.every, "keep_checkpoints": self.keep.count}
 
     def _network(self) -> nn.Module:
         options, (channels, size, _) = self.options, self.data.shape
@@ -190,6 +196,24 @@ class Checkpoint:
         """The model."""
         return diffusion.load_model(self.file).to(device)
 
+    def history(self) -> dict[int, Checkpoint]:
+        """The checkpoints of this model's training up to itself by their steps, rising; as many as were kept.
+
+        Raises:
+            WorkspaceError: one lies there that was trained with another noise schedule.
+        """
+        found = diffusion.checkpoints(self.file.parent)
+        own = next((step for step, path in found.items() if path.name == self.file.name), None)
+        if own is None:
+            return {0: self}
+        history = {step: Checkpoint(path) for step, path in found.items() if step < own} | {own: self}
+        for checkpoint in history.values():
+            if checkpoint.schedule != self.schedule:
+                raise WorkspaceError(
+                    f"{checkpoint.file} is not of the training of {self.file}: its noise schedule is another"
+                )
+        return history
+
 
 class Sampling(Step):
     """Generates images from a model, or finds them generated.
@@ -208,12 +232,14 @@ class Sampling(Step):
     ):
         self.options, self.shape, self.schedule = options, shape, schedule
         chosen = dataclasses.asdict(options)
+        trajectory = chosen.pop("trajectory")
         check_sampling(schedule, **{name: value for name, value in chosen.items() if name != "num_images"})
         settings = {
             "model": model_key,
             "shape": shape,
             "schedule": dataclasses.asdict(schedule),
             **chosen,
+            **({"trajectory": True} if trajectory else {}),  # the images are the same, but not what else is kept
         }
         numbers = options.num_images * int(np.prod(shape))
         noises = num_noises(options.method, options.steps, options.eta)
@@ -221,18 +247,20 @@ class Sampling(Step):
             "Generating",
             f"{options.num_images} images by {options.method.upper()} in {options.steps} steps",
             workspace.stage("generate", settings),
-            2 * 4 * numbers * (1 + noises),
+            2 * 4 * numbers * (1 + noises + (options.steps + 1 if trajectory else 0)),
         )
 
     def run(self, model: nn.Module, display: Display) -> diffusion.Samples:
         """The samples; each image also lies in the stage's folder as a PNG."""
         options = dataclasses.asdict(self.options)
+        record = "trajectory" if options.pop("trajectory") else "noise"
         with self.working():
             samples = diffusion.sample(
                 model,
                 self.schedule,
                 shape=self.shape,
                 directory=self.stage.folder,
+                record=record,
                 progress=display.progress,
                 **options,
             )
@@ -250,6 +278,7 @@ class Queries:
         names: Q, for people.
         key: what tells these queries from others.
         generated: whether a model made them.
+        samples: what generated images were made from.
     """
 
     images: np.ndarray
@@ -257,13 +286,14 @@ class Queries:
     names: tuple[str, ...]
     key: str
     generated: bool
+    samples: diffusion.Samples | None = None
 
 
 def queries_of_samples(samples: diffusion.Samples, key: str) -> Queries:
     """Generated images as 8-bit files would hold them."""
     images = samples.uint8().numpy()
     names = tuple(f"Generated image {number}" for number in samples.ids.tolist())
-    return Queries(images, attribution.QUERY_IDS + samples.ids, names, key, True)
+    return Queries(images, attribution.QUERY_IDS + samples.ids, names, key, True, samples)
 
 
 def queries_of_data(data: ImageDataset, train: ImageDataset) -> Queries:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .presets import PatchUNet, diffusers
-from .schedule import Schedule
+from .schedule import Schedule, as_schedule
 from .storage import load_record, load_tensors, model_hash, save_tensors
 
 
@@ -68,7 +68,7 @@ def identity(model: nn.Module) -> dict:
 def build(described: dict) -> nn.Module:
     """A network from :func:`architecture`'s description, with random weights."""
     if described["class"] == "PatchUNet":
-        return PatchUNet(build(described["unet"]), described["patch"], Schedule(**described["schedule"]))
+        return PatchUNet(build(described["unet"]), described["patch"], as_schedule(described["schedule"]))
     return diffusers().UNet2DModel.from_config(described["config"])
 
 
@@ -111,7 +111,7 @@ def trained_with(path: str | os.PathLike) -> tuple[Schedule | None, str | None]:
     settings = record.get("settings", {})
     built_in = (record["model"] or {}).get("schedule")
     schedule = settings.get("schedule") or record.get("schedule") or built_in
-    return schedule and Schedule(**schedule), settings.get("images")
+    return schedule and as_schedule(schedule), settings.get("images")
 
 
 def _newest(path: str | os.PathLike) -> Path:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..jvp import dual_forward
-from .noise import PROBES, noise
+from .noise import TRACES, noise
 
 Field = Callable[[Tensor], Tensor]  # [B, *shape] -> [B, *shape]
 
@@ -76,7 +76,7 @@ def random_directions(kind: str, count: int, shape: torch.Size, seed: int, ids: 
     Args:
         kind: "gaussian", or "rademacher": the signs of those.
     """
-    normal = noise(shape, seed=seed, ids=ids, timesteps=0, draws=torch.arange(count)[:, None], purpose=PROBES)
+    normal = noise(shape, seed=seed, ids=ids, timesteps=0, draws=torch.arange(count)[:, None], purpose=TRACES)
     return normal if kind == "gaussian" else torch.where(normal < 0, -1.0, 1.0)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .. import gradients
 from .checkpoint import identity
-from .images import as_images, evaluating, predict_noise, reference_parameter, to_unit
+from .conditioned import Examples, as_examples, check_conditions, contents, separate, with_conditions
+from .images import evaluating, predict_noise, reference_parameter, to_unit
 from .losses import Loss, as_loss
 from .noise import MAX_DRAWS, noise
 from .progress import Progress, silent
@@ -31,7 +32,12 @@ class FeatureMap:
 
     ``x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps`` with eps a function of (noise_seed, sample id, t), M the D x P matrix of
     the projection, unscaled: inner products come out D times those of the gradients. The average over timesteps (and draws
-    of the noise) is taken before projecting. The model is in eval mode; nothing is normalised.
+    of the noise) is taken before projecting. The model is in eval mode.
+
+    With ``normalize`` every gradient counts by its direction: ``phi(x) = M (1 / K) sum_t g_t / ||g_t||`` with
+    ``g_t = grad_theta f(x_t, t)`` and its exact norm, over all parameters, before it is projected; a gradient of zero adds
+    nothing. Timesteps with large gradients then weigh no more than others, and f is free of scale. It costs each gradient
+    twice, and one projection still.
 
     Args:
         schedule: gives abar_t and T.
@@ -46,11 +52,13 @@ class FeatureMap:
             :func:`pyattr.gradients.project_gradients`.
         seed: of the projection, in [0, 2^32).
         noise_seed: in [0, 2^32).
+        normalize: divide the gradient of each timestep and draw by its norm.
 
     Raises:
         ValueError: an argument is not as above.
 
-    Source: Zheng et al., ICLR 2024 (D-TRAK), section 3; Park et al., ICML 2023 (TRAK), section 3.2.
+    Source: Zheng et al., ICLR 2024 (D-TRAK), section 3; Park et al., ICML 2023 (TRAK), section 3.2; normalised as in the
+    code of Lin, Tao, Dong, Xu, "Diffusion Attribution Score", ICLR 2025, which adds 10^-8 to the norm.
     """
 
     schedule: Schedule
@@ -62,6 +70,7 @@ class FeatureMap:
     kind: str = "rademacher"
     seed: int = 0
     noise_seed: int = 0
+    normalize: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "loss", as_loss(self.loss))
@@ -86,13 +95,17 @@ class FeatureMap:
         return torch.arange(self.num_timesteps) * stride + (stride // 2 if self.strategy == "midpoint" else 0)
 
     def settings(self) -> dict:
-        """All fields, as they go into the manifest of a directory."""
-        return {**dataclasses.asdict(self), "definition": _DEFINITION}
+        """All fields, as they go into the manifest of a directory.
+
+        ``normalize`` only where it is set: directories from before it existed are found again.
+        """
+        fields = {**dataclasses.asdict(self), "definition": _DEFINITION}
+        return fields if self.normalize else {name: value for name, value in fields.items() if name != "normalize"}
 
     def batch(
         self,
         model: nn.Module,
-        images: Tensor,
+        images: Examples,
         ids: Tensor,
         *,
         timesteps_per_pass: int = 32,
@@ -102,7 +115,8 @@ class FeatureMap:
 
         Args:
             model: in eval mode.
-            images: [B, C, H, W] uint8, or floating point in [-1, 1]; or [B, K, C, H, W], another one for each timestep.
+            images: [B, C, H, W] uint8, or floating point in [-1, 1]; or [B, K, C, H, W], another one for each timestep. For a
+                conditional model :class:`~pyattr.diffusion.Conditioned`.
             ids: [B] int64.
             timesteps_per_pass: rows of one image that go through the model together, at most; changes rounding only.
             memory: bytes that the gradients may take (:func:`pyattr.gradients.project_gradients`). Fewer rows and images
@@ -116,29 +130,21 @@ class FeatureMap:
 
         Extra memory: ``memory``, and the images with their noise once for each row of a pass.
         """
-        like = reference_parameter(model, "features")
-        x = to_unit(images, like)
-        x = x[:, None] if x.dim() == 4 else x.repeat_interleave(self.num_noises, 1)  # [B, 1 or R, C, H, W]
-        times = self.timesteps().repeat_interleave(self.num_noises)  # [R], R = K * num_noises
-        draws = torch.arange(self.num_noises).repeat(self.num_timesteps)  # [R]
-        loss = functools.partial(_values, loss=self.loss, schedule=self.schedule)
-
-        def rows(x: Tensor, ids: Tensor, which: slice) -> dict[str, Tensor]:
-            t, draw = times[which], draws[which]
-            x = x if x.shape[1] == 1 else x[:, which]
-            eps = noise(x.shape[2:], seed=self.noise_seed, ids=ids[:, None], timesteps=t, draws=draw).to(x)
-            t = t.to(x.device).expand(len(x), -1)  # [B, R']
-            return {"noisy": self.schedule.add_noise(x, eps, t), "noise": eps, "timesteps": t}
-
+        x, times = self._views(model, images), self._times()
+        loss = functools.partial(_values, loss=self._function(), schedule=self.schedule)
         count = min(timesteps_per_pass, len(times))
         if count > 1:
             # Two images at a time are measured, so half of the budget is for one.
-            least = gradients.least_memory(model, loss, rows(x[:2], ids[:2], slice(0, 1)), self.proj_dim, self.kind)
+            least = gradients.least_memory(
+                model, loss, self._rows(x[:2], ids[:2], slice(0, 1)), self.proj_dim, self.kind
+            )
             count = max(1, min(count, memory // 2 // least))
         count = -(-len(times) // -(-len(times) // count))  # equal passes
         total = None
         for start in range(0, len(times), count):
-            batch = rows(x, ids, slice(start, start + count))
+            batch = self._rows(x, ids, slice(start, start + count))
+            if self.normalize:
+                batch["weights"] = _inverse_norms(model, loss, batch, memory)
             part = gradients.project_gradients(
                 model, loss, batch, self.proj_dim, kind=self.kind, seed=self.seed, memory=memory
             )
@@ -146,12 +152,66 @@ class FeatureMap:
             total = part if total is None else total.add_(part)
         return total
 
+    @torch.no_grad()
+    def mean_loss(self, model: nn.Module, images: Tensor, ids: Tensor, *, timesteps_per_pass: int = 32) -> Tensor:
+        """The training loss ``mean (e - eps)^2`` of a batch, averaged over the timesteps and the noise of its features.
+
+        Args:
+            model, images, ids, timesteps_per_pass: see :meth:`batch`.
+
+        Returns:
+            [B] float64 on the CPU.
+
+        Extra memory: the images with their noise once for each row of a pass, and a forward pass of them.
+        """
+        x, times = self._views(model, images), self._times()
+        total = torch.zeros(len(x), dtype=torch.float64)
+        for start in range(0, len(times), timesteps_per_pass):
+            batch = self._rows(x, ids, slice(start, start + timesteps_per_pass))
+            values = _values(model, batch, loss=as_loss("simple"), schedule=self.schedule)
+            total += values.double().sum(1).cpu()
+        return total / len(times)
+
+    def _function(self):
+        """f, called as a :class:`~pyattr.diffusion.Loss` is."""
+        return self.loss
+
+    def _views(self, model: nn.Module, images: Examples) -> Examples:  # -> [B, 1 or R, C, H, W]
+        images, conditions = separate(images)
+        x = to_unit(images, reference_parameter(model, "features"))
+        return with_conditions(x[:, None] if x.dim() == 4 else x.repeat_interleave(self.num_noises, 1), conditions)
+
+    def _times(self) -> Tensor:  # [R], R = K * num_noises
+        return self.timesteps().repeat_interleave(self.num_noises)
+
+    def _draws(self) -> Tensor:  # [R]
+        return torch.arange(self.num_noises).repeat(self.num_timesteps)
+
+    def _rows(self, x: Examples, ids: Tensor, which: slice) -> dict[str, Tensor]:
+        """What some of the R rows of images are made of; "noise" is what f compares the prediction with."""
+        x, conditions = separate(x)
+        t, draw = self._times()[which], self._draws()[which]
+        x = x if x.shape[1] == 1 else x[:, which]
+        eps = noise(x.shape[2:], seed=self.noise_seed, ids=ids[:, None], timesteps=t, draws=draw).to(x)
+        t = t.to(x.device).expand(len(x), -1)  # [B, R']
+        told = {} if conditions is None else {"conditions": conditions.to(x.device)[:, None].expand(t.shape)}
+        return {"noisy": self.schedule.add_noise(x, eps, t), "noise": eps, "timesteps": t, **told}
+
 
 def _values(model, batch, *, loss: Loss, schedule: Schedule) -> Tensor:  # -> [B, R]
     noisy, eps, times = batch["noisy"], batch["noise"], batch["timesteps"]  # [B, R, C, H, W] twice, [B, R]
     flat = times.flatten()
-    prediction = predict_noise(model, noisy.flatten(0, 1), flat)
-    return loss(prediction, eps.flatten(0, 1), flat, schedule).unflatten(0, times.shape)
+    told = (batch["conditions"].flatten(),) if "conditions" in batch else ()
+    prediction = predict_noise(model, noisy.flatten(0, 1), flat, *told)
+    values = loss(prediction, eps.flatten(0, 1), flat, schedule).unflatten(0, times.shape)
+    return values * batch["weights"] if "weights" in batch else values
+
+
+def _inverse_norms(model, loss, batch: dict[str, Tensor], memory: int) -> Tensor:
+    """One over the norm of each row's gradient, and 0 where it is zero: [B, R], as each row weighs in the sum."""
+    each = {name: tensor.flatten(0, 1)[:, None] for name, tensor in batch.items()}  # a row as a sample of its own
+    norms = gradients.gradient_norms(model, loss, each, memory=memory).unflatten(0, batch["timesteps"].shape)
+    return torch.where(norms == 0, norms, 1 / norms).to(batch["noisy"])
 
 
 def compute(
@@ -178,7 +238,7 @@ def compute(
 
     Args:
         model: predicts the noise; evaluated in eval mode and left in its own.
-        images: [N, C, H, W] uint8, or floating point in [-1, 1].
+        images: [N, C, H, W] uint8, or floating point in [-1, 1]; or :class:`~pyattr.diffusion.Conditioned`.
         ids: [N] distinct integers in [0, 2^63) that the noise is a function of; 0..N-1 if None.
         batch_size: images whose gradients are taken together.
         timesteps_per_pass, memory: see :meth:`FeatureMap.batch`.
@@ -190,13 +250,14 @@ def compute(
         :class:`Features`.
 
     Raises:
-        ValueError: an argument is not as above, or the directory was made with another model, other images or another
-            feature map; the message says what differs. Or ``memory`` is too small.
+        TypeError, ValueError: an argument is not as above, or the directory was made with another model, other images or
+            another feature map; the message says what differs. Or ``memory`` is too small.
         DamagedFileError: the directory's manifest cannot be read, or a shard in it is damaged.
 
     Extra memory: that of :meth:`FeatureMap.batch`, and one shard twice or all features twice.
     """
-    images = as_images(images, "features", "images")
+    images = as_examples(images, "features", "images")
+    check_conditions(model, images, "features", "images")
     if len(images) == 0:
         raise ValueError("features: images must hold at least one image, got none")
     for name, value in (
@@ -237,7 +298,7 @@ def compute(
                 **identity(model),
                 "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             },
-            data={"images and ids": tensors_hash({"images": images, "ids": ids})},
+            data={"images and ids": tensors_hash({**contents(images), "ids": ids})},
             rows=total,
             shard_rows=shard_rows,
         )

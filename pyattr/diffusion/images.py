@@ -46,9 +46,9 @@ def to_bytes(images: Tensor) -> Tensor:
     return (images.clamp(-1, 1).add(1).mul(127.5)).round().to(torch.uint8)
 
 
-def predict_noise(model: nn.Module, images: Tensor, timesteps: Tensor) -> Tensor:
-    """``model(x_t, t)``, whether it returns the prediction itself or a record with a ``sample``."""
-    out = model(images, timesteps)
+def predict_noise(model: nn.Module, images: Tensor, timesteps: Tensor, conditions: Tensor | None = None) -> Tensor:
+    """``model(x_t, t)``, or ``model(x_t, t, c)``, whether it returns the prediction itself or a record with a ``sample``."""
+    out = model(images, timesteps) if conditions is None else model(images, timesteps, conditions)
     return out if isinstance(out, Tensor) else out.sample
 
 

@@ -20,7 +20,8 @@ from ..reference.philox import philox4x32_10
 FEATURES = 0x66656174
 SAMPLES = 0x73616D70
 PATCHES = 0x70617463
-PROBES = 0x70726F62
+PROBES = 0x70726F62  # signs of directions in the space of predictions
+TRACES = 0x74726163  # directions along which divergences are estimated
 DEQUANTISATION = 0x64657175
 LOSSES = 0x6C6F7373  # of the models that scores are judged by: a method that met the same noise would be favoured
 
@@ -38,7 +39,7 @@ def noise(shape, *, seed: int, ids, timesteps, draws=0, purpose: int = FEATURES)
         ids: sample ids in [0, 2^63), int64 tensor or int.
         timesteps: in [0, 2^20), int64 tensor or int.
         draws: in [0, 2^12), int64 tensor or int; different draws of one (id, timestep) are independent.
-        purpose: :data:`FEATURES`, :data:`SAMPLES`, :data:`PATCHES` or :data:`LOSSES`; they are independent.
+        purpose: :data:`FEATURES`, :data:`SAMPLES`, :data:`PATCHES`, :data:`PROBES` or :data:`LOSSES`; they are independent.
 
     Returns:
         [*B, *shape] float32 on the CPU, B the broadcast shape of ``ids``, ``timesteps`` and ``draws``.

@@ -18,11 +18,12 @@ class Progress(Protocol):
         Args:
             done: 0 to ``total``. Resumed work starts at what it found, so a rate is (done - first done) / time.
             total: units in this stage; the same in every call of one stage.
-            stage: "train" (optimiser steps), "sample" (steps of images), "features" or "query features" (images),
+            stage: "train" (optimiser steps), "sample" (steps of images), "features", "query features" or "latents" (images),
                 "eigendecomposition" (1), "patches" and "tuning" (passes of a query over the training images), "matches"
                 (pairs of a query and a training image), "counterfactual", "jacobian", "last_step" and "members" (steps of
-                images), "classifier" (epochs), "image features" (images), "image distances" (pairs of images), "ground truth"
-                (passes of an image through a model; a training step makes three with each of its images).
+                images), "classifier" (epochs), "image features" (images), "image distances" (pairs of images), "ground truth",
+                "original" and "retraining" (passes of an image through a model; a training step makes three with each of its
+                images), "tail patch" (training images).
         """
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops._arguments import check_integer
 from .checkpoint import identity
+from .conditioned import check_conditions, with_conditions
 from .images import evaluating, predict_noise, reference_parameter, to_bytes
 from .noise import SAMPLES, noise
 from .progress import Pace, Progress, silent
@@ -36,6 +37,7 @@ class Samples:
         trajectory: [Q, S + 1, C, H, W] float32, from x_T to x_0; None unless asked for.
         timesteps: [S] int64, in the order in which they were visited (falling).
         settings: how they were made: method, steps, eta, seed, clip, shape, schedule, and what identifies the model.
+        conditions: [Q] int64, what a conditional model was told of each; None for another.
     """
 
     images: Tensor
@@ -44,6 +46,7 @@ class Samples:
     trajectory: Tensor | None
     timesteps: Tensor
     settings: dict
+    conditions: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -52,10 +55,8 @@ class Samples:
         """The samples of a slice, as views."""
         if not isinstance(which, slice):
             raise TypeError(f"Samples: index must be a slice, got {type(which).__name__}")
-        trajectory = None if self.trajectory is None else self.trajectory[which]
-        return dataclasses.replace(
-            self, images=self.images[which], ids=self.ids[which], noise=self.noise[which], trajectory=trajectory
-        )
+        rows = {name: getattr(self, name) for name in ("images", "ids", "noise", "trajectory", "conditions")}
+        return dataclasses.replace(self, **{name: None if t is None else t[which] for name, t in rows.items()})
 
     def uint8(self) -> Tensor:
         """[Q, C, H, W] uint8, rounded as for an 8-bit image file."""
@@ -67,8 +68,9 @@ class Samples:
         Extra memory: the tensors once more.
         """
         tensors = {"images": self.images, "ids": self.ids, "noise": self.noise, "timesteps": self.timesteps}
-        if self.trajectory is not None:
-            tensors["trajectory"] = self.trajectory
+        for name in ("trajectory", "conditions"):
+            if getattr(self, name) is not None:
+                tensors[name] = getattr(self, name)
         save_tensors(path, tensors, {"kind": "samples", **self.settings})
 
     @classmethod
@@ -110,6 +112,7 @@ def sample(
     *,
     num_images: int | None = None,
     ids=None,
+    conditions=None,
     shape: tuple[int, int, int] | None = None,
     method: str = "ddim",
     steps: int = 50,
@@ -137,9 +140,11 @@ def sample(
     x_s = (x_t - (1 - a) / sqrt(1 - abar_t) e) / sqrt(a) + sqrt(a (1 - a)) z.
 
     Args:
-        model: predicts the noise, ``model(x_t [B, C, H, W], t [B])``; evaluated in eval mode and left in its own.
+        model: predicts the noise, ``model(x_t [B, C, H, W], t [B])``, a conditional one
+            ``model(x_t, t, conditions [B])``; evaluated in eval mode and left in its own.
         num_images: Q, for the ids 0..Q-1; or
         ids: [Q] distinct integers in [0, 2^63).
+        conditions: [Q] integers, what a conditional model is told of each image; None for another model.
         shape: (C, H, W); from ``model.config`` when it is there.
         method: "ddim", "ddpm" or "published".
         steps: S; the latter two proper take S = T.
@@ -155,7 +160,7 @@ def sample(
         count.
 
     Raises:
-        TypeError: num_images is no integer.
+        TypeError: num_images is no integer; or there are conditions where the model takes none, or none where it does.
         ValueError: an argument is not as above, the model has a schedule of its own and it is another, or ``directory`` was
             made with other settings.
 
@@ -176,6 +181,11 @@ def sample(
     ids = torch.arange(num_images) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
     if ids.dim() != 1 or ids.numel() == 0 or len(ids.unique()) != len(ids):
         raise ValueError("sample: ids must be distinct and there must be at least one image")
+    if conditions is not None:
+        conditions = with_conditions(torch.empty(len(ids), 1, 1, 1), conditions).conditions
+    check_conditions(model, with_conditions(torch.empty(len(ids), 1, 1, 1), conditions), "sample", "images")
+    if clip and getattr(model, "latents", False):
+        raise ValueError("sample: clip must be False for a model of latents, which have no range to be clipped to")
     shape = tuple(shape) if shape is not None else _shape(model)
     settings = {
         "method": method,
@@ -203,12 +213,13 @@ def sample(
 
     with evaluating(model):
         for batch_ids in ids.split(batch_size):
+            told = None if conditions is None else conditions[done : done + len(batch_ids)]
             path, unfinished = (
                 None if directory is None else directory / f"{kind}-{done:08d}.safetensors"
                 for kind in ("samples", "unfinished")
             )
             found = path is not None and path.exists()
-            batch = _kept(path, batch_ids, settings) if found else sampler.run(batch_ids, unfinished, count)
+            batch = _kept(path, batch_ids, settings, told) if found else sampler.run(batch_ids, unfinished, count, told)
             if path is not None:
                 if not found:
                     batch.save(path)
@@ -221,7 +232,7 @@ def sample(
             del batch  # or it would lie beside the next one
             if not found or done == len(ids):  # what was found is no measure of how fast the work goes
                 count(0)
-    return Samples(images, ids, noises, trajectory, timesteps, settings)
+    return Samples(images, ids, noises, trajectory, timesteps, settings, conditions)
 
 
 def check_options(schedule: Schedule, *, method: str, steps: int, eta: float, seed: int, batch_size: int) -> Tensor:
@@ -254,16 +265,22 @@ def _shape(model: nn.Module) -> tuple[int, int, int]:
         raise ValueError("sample: shape must be given, since the model has no config with its image size") from None
 
 
-def _kept(path: Path, ids: Tensor, settings: dict) -> Samples:
+def _kept(path: Path, ids: Tensor, settings: dict, conditions: Tensor | None) -> Samples:
     kept = Samples.load(path)
-    _check_same(path, kept.ids, ids, kept.settings, settings)
+    _check_same(path, (kept.ids, kept.conditions), (ids, conditions), kept.settings, settings)
     return kept
 
 
-def _check_same(path: Path, made_ids: Tensor, ids: Tensor, made: dict, asked: dict) -> None:
+def _check_same(path: Path, made_of: tuple, asked_of: tuple, made: dict, asked: dict) -> None:
+    """Refuse a file of other ids, conditions or settings."""
     differ = differences(made, asked)
+    (made_ids, made_conditions), (ids, conditions) = made_of, asked_of
     if not torch.equal(made_ids, ids):
         differ = differ or "the ids or the batch size differ"
+    if (made_conditions is None) != (conditions is None) or (
+        conditions is not None and not torch.equal(made_conditions, conditions)
+    ):
+        differ = differ or "the conditions differ"
     if differ:
         raise ValueError(
             f"sample: directory {path.parent} holds samples made otherwise: {differ}; use another directory"
@@ -299,11 +316,18 @@ class Sampler:
         """Images or noise on the model's device and in its dtype."""
         return images.to(self.like.device, self.like.dtype)
 
-    def run(self, ids: Tensor, unfinished: Path | None, count: Callable[[int], None]) -> Samples:
+    def run(
+        self,
+        ids: Tensor,
+        unfinished: Path | None,
+        count: Callable[[int], None],
+        conditions: Tensor | None = None,
+    ) -> Samples:
         """A batch; see :meth:`walk`.
 
         Args:
             ids: [B] int64.
+            conditions: [B] int64, for a conditional model.
         """
         shape, seed = self.settings["shape"], self.settings["seed"]
         # The label of x_T is T; of the noise added at timestep t it is t.
@@ -312,8 +336,8 @@ class Sampler:
         trajectory = None
         if self.settings["record"] == "trajectory":
             trajectory = torch.empty(len(ids), len(self.timesteps) + 1, *shape, **HELD)  # [B, S + 1, C, H, W]
-        x = self.walk(exogenous, slice(None), ids, unfinished, count, trajectory)
-        return Samples(x, ids, exogenous, trajectory, self.timesteps, self.settings)
+        x = self.walk(exogenous, slice(None), ids, unfinished, count, trajectory, conditions=conditions)
+        return Samples(x, ids, exogenous, trajectory, self.timesteps, self.settings, conditions)
 
     @torch.no_grad()
     def walk(
@@ -325,6 +349,7 @@ class Sampler:
         count: Callable[[int], None],
         trajectory: Tensor | None = None,
         steps: int | None = None,
+        conditions: Tensor | None = None,
     ) -> Tensor:
         """From the noise to the image; its state goes to the file ``unfinished`` now and then, and is taken up from there.
 
@@ -335,6 +360,7 @@ class Sampler:
             count: told how many steps of images are done in this batch, but for the last.
             trajectory: [B, S + 1, C, H, W], written to.
             steps: how many are done; None: all.
+            conditions: [B] int64, for a conditional model.
 
         Returns:
             [B, C, H, W] float32 on the CPU.
@@ -344,34 +370,40 @@ class Sampler:
         if trajectory is not None:
             trajectory[:, 0] = x
         if unfinished is not None:
-            first, x = self._resume(unfinished, ids, x, trajectory)
+            first, x = self._resume(unfinished, ids, x, trajectory, conditions)
+        told = () if conditions is None else (conditions.to(self.like.device),)
         pace = Pace(SAVE_SECONDS)
         count(first * len(ids))
         for i in range(first, steps):
             z = self.place(exogenous[:, i + 1][rows]) if i + 1 < exogenous.shape[1] else None
-            x = self.steps[i].apply(x, predict_noise(self.model, x, self.times(i, len(x))), z)
+            x = self.steps[i].apply(x, predict_noise(self.model, x, self.times(i, len(x)), *told), z)
             if trajectory is not None:
                 trajectory[:, i + 1] = x
             if i + 1 < steps:
                 if unfinished is not None and pace.due():
                     with pace.saving():
-                        self._save(unfinished, ids, i + 1, x, trajectory)
+                        self._save(unfinished, ids, i + 1, x, trajectory, conditions)
                 count((i + 1) * len(ids))
         return x.float().cpu()
 
-    def _save(self, path: Path, ids: Tensor, steps: int, x: Tensor, trajectory: Tensor | None) -> None:
-        tensors = {"x": x, "ids": ids}
+    def _save(
+        self, path: Path, ids: Tensor, steps: int, x: Tensor, trajectory: Tensor | None, conditions: Tensor | None
+    ) -> None:
+        tensors = {"x": x, "ids": ids} if conditions is None else {"x": x, "ids": ids, "conditions": conditions}
         if trajectory is not None:
             tensors["trajectory"] = trajectory[:, : steps + 1]
         save_tensors(path, tensors, {"kind": "unfinished samples", "steps": steps, "settings": self.settings})
 
-    def _resume(self, path: Path, ids: Tensor, x: Tensor, trajectory: Tensor | None) -> tuple[int, Tensor]:
+    def _resume(
+        self, path: Path, ids: Tensor, x: Tensor, trajectory: Tensor | None, conditions: Tensor | None
+    ) -> tuple[int, Tensor]:
         """How many steps are done, and x after them."""
         try:
             tensors, found = load_tensors(path)
         except (FileNotFoundError, DamagedFileError):
             return 0, x  # the batch is made from its beginning, and the file replaced
-        _check_same(path, tensors["ids"], ids, found["settings"], self.settings)
+        made_of = tensors["ids"], tensors.get("conditions")
+        _check_same(path, made_of, (ids, conditions), found["settings"], self.settings)
         if trajectory is not None:
             trajectory[:, : found["steps"] + 1] = tensors["trajectory"]
         return found["steps"], tensors["x"].to(x)

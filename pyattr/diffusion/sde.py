@@ -81,7 +81,12 @@ class VariancePreserving:
 
         ``scale(t)^2 = exp(-integral of beta)`` then stands for ``abar_{T t - 1}``, a product of ``1 - beta_s``; its logarithm
         differs by half the sum of beta_s^2: 0.07 of -10.1 at the end of the default schedule.
+
+        Raises:
+            ValueError: beta does not run linearly.
         """
+        if type(schedule) is not Schedule:
+            raise ValueError(f"VariancePreserving: schedule must have linear betas, got {schedule}")
         total = schedule.num_timesteps
         return cls(total * schedule.beta_start, total * schedule.beta_end)
 

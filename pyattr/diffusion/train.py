@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import architecture, checkpoints, identity, numbered
-from .images import as_images, predict_noise, reference_parameter, to_unit
+from .conditioned import Conditioned, Examples, as_examples, check_conditions, examples_hash, separate
+from .images import predict_noise, reference_parameter, to_unit
 from .progress import Pace, Progress, silent
 from .schedule import Schedule, check_schedule
 from .storage import DamagedFileError, data_hash, differences, load_tensors, save_tensors
@@ -65,12 +66,13 @@ def train(
 
     Args:
         model: predicts the noise; trained in place, on its device.
-        images: [N, C, H, W] uint8, or floating point in [-1, 1].
+        images: [N, C, H, W] uint8, or floating point in [-1, 1]; for a conditional model
+            :class:`~pyattr.diffusion.Conditioned`.
         steps: optimiser steps in all.
         learning_rate: its peak, reached at the last step of the warmup.
         warmup: fraction of ``steps``, in [0, 1].
         max_grad_norm: gradients are scaled down to this norm.
-        flip: mirror each image left to right with probability 1/2.
+        flip: mirror each image left to right with probability 1/2; conditioned ones by their ``mirrored``.
         ema: decay of a moving average of the weights, in (0, 1), that replaces them in the end; it starts faster,
             at step s with min(ema, (1 + s) / (10 + s)). None: no average.
         weighting: "simple" is w_t = 1. "velocity" is w_t = 1 / abar_t, which makes the loss the squared error of the
@@ -99,7 +101,7 @@ def train(
     Source: Ho et al. 2020, algorithm 1; the optimiser and its schedule as in D-TRAK (Zheng et al., ICLR 2024); the
     velocity's weighting, "SNR + 1", Salimans, Ho, ICLR 2022, section 4.
     """
-    images = as_images(images, "train", "images")
+    images = as_examples(images, "train", "images")
     if len(images) == 0:
         raise ValueError("train: images must hold at least one image, got none")
     check_options(
@@ -118,6 +120,10 @@ def train(
     )
     reference_parameter(model, "train")
     check_schedule(model, schedule, "train")
+    check_conditions(model, images, "train", "images")
+    mirrored = images.mirrored if flip and isinstance(images, Conditioned) else None
+    if flip and isinstance(images, Conditioned) and mirrored is None:
+        raise ValueError("train: images must have a mirrored side where flip is set, got Conditioned without")
     settings = {
         "steps": steps,
         "batch_size": batch_size,
@@ -132,7 +138,8 @@ def train(
         "seed": seed,
         "schedule": dataclasses.asdict(schedule),
         **{f"initial {name}": value for name, value in identity(model).items()},
-        "images": data_hash(images),
+        "images": examples_hash(images),
+        **({} if mirrored is None else {"mirrored": data_hash(mirrored)}),
     }
     run = _Run(model, images, schedule, settings)
     resumed = 0
@@ -225,7 +232,7 @@ def _seed_dropout(device: torch.device, seed: int) -> None:
 class _Run:
     """The state of a training run: model, optimiser, average, losses."""
 
-    def __init__(self, model: nn.Module, images: Tensor, schedule: Schedule, settings: dict):
+    def __init__(self, model: nn.Module, images: Examples, schedule: Schedule, settings: dict):
         self.model, self.images, self.schedule, self.settings = model, images, schedule, settings
         self.like = reference_parameter(model, "train")
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -260,17 +267,21 @@ class _Run:
 
     def step(self, step: int) -> None:
         rng = _rng(self.settings["seed"], _STEP, step)
-        x = to_unit(self.images[self.batch(step).to(self.images.device)], self.like)  # [B, C, H, W]
+        batch = self.images[self.batch(step).to(self.images.device)]
+        images, conditions = separate(batch)
+        told = () if conditions is None else (conditions.to(self.like.device),)
+        x = to_unit(images, self.like)  # [B, C, H, W]
         if self.settings["flip"]:
             mirrored = torch.from_numpy(rng.random(len(x)) < 0.5).to(x.device)
-            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+            other = to_unit(batch.mirrored, self.like) if isinstance(batch, Conditioned) else x.flip(3)
+            x = torch.where(mirrored[:, None, None, None], other, x)
         t = torch.from_numpy(rng.integers(self.schedule.num_timesteps, size=len(x)))  # [B]
         eps = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32)).to(x)
         noisy = self.schedule.add_noise(x, eps, t)
         devices = [] if x.device.type == "cpu" else [x.device]
         with torch.random.fork_rng(devices):
             _seed_dropout(x.device, int(rng.integers(2**63)))
-            errors = (predict_noise(self.model, noisy, t.to(x.device)) - eps).square().mean((1, 2, 3))  # [B]
+            errors = (predict_noise(self.model, noisy, t.to(x.device), *told) - eps).square().mean((1, 2, 3))  # [B]
         if self.settings["weighting"] == "velocity":
             errors = errors / self.schedule.alphas_cumprod[t].to(errors)
         loss = errors.mean()

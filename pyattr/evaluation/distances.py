@@ -73,7 +73,7 @@ def fids(sets: Iterable, second, extractor: Extractor, *, batch_size: int = 64) 
 
     Extra memory: that of :func:`fid`.
     """
-    _check_extractor("fid", extractor)
+    check_extractor("fid", extractor)
     second, sets = as_images(second, "fid", "second"), [as_images(first, "fid", "first") for first in sets]
     for name, images in (*(("first", first) for first in sets), ("second", second)):
         if len(images) < 2:
@@ -95,7 +95,7 @@ def feature_distances(first, second, extractor: Extractor, *, batch_size: int = 
     Raises:
         TypeError, ValueError: see :class:`~pyattr.evaluation.Extractor`; or the numbers of images differ.
     """
-    _check_extractor("feature_distances", extractor)
+    check_extractor("feature_distances", extractor)
     first, second = _pairs("feature_distances", first, second)
     difference = extractor(first, batch_size=batch_size).double() - extractor(second, batch_size=batch_size).double()
     return Distances(f"{extractor.name}-feature distance", difference.norm(dim=1).numpy())
@@ -172,7 +172,7 @@ def lpips(first, second, extractor: Extractor | None = None, *, batch_size: int 
     Source: Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", CVPR 2018.
     """
     if extractor is not None:
-        _check_extractor("lpips", extractor)
+        check_extractor("lpips", extractor)
         return feature_distances(first, second, extractor, batch_size=batch_size)
     first, second = _pairs("lpips", first, second)
     batch_size = check_integer("lpips", "batch_size", batch_size, 1, 2**62)
@@ -194,7 +194,7 @@ def lpips(first, second, extractor: Extractor | None = None, *, batch_size: int 
     return Distances("LPIPS", torch.cat(values).numpy())
 
 
-def _check_extractor(op: str, extractor) -> None:
+def check_extractor(op: str, extractor) -> None:
     if not isinstance(extractor, Extractor):
         given = type(extractor).__name__
         raise TypeError(

@@ -2,15 +2,15 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ..diffusion.images import as_images
+from ..diffusion.conditioned import Examples, as_examples, contents, examples_hash, with_conditions
 from ..diffusion.sampling import Samples
-from ..diffusion.storage import data_hash, load_tensors, save_tensors, tensors_hash
+from ..diffusion.storage import load_tensors, save_tensors, tensors_hash
 
 _POOLS = {"evaluation": 0x6576616C, "retraining": 0x72657472}  # key word 1 of the draws
 _PUBLISHED = {"evaluation": 42, "retraining": 42 + 512}  # random states of the first subset; the next are 2 apart
@@ -73,10 +73,10 @@ class GroundTruth:
         Raises:
             ValueError: they are others, in another order, or of another dtype.
         """
-        images = as_images(images, op, "train")
+        images = as_examples(images, op, "train")
         if len(images) != self.masks.shape[1]:
             raise ValueError(f"{op}: train must be the {self.masks.shape[1]} images of the pool, got {len(images)}")
-        if self.images is not None and data_hash(images) != self.images:
+        if self.images is not None and examples_hash(images) != self.images:
             raise ValueError(f"{op}: train must be the images of the pool, in their order and dtype, got others")
 
     def rows(self, queries, op: str) -> np.ndarray:
@@ -92,13 +92,16 @@ class GroundTruth:
         Raises:
             ValueError: a query is not among those of the pool, or these are unknown.
         """
+        return self.rows_of(query_hashes(queries, op), op)
+
+    def rows_of(self, hashes: Sequence[str], op: str) -> np.ndarray:
+        """:meth:`rows` of queries that are known by what identifies them, see :func:`image_hashes`."""
         if self.queries is None:
             raise ValueError(f"{op}: pool must say which queries it has the losses of, got one that does not")
-        found = image_hashes(queries.images if isinstance(queries, Samples) else as_images(queries, op, "queries"))
         places, met, rows = {}, Counter(), []
         for row, query in enumerate(self.queries):
             places.setdefault(query, []).append(row)
-        for number, query in enumerate(found):
+        for number, query in enumerate(hashes):
             if met[query] == len(places.get(query, ())):
                 raise ValueError(
                     f"{op}: queries must be among those of the pool, in their dtype; number {number} is not"
@@ -146,9 +149,23 @@ _ARRAYS = ("masks", "losses", "query_ids")
 _RECORDED = ("targets", "images", "queries", "settings")
 
 
-def image_hashes(images: Tensor) -> list[str]:
-    """What identifies each image, SHA-256 over dtype, shape and pixels."""
-    return [tensors_hash({"image": image}) for image in images]
+def image_hashes(images: Examples) -> list[str]:
+    """What identifies each image, SHA-256 over dtype, shape and pixels, and its condition where it has one."""
+    images, *conditions = contents(images).values()
+    if not conditions:
+        return [tensors_hash({"image": image}) for image in images]
+    return [tensors_hash({"image": image, "condition": c}) for image, c in zip(images, *conditions, strict=True)]
+
+
+def query_hashes(queries, op: str) -> list[str]:
+    """:func:`image_hashes` of queries as methods take them, or of Samples.
+
+    Raises:
+        TypeError, ValueError: they are no images.
+    """
+    if isinstance(queries, Samples):
+        queries = with_conditions(queries.images, queries.conditions)
+    return image_hashes(as_examples(queries, op, "queries"))
 
 
 def subsets(

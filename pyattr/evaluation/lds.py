@@ -1,6 +1,7 @@
 """The linear datamodeling score: how well scores predict what training on other subsets does to a query's loss."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 RESAMPLES, RESAMPLING_SEED = 64, 42  # of the published standard deviations
 _PERCENTILE_RESAMPLES = 1000
-_BLOCK = 1 << 19  # numbers in an array at a time
+_BLOCK = 1 << 17  # numbers in an array at a time
 
 
 class Interval(NamedTuple):
@@ -25,39 +26,55 @@ class _Ranks:
     """The order of M numbers for each of Q queries, from which the ranks in any multiset of them follow by counting.
 
     Args:
-        values: [Q, M] float64.
+        doubled: [Q, M], twice the average rank of each number minus the average of all; anything where one is unknown.
+        unknown: [Q] bool, whether one of the numbers is NaN.
     """
 
-    def __init__(self, values: np.ndarray):
-        count = values.shape[1]
-        self.order = np.argsort(values, axis=1, kind="stable")  # [Q, M]
-        ordered = np.take_along_axis(values, self.order, 1)
-        position = np.broadcast_to(np.arange(count), values.shape)
-        differs = ordered[:, 1:] != ordered[:, :-1]  # [Q, M - 1]
-        edge = np.ones((len(values), 1), bool)
-        first = np.maximum.accumulate(np.where(np.hstack([edge, differs]), position, 0), 1)
-        last = np.where(np.hstack([differs, edge]), position + 1, count)
-        last = np.minimum.accumulate(last[:, ::-1], 1)[:, ::-1]
-        self.first, self.last = np.empty_like(self.order), np.empty_like(self.order)  # of equal ones, in `order`
-        np.put_along_axis(self.first, self.order, first, 1)
-        np.put_along_axis(self.last, self.order, last, 1)
-        self.unknown = np.isnan(values).any(1)  # [Q]
+    def __init__(self, doubled: np.ndarray, unknown: np.ndarray):
+        self.doubled, self.unknown = doubled, unknown
 
-    def __call__(self, queries: slice, counts: np.ndarray) -> np.ndarray:  # [R, M] -> [R, Q, M]
-        """Twice the average rank of each number minus the average of all, when number m is there counts[m] times."""
-        order = self.order[queries]  # [Q, M]
-        below = np.zeros((len(counts), len(order), order.shape[1] + 1))
-        np.cumsum(counts[:, order], axis=2, out=below[:, :, 1:])
-        first, last = (
-            np.take_along_axis(below, np.broadcast_to(x[queries], (len(counts), *order.shape)), 2)
-            for x in (self.first, self.last)
-        )
-        return first + last - counts.sum(1)[:, None, None]
+    @classmethod
+    def of(cls, values: np.ndarray) -> "_Ranks":
+        """Of values [Q, M] float64."""
+        unknown = np.isnan(values).any(1)
+        known = np.where(unknown[:, None], 0, values)
+        return cls(2 * scipy.stats.rankdata(known, axis=1) - (values.shape[1] + 1), unknown)
+
+    def take(self, rows) -> "_Ranks":
+        """Of some queries."""
+        return _Ranks(self.doubled[rows], self.unknown[rows])
+
+    @classmethod
+    def joined(cls, parts: Sequence["_Ranks"]) -> "_Ranks":
+        """Of the queries of one after the other."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("doubled", "unknown")))
+
+    def above(self, queries: slice, some: slice) -> np.ndarray:  # -> [Q, M', M]
+        """1 where one of some numbers lies above another, -1 where it lies below, 0 where they are equal."""
+        own = self.doubled[queries]
+        return np.sign(own[:, some, None] - own[:, None, :])
+
+    def resampled(self, queries: slice, counts: np.ndarray) -> np.ndarray:  # [R, M] -> [Q, M, R]
+        """The ranks when number m is there counts[m] times: how many lie below each minus how many above."""
+        count = counts.shape[1]
+        own = self.doubled[queries]
+        out = np.empty((len(own), count, len(counts)))
+        rows = max(1, _BLOCK // (max(1, len(own)) * count))
+        for m in range(0, count, rows):
+            above = self.above(queries, slice(m, m + rows))
+            out[:, m : m + rows] = (above.reshape(-1, count) @ counts.T).reshape(*above.shape[:2], -1)
+        return out
 
 
-def _spearman(first: _Ranks, second: _Ranks, counts: np.ndarray) -> np.ndarray:  # [R, M] -> [R, Q]
-    """Spearman's correlation for each query and each multiset of the M pairs; NaN where one side is constant or NaN."""
-    queries, count = first.order.shape
+def _spearman(first: _Ranks, second: _Ranks) -> np.ndarray:  # -> [Q]
+    """Spearman's correlation for each query; NaN where one side is constant or NaN."""
+    a, b = first.doubled, second.doubled
+    return _defined(first, second, _ratio(*((x * y).sum(1) for x, y in ((a, b), (a, a), (b, b)))))
+
+
+def _spearman_resampled(first: _Ranks, second: _Ranks, counts: np.ndarray) -> np.ndarray:  # [R, M] -> [R, Q]
+    """The same for each multiset of the M pairs."""
+    queries, count = first.doubled.shape
     out = np.empty((len(counts), queries))
     rows = max(1, min(len(counts), _BLOCK // count))
     columns = max(1, _BLOCK // (rows * count))
@@ -65,13 +82,44 @@ def _spearman(first: _Ranks, second: _Ranks, counts: np.ndarray) -> np.ndarray: 
         some = counts[r : r + rows].astype(np.float64)
         for q in range(0, queries, columns):
             block = slice(q, q + columns)
-            a, b = first(block, some), second(block, some)
+            a, b = first.resampled(block, some), second.resampled(block, some)
             # Sums of integers, exact below 2^53.
-            ab, aa, bb = (np.einsum("rqm,rqm,rm->rq", x, y, some) for x, y in ((a, b), (a, a), (b, b)))
-            with np.errstate(invalid="ignore"):
-                out[r : r + rows, block] = np.clip(ab / np.sqrt(aa * bb), -1, 1)
-    out[:, first.unknown | second.unknown] = np.nan
-    return out
+            sums = (np.einsum("qmr,qmr->rq", x * some.T, y) for x, y in ((a, b), (a, a), (b, b)))
+            out[r : r + rows, block] = _ratio(*sums)
+    return _defined(first, second, out)
+
+
+def _spearman_without_one(first: _Ranks, second: _Ranks) -> np.ndarray:  # -> [M, Q]
+    """The same without each of the M pairs in turn: those above it lose a rank, twice over, and those below gain one."""
+    queries, count = first.doubled.shape
+    out = np.empty((count, queries))
+    rows = max(1, min(count, _BLOCK // count))
+    columns = max(1, _BLOCK // (rows * count))
+    for m in range(0, count, rows):
+        left = slice(m, m + rows)
+        for q in range(0, queries, columns):
+            block = slice(q, q + columns)
+            a, b = (x.doubled[block][:, None] + x.above(block, left) for x in (first, second))  # [Q, M', M]
+            own = [x.doubled[block, left] for x in (first, second)]  # what the pair itself would add
+            pairs = ((a, b, own[0] * own[1]), (a, a, own[0] ** 2), (b, b, own[1] ** 2))
+            out[left, block] = _ratio(*((np.einsum("qlm,qlm->ql", x, y) - z).T for x, y, z in pairs))
+    return _defined(first, second, out)
+
+
+def _ratio(ab: np.ndarray, aa: np.ndarray, bb: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return np.clip(ab / np.sqrt(aa * bb), -1, 1)
+
+
+def _defined(first: _Ranks, second: _Ranks, correlations: np.ndarray) -> np.ndarray:  # [..., Q]
+    correlations[..., first.unknown | second.unknown] = np.nan
+    return correlations
+
+
+def _drawn(count: int, num_resamples: int, seed: int) -> np.ndarray:  # -> [R, M]
+    """How often each of ``count`` subsets is in each resample."""
+    drawn = np.random.RandomState(seed).randint(0, count, (num_resamples, count))
+    return np.stack([np.bincount(row, minlength=count) for row in drawn])
 
 
 def _mean(values: np.ndarray) -> np.ndarray:  # [..., Q] -> [...]
@@ -99,17 +147,24 @@ class _Resampled:
         Returns:
             [num_resamples] float64: the ``bootstrap_distribution`` of ``scipy.stats.bootstrap`` with ``random_state=seed``.
 
-        Extra memory: 8 num_resamples (Q + 2 M) bytes, and about 30 MB.
+        Extra memory: 8 num_resamples (Q + 2 M) bytes, and about 10 MB. Time: num_resamples Q M^2.
         """
-        count = self.num_subsets
-        drawn = np.random.RandomState(seed).randint(0, count, (num_resamples, count))
-        counts = np.stack([np.bincount(row, minlength=count) for row in drawn])
-        return _mean(self._correlations(counts))
+        return _mean(self._correlations(_drawn(self.num_subsets, num_resamples, seed)))
 
     @functools.cached_property
+    def _resampled(self) -> np.ndarray:  # [64, Q]
+        """In the published resamples."""
+        return self._correlations(_drawn(self.num_subsets, RESAMPLES, RESAMPLING_SEED))
+
+    @property
+    def _without_one(self) -> np.ndarray:  # [M, Q]
+        """Without one subset each."""
+        raise NotImplementedError
+
+    @property
     def bootstrap(self) -> np.ndarray:
         """[64] float64, the resampling behind the published numbers: 64 resamples, seed 42."""
-        return self.resample()
+        return _mean(self._resampled)
 
     @property
     def bootstrap_mean(self) -> float:
@@ -131,7 +186,7 @@ class _Resampled:
     def standard_error(self) -> float:
         """Of :attr:`mean`, by the delete-one jackknife over subsets."""
         count = self.num_subsets
-        without = _mean(self._correlations(1 - np.eye(count, dtype=np.int64)))  # [M], mean without one subset
+        without = _mean(self._without_one)  # [M]
         return float(np.sqrt((count - 1) / count * np.square(without - without.mean()).sum()))
 
     @property
@@ -158,7 +213,43 @@ class LDS(_Resampled):
     true: _Ranks = field(repr=False)
 
     def _correlations(self, counts: np.ndarray) -> np.ndarray:
-        return _spearman(self.predicted, self.true, counts)
+        return _spearman_resampled(self.predicted, self.true, counts)
+
+    @functools.cached_property
+    def _without_one(self) -> np.ndarray:
+        return _spearman_without_one(self.predicted, self.true)
+
+    def take(self, rows) -> "LDS":
+        """The score over some of the queries; what was computed for all of them is used.
+
+        Args:
+            rows: integers, a boolean array, or a slice.
+        """
+        ranks = self.predicted.take(rows), self.true.take(rows)
+        part = LDS(self.per_query[rows], self.num_subsets, self.level, *ranks)
+        for name in ("_resampled", "_without_one"):
+            if name in self.__dict__:
+                part.__dict__[name] = self.__dict__[name][:, rows]
+        return part
+
+    @classmethod
+    def gathered(cls, parts: Sequence["LDS"], which: np.ndarray) -> "LDS":
+        """The score over the queries of several parts of one set of subsets.
+
+        Args:
+            parts: scores that :meth:`take` gave, of whatever method.
+            which: [Q], the part of each query; those of a part follow each other in its order.
+        """
+        order = np.argsort(np.argsort(which, kind="stable"), kind="stable")
+        per_query = np.concatenate([part.per_query for part in parts])[order]
+        predicted, true = (
+            _Ranks.joined([getattr(part, side) for part in parts]).take(order) for side in ("predicted", "true")
+        )
+        return cls(per_query, parts[0].num_subsets, parts[0].level, predicted, true)
+
+    def minus(self, other: "LDS") -> "LDSDifference":
+        """See :func:`lds_difference`; both scores must be of the same subsets, outputs and queries."""
+        return LDSDifference(self.per_query - other.per_query, self.num_subsets, self.level, self, other)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +269,14 @@ class LDSDifference(_Resampled):
 
     def _correlations(self, counts: np.ndarray) -> np.ndarray:
         return self.first._correlations(counts) - self.second._correlations(counts)
+
+    @functools.cached_property
+    def _resampled(self) -> np.ndarray:
+        return self.first._resampled - self.second._resampled
+
+    @functools.cached_property
+    def _without_one(self) -> np.ndarray:
+        return self.first._without_one - self.second._without_one
 
 
 def lds(scores, masks, outputs, *, level: float = 0.95) -> LDS:
@@ -205,7 +304,7 @@ def lds(scores, masks, outputs, *, level: float = 0.95) -> LDS:
     Raises:
         ValueError: shapes do not go together, masks hold other numbers, or fewer than three subsets.
 
-    Extra memory: 56 M Q bytes that stay with the result; about 40 MB besides.
+    Extra memory: 16 M Q bytes that stay with the result, and 8 (M + 64) Q once its uncertainty was asked for; about 20 MB.
 
     Source: Park et al., "TRAK", ICML 2023, definition 2.3; as evaluated for diffusion models by Zheng et al., ICLR 2024
     (D-TRAK), whose published numbers are ``bootstrap_mean`` and ``bootstrap_std``; Efron, Tibshirani, "An Introduction to the
@@ -213,7 +312,7 @@ def lds(scores, masks, outputs, *, level: float = 0.95) -> LDS:
     """
     scores = _array(scores)
     masks, outputs = _checked("lds", {"scores": scores}, masks, outputs, level)
-    return _lds(scores, masks, _Ranks(-outputs.T), level)
+    return _lds(scores, masks, _Ranks.of(-outputs.T), level)
 
 
 def lds_difference(first, second, masks, outputs, *, level: float = 0.95) -> LDSDifference:
@@ -230,13 +329,13 @@ def lds_difference(first, second, masks, outputs, *, level: float = 0.95) -> LDS
     Raises:
         ValueError: see :func:`lds`.
 
-    Extra memory: that of :func:`lds`, with 80 M Q bytes that stay.
+    Extra memory: three times that of :func:`lds`.
     """
     first, second = _array(first), _array(second)
     masks, outputs = _checked("lds_difference", {"first": first, "second": second}, masks, outputs, level)
-    true = _Ranks(-outputs.T)
+    true = _Ranks.of(-outputs.T)
     one, other = (_lds(scores, masks, true, level) for scores in (first, second))
-    return LDSDifference(one.per_query - other.per_query, len(masks), level, one, other)
+    return one.minus(other)
 
 
 def _checked(op: str, scores: dict, masks, outputs, level: float) -> tuple[np.ndarray, np.ndarray]:
@@ -262,9 +361,8 @@ def _lds(scores, masks: np.ndarray, true: _Ranks, level: float) -> LDS:
     with np.errstate(invalid="ignore"):  # infinity times 0 is NaN, as it should be
         for q in range(0, len(scores), size):
             predictions[q : q + size] = _float64(scores[q : q + size]) @ masks.T
-    predicted = _Ranks(predictions)
-    per_query = _spearman(predicted, true, np.ones((1, len(masks)), np.int64))[0]
-    return LDS(per_query, len(masks), level, predicted, true)
+    predicted = _Ranks.of(predictions)
+    return LDS(_spearman(predicted, true), len(masks), level, predicted, true)
 
 
 def _array(x):

@@ -13,61 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.checkpoint import identity, save_model
-from ..diffusion.images import as_images, evaluating, predict_noise, reference_parameter, to_unit
-from ..diffusion.losses import Loss
-from ..diffusion.members import PACE, Recipe, check_importable, check_model, in_processes, training_options
-from ..diffusion.noise import LOSSES, MAX_DRAWS, noise
+from ..diffusion.conditioned import Conditioned, as_examples, examples_hash, pack, unpack, with_conditions
+from ..diffusion.images import evaluating
+from ..diffusion.members import PACE, Recipe, check_importable, check_model, training_options
 from ..diffusion.progress import Progress, silent
 from ..diffusion.sampling import Samples
 from ..diffusion.schedule import Schedule
-from ..diffusion.storage import DamagedFileError, data_hash, differences, load_tensors, save_tensors, tensors_hash
+from ..diffusion.storage import save_tensors, tensors_hash
 from .ground_truth import GroundTruth, image_hashes
+from .retrained import TARGETS, TRAINING_PASSES, QueryLosses, check_between, read_task, run_tasks
 
-TARGETS = ("simple", "elbo", "square", "l1", "linf")
 RESULT = "ground-truth.safetensors"
 _OP = "build_ground_truth"
-_TRAINING_PASSES = 3  # of an image in a training step: forward, and twice as much backward
-
-
-@dataclass(frozen=True)
-class _Evaluation:
-    """How the losses of a model are computed; see :func:`build_ground_truth`."""
-
-    timesteps: int
-    num_noises: int
-    noise_seed: int
-    targets: tuple[str, ...]
-    rows_per_pass: int
-
-    def times(self, schedule: Schedule) -> Tensor:  # -> [K] int64
-        stride = schedule.num_timesteps // self.timesteps
-        return torch.arange(self.timesteps) * stride + stride // 2
-
-    def losses(
-        self, model: nn.Module, schedule: Schedule, queries: Tensor, ids: Tensor, tell: Callable[[int], None]
-    ) -> Tensor:  # [Q, C, H, W], [Q] -> [F, E, Q] float64 on the CPU
-        like = reference_parameter(model, _OP)
-        functions = [Loss(target) for target in self.targets]
-        times = self.times(schedule)
-        rows, done = len(queries) * len(times), 0
-        means = torch.empty(len(functions), self.num_noises, len(queries), dtype=torch.float64, device="cpu")
-        for draw in range(self.num_noises):
-            values = torch.empty(len(functions), rows, dtype=torch.float64, device="cpu")
-            for start in range(0, rows, self.rows_per_pass):
-                row = torch.arange(start, min(start + self.rows_per_pass, rows))
-                which, t = row // len(times), times[row % len(times)]
-                x = to_unit(queries[which.to(queries.device)], like)  # [B, C, H, W]
-                eps = noise(
-                    x.shape[1:], seed=self.noise_seed, ids=ids[which], timesteps=t, draws=draw, purpose=LOSSES
-                ).to(x)
-                with torch.no_grad():
-                    prediction = predict_noise(model, schedule.add_noise(x, eps, t), t.to(x.device))
-                    wide = prediction.double(), eps.double(), t.to(x.device), schedule
-                    values[:, row] = torch.stack([function(*wide) for function in functions]).cpu()
-                done += len(row)
-                tell(done)
-            means[:, draw] = values.unflatten(1, (len(queries), len(times))).mean(2)
-        return means
 
 
 @dataclass(frozen=True)
@@ -75,12 +32,13 @@ class _Plan:
     """All that a process has to know to make the losses of a model; task m S + s is seed s of subset m."""
 
     recipe: Recipe
-    evaluation: _Evaluation
+    evaluation: QueryLosses
     masks: np.ndarray
     seeds: int
     directory: Path
     keep_models: bool
     settings: dict
+    num_queries: int
 
     def name(self, task: int) -> str:
         return "subset {}, seed {}".format(*divmod(task, self.seeds))
@@ -101,42 +59,32 @@ class _Plan:
         initial = self.settings["initial"][seed]
         return {"kind": "losses", **self.settings, "initial": initial, "subset": mask, "model seed": seed}
 
-    def found(self, task: int) -> Tensor | None:
+    def found(self, task: int) -> dict[str, Tensor] | None:
         """The losses of a task that is done; those of a damaged file are made again.
 
         Raises:
             ValueError: they were made otherwise.
         """
-        try:
-            tensors, record = load_tensors(self.file(task))
-        except (FileNotFoundError, DamagedFileError):
-            return None
-        differ = differences(record, self.record(task))
-        if differ:
-            raise ValueError(
-                f"{_OP}: directory {self.directory} holds losses that were made otherwise: {differ}; use another directory"
-            )
-        if self.keep_models and not self.model_file(task).is_file():
-            return None
-        return tensors["losses"]
+        tensors = read_task(self.file(task), self.record(task), "losses", _OP)
+        return None if self.keep_models and not self.model_file(task).is_file() else tensors
 
-    def work(self, num_queries: int) -> int:
+    def work(self, task: int) -> int:
         """Passes of an image through a model that a task takes."""
         images = self.recipe.training["steps"] * self.recipe.training["batch_size"]
-        return images * _TRAINING_PASSES + num_queries * self.evaluation.timesteps * self.evaluation.num_noises
+        return images * TRAINING_PASSES + self.num_queries * self.evaluation.timesteps * self.evaluation.num_noises
 
     def __call__(self, task: int, shared: dict[str, Tensor], tell: Callable[[int], None]) -> None:
         """Train a model, take its losses, and keep them."""
         subset, seed = divmod(task, self.seeds)
         recipe, folder = self.recipe, self.training_folder(task)
-        images = shared["images"]
+        images = unpack(shared, "images")
         kept = images[torch.from_numpy(self.masks[subset].nonzero()[0]).to(images.device)]
-        passes = recipe.training["batch_size"] * _TRAINING_PASSES
+        passes = recipe.training["batch_size"] * TRAINING_PASSES
         model = recipe.train(seed, kept, folder, lambda done, _total, _stage: tell(done * passes))
         trained = recipe.training["steps"] * passes
         with evaluating(model):
-            losses = self.evaluation.losses(
-                model, recipe.schedule, shared["queries"], shared["ids"], lambda done: tell(trained + done)
+            losses = self.evaluation(
+                model, recipe.schedule, unpack(shared, "queries"), shared["ids"], lambda done: tell(trained + done)
             )
         if self.keep_models:
             self.model_file(task).parent.mkdir(exist_ok=True)
@@ -181,7 +129,8 @@ def build_ground_truth(
     Args:
         directory: where all of it lies; created when it is missing.
         model: builds a network, without arguments, from torch's random state; or a preset of :func:`pyattr.diffusion.unet`.
-        images: the training images, [N, C, H, W] uint8, or floating point in [-1, 1].
+        images: the training images, [N, C, H, W] uint8, or floating point in [-1, 1]; for conditional models
+            :class:`~pyattr.diffusion.Conditioned`.
         queries: [Q, C, H, W] likewise, or :class:`~pyattr.diffusion.Samples`.
         masks: [M, N] boolean or 0 and 1, see :func:`subsets`; each subset holds an image.
         schedule: of the diffusion.
@@ -214,10 +163,13 @@ def build_ground_truth(
 
     Source: Zheng et al., ICLR 2024 (D-TRAK), section 4.1 (all 1,000 timesteps, three draws, three models of each subset).
     """
-    images = as_images(images, _OP, "images")
+    images = as_examples(images, _OP, "images")
     if isinstance(queries, Samples):
-        queries, query_ids = queries.images, queries.ids if query_ids is None else query_ids
-    queries = as_images(queries, _OP, "queries")
+        query_ids = queries.ids if query_ids is None else query_ids
+        queries = with_conditions(queries.images, queries.conditions)
+    queries = as_examples(queries, _OP, "queries")
+    if isinstance(queries, Conditioned) != isinstance(images, Conditioned):
+        raise TypeError(f"{_OP}: queries must have conditions where images have them, and only there")
     query_ids = torch.arange(len(queries)) if query_ids is None else torch.as_tensor(query_ids, dtype=torch.int64)
     if query_ids.shape != queries.shape[:1] or len(query_ids.unique()) != len(query_ids):
         raise ValueError(
@@ -228,22 +180,10 @@ def build_ground_truth(
             f"{_OP}: queries must be at least one image of shape {list(images.shape[1:])}, got {list(queries.shape)}"
         )
     masks = _as_masks(masks, len(images))
-    for name, value, high in (
-        ("seeds", seeds, 99),
-        ("timesteps", timesteps, schedule.num_timesteps),
-        ("num_noises", num_noises, MAX_DRAWS),
-        ("rows_per_pass", rows_per_pass, 2**31),
-        ("workers", workers, 2**10),
-    ):
-        if not 1 <= value <= high:
-            raise ValueError(f"{_OP}: {name} must lie in [1, {high}], got {value}")
-    if not 0 <= noise_seed < 2**32:
-        raise ValueError(f"{_OP}: noise_seed must lie in [0, {2**32 - 1}], got {noise_seed}")
-    targets = tuple(targets)
-    if not targets or len(set(targets)) < len(targets):
-        raise ValueError(f"{_OP}: targets must be distinct, and one at least, got {targets}")
-    for target in targets:
-        Loss(target)
+    evaluation = QueryLosses(timesteps, num_noises, noise_seed, tuple(targets), rows_per_pass)
+    evaluation.check(schedule, _OP)
+    for name, value, high in (("seeds", seeds, 99), ("workers", workers, 2**10)):
+        check_between(_OP, name, value, 1, high)
     check_model(model, _OP)
     options = training_options(training, seed, _OP)
     if options["checkpoint_every"] is None:
@@ -251,7 +191,6 @@ def build_ground_truth(
     recipe = Recipe(model, schedule, options, seed, _OP, device)
     if workers > 1:
         check_importable(recipe)
-    evaluation = _Evaluation(timesteps, num_noises, noise_seed, targets, rows_per_pass)
     hashes = tuple(image_hashes(queries))
     settings = {
         "model": model if isinstance(model, str) else None,
@@ -260,17 +199,20 @@ def build_ground_truth(
         "training": {name: value for name, value in options.items() if name not in PACE},
         "seed": seed,
         "evaluation": dataclasses.asdict(evaluation),
-        "images": data_hash(images),
-        "queries": tensors_hash({"queries": queries, "ids": query_ids}),
+        "images": examples_hash(images),
+        "queries": tensors_hash({**pack(queries, "queries"), "ids": query_ids}),
     }
     directory = Path(directory)
-    plan = _Plan(recipe, evaluation, masks, seeds, directory, keep_models, settings)
-    shared = {"images": images, "queries": queries, "ids": query_ids}
-    losses = _run(plan, shared, workers, progress)
+    plan = _Plan(recipe, evaluation, masks, seeds, directory, keep_models, settings, len(queries))
+    shared = {**pack(images, "images"), **pack(queries, "queries"), "ids": query_ids}
+    tasks = range(len(masks) * seeds)
+    found = run_tasks(plan, tasks, shared, workers=workers, progress=progress, stage="ground truth", op=_OP)
     made = GroundTruth(
         masks=masks,
-        losses=np.stack([one.numpy() for one in losses], 1).reshape(len(targets), len(masks), seeds, num_noises, -1),
-        targets=targets,
+        losses=np.stack([one["losses"].numpy() for one in found], 1).reshape(
+            len(evaluation.targets), len(masks), seeds, num_noises, -1
+        ),
+        targets=evaluation.targets,
         query_ids=query_ids.numpy(),
         images=settings["images"],
         queries=hashes,
@@ -295,37 +237,3 @@ def _as_masks(masks, num_images: int) -> np.ndarray:
     if not masks.any(1).all():
         raise ValueError(f"{_OP}: masks must leave each model an image, got none for subset {masks.any(1).argmin()}")
     return masks
-
-
-def _run(plan: _Plan, shared: dict[str, Tensor], workers: int, progress: Progress) -> list[Tensor]:
-    """The losses of all tasks, [F, E, Q] each, made where they are missing."""
-    tasks = list(range(len(plan.masks) * plan.seeds))
-    todo = [task for task in tasks if plan.found(task) is None]
-    plan.directory.mkdir(parents=True, exist_ok=True)
-    each = plan.work(len(shared["queries"]))
-    done = {task: 0 if task in todo else each for task in tasks}
-
-    def tell(task: int, now: int) -> None:
-        done[task] = now
-        progress(sum(done.values()), each * len(tasks), "ground truth")
-
-    progress(sum(done.values()), each * len(tasks), "ground truth")
-    if workers > 1 and len(todo) > 1:
-        in_processes(
-            plan,
-            todo,
-            shared,
-            directory=plan.directory,
-            workers=workers,
-            tell=tell,
-            op=_OP,
-            again="the same call",
-            name=plan.name,
-        )
-    else:
-        for task in todo:
-            plan(task, shared, lambda now, task=task: tell(task, now))
-    # Left by one that was killed between its last two steps.
-    for task in tasks:
-        shutil.rmtree(plan.training_folder(task), ignore_errors=True)
-    return [plan.found(task) for task in tasks]

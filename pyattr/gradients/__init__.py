@@ -1,7 +1,8 @@
-"""Per-sample gradients of any module, whole or streamed into a projection."""
+"""Per-sample gradients of any module, whole, streamed into a projection, or their norms."""
 
 from .fallback import FallbackWarning
+from .gradient_norms import gradient_norms
 from .per_sample import per_sample_gradients
 from .project import KINDS, least_memory, project_gradients
 
-__all__ = ["KINDS", "FallbackWarning", "least_memory", "per_sample_gradients", "project_gradients"]
+__all__ = ["KINDS", "FallbackWarning", "gradient_norms", "least_memory", "per_sample_gradients", "project_gradients"]

@@ -12,12 +12,11 @@ from ..ops._layer_projection import KINDS, Projector, piece
 from ..ops._layers import Layer, takes_sketches
 from ..reference.multisketch_project import WIDTH
 from .batch import Batch
+from .blocks import COPIES, Blocks
 from .capture import Loss
-from .per_sample import Sources, put_sources, result_dtype
+from .per_sample import Sources, result_dtype
 from .plan import Planner
 
-COPIES = 3  # of a block of gradients: itself, and one by a library in another layout and order
-BLOCK_BYTES = 16 << 20  # of a block of gradients at most: more gains nothing, and this stays in the cache longer
 TRANSIENTS = 2  # of a layer's largest input or error: what a rule makes of them on the way to a gradient
 PART_SUMS = 4 << 17  # bytes of the sums that a sketch of a large layer keeps apart, per sample
 GIB = 1 << 30
@@ -137,6 +136,7 @@ def split(
     batch_size: int,
     memory: int,
     held: int = 0,
+    op: str = "project_gradients",
 ) -> tuple[int, int]:
     """Samples in a sub-batch, and bytes for a block of gradients, so that both fit into the budget.
 
@@ -147,15 +147,14 @@ def split(
         passes: see `Planner.memory`.
         parameters, batch_size, memory: what there is.
         held: bytes for one sample beside the passes.
+        op: for the error message.
 
     Raises:
         ValueError: if one sample and one row of a weight do not fit.
     """
     per_sample, row = _needs(slow, passes, parameters, held)
     if per_sample + row > memory:
-        raise ValueError(
-            f"project_gradients: memory must be at least {per_sample + row} bytes for one sample, got {memory}"
-        )
+        raise ValueError(f"{op}: memory must be at least {per_sample + row} bytes for one sample, got {memory}")
     size = min(batch_size, max(1, memory // 2 // max(1, per_sample)))
     size = -(-batch_size // -(-batch_size // size))  # equal sub-batches
     while size > 1 and size * (per_sample + row) > memory:
@@ -184,8 +183,7 @@ class _Projected:
         for name, parameter in self.parameters.items():
             self.offsets[name] = end
             end += parameter.numel()
-        self.block, self.projector = min(block // COPIES, BLOCK_BYTES), projector
-        self.buffer = torch.empty(0)
+        self.blocks, self.projector = Blocks(block), projector
         first = next(iter(self.parameters.values()))
         dtypes = [result_dtype(parameter) for parameter in self.parameters.values()]
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -196,18 +194,8 @@ class _Projected:
             return
         if self.projector.kind == "sparse" and self._sketched(name, sources):
             return
-        parameter, batch_size = self.parameters[name], self.out.shape[0]
-        count, dtype = parameter.shape[0], result_dtype(parameter)
-        width = parameter.numel() // count
-        step = min(count, max(1, self.block // (batch_size * width * dtype.itemsize)))
-        if self.buffer.numel() < batch_size * step * width or self.buffer.dtype != dtype:
-            self.buffer = parameter.new_empty(batch_size * step * width, dtype=dtype)
-        for start in range(0, count, step):
-            rows = slice(start, min(start + step, count))
-            size = rows.stop - rows.start
-            grads = self.buffer[: batch_size * size * width].view(batch_size, size, *parameter.shape[1:])
-            put_sources(sources, rows, grads)
-            self._add(grads, self.offsets[name] + start * width)
+        for start, grads in self.blocks.of(self.parameters[name], sources, self.out.shape[0]):
+            self._add(grads, self.offsets[name] + start)
 
     def _sketched(self, name: str, sources: Sources) -> bool:
         """Add a weight's gradient to the sums without forming it, if all of its layers allow that."""

@@ -259,7 +259,8 @@ def _ranked(attribution: Attribution, top: int) -> list[tuple[np.ndarray, np.nda
     """The columns of each query's proponents and opponents, which differ in sign where the method has one."""
     scores, count = attribution.scores, shown_count(top, attribution.scores.shape[1])
     if not attribution.signed:
-        return [(columns, columns[:0]) for columns in strongest(scores, count)]
+        # What has no score is not strong, however few have one.
+        return [(high[row[high] > 0], high[:0]) for row, high in zip(scores, strongest(scores, count), strict=True)]
     pairs = zip(scores, strongest(scores, count), strongest(scores, count, largest=False), strict=True)
     return [(high[row[high] > 0], low[row[low] < 0]) for row, high, low in pairs]
 

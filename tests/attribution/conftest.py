@@ -21,7 +21,9 @@ class LinearNet(nn.Module):
         return self.layer(images.flatten(1)).view_as(images)
 
 
-def projected_gradients(model, images, ids, *, times, squared=False, noises=1, dim=16, seed=5, noise_seed=2):
+def projected_gradients(
+    model, images, ids, *, times, squared=False, noises=1, dim=16, seed=5, noise_seed=2, normalize=False
+):
     """Features of a LinearNet on uint8 images, or on images for each timestep, in float64 and written down.
 
     W x_t predicts eps: d mean (W x_t - eps)^2 = 2 (W x_t - eps) x_t^T / D, and without eps for the squared norm.
@@ -37,7 +39,8 @@ def projected_gradients(model, images, ids, *, times, squared=False, noises=1, d
             abar = schedule.alphas_cumprod[t]
             x = abar.sqrt() * pixels.flatten() + (1 - abar).sqrt() * eps
             error = weight @ x - (0 if squared else eps)
-            total += 2 * torch.outer(error, x) / len(x) / len(times) / noises
+            gradient = 2 * torch.outer(error, x) / len(x)
+            total += gradient / (gradient.norm() if normalize else 1) / len(times) / noises
         rows.append(signs @ total.flatten())
     return torch.stack(rows)
 

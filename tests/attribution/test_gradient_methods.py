@@ -60,6 +60,17 @@ def test_gradient_dot_and_cosine(linear_net, schedule, images, queries, both):
     torch.testing.assert_close(found.double(), cosines(ours, theirs), **CLOSE)
 
 
+def test_normalized_gradients(tmp_path, linear_net, schedule, images, queries, both):
+    model = linear_net(4)
+    for given in (False, True):  # in directories of their own
+        settings = {**SETTINGS, "normalize": given, "directory": tmp_path / str(given)}
+        ours, theirs = both(model, images, normalize=given)
+        found = GradientDot(model, schedule, **settings).fit(images).scores(queries)
+        torch.testing.assert_close(found.double(), ours @ theirs.T, **CLOSE)
+    with pytest.raises(ValueError, match="was made otherwise: normalize was true, now null"):
+        GradientDot(model, schedule, **SETTINGS, directory=tmp_path / "True").fit(images)
+
+
 def test_a_step_on_a_proponent_lowers_the_loss(linear_net, schedule, images, queries):
     """The sign, and the scale D: the loss after a small step on one image, noise and timesteps being the features'."""
     model = linear_net(4)

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyattr.attribution.float32_kernel import Float32Kernel
 from pyattr.attribution.kernel import DampedKernel, balanced_lambda, choose_lambda, effective_dimension
 from pyattr.diffusion.features import Features
 
@@ -112,3 +113,52 @@ def test_lambda_given_wins_and_a_grid_gives_its_nearest():
 def test_no_positive_eigenvalue():
     with pytest.raises(ValueError, match="every feature of the training images is zero"):
         balanced_lambda(torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("count", [4, 30])  # dual, primal
+def test_leverages_are_the_diagonal_of_the_hat_matrix(count):
+    phi = torch.randn(count, 9, dtype=torch.float64)
+    made = kernel(phi)
+    for lambda_ in (0.1, 5.0):
+        hat = by_definition(phi, phi, lambda_)
+        torch.testing.assert_close(made.leverages(lambda_), hat.diagonal(), rtol=1e-10, atol=1e-12)
+        assert float(made.leverages(lambda_).sum()) == pytest.approx(effective_dimension(made.eigenvalues, lambda_))
+
+
+# The published arithmetic
+
+
+@pytest.mark.parametrize("count", [4, 30])
+def test_float32_inverses_agree_where_float32_resolves_them(count):
+    phi, queries = torch.randn(count, 9), torch.randn(3, 9)
+    single, double = Float32Kernel(Features.from_tensor(phi, torch.arange(count))), kernel(phi)
+    for lambda_ in (0.5, 20.0):
+        expected = by_definition(queries, phi, lambda_)
+        torch.testing.assert_close(single.scores(queries, lambda_).double(), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(single.leverages(lambda_), double.leverages(lambda_), rtol=1e-3, atol=1e-4)
+    norms = double.solution_norms([0.5, 20.0])
+    torch.testing.assert_close(single.solution_norms([0.5, 20.0]), norms, rtol=1e-3, atol=1e-4)
+    divided = torch.stack([*single.grid(queries, [0.5, 20.0], norms)])
+    assert torch.equal(divided[1], (single.scores(queries, 20.0) / norms[1]).float())
+    assert torch.equal(single.eigenvalues, double.eigenvalues)
+
+
+def test_float32_inverses_are_the_published_expression_and_collapse_below_its_resolution():
+    """Fewer samples than columns and one direction that all share: at small lambda the inverse is noise."""
+    phi = 300 + torch.randn(20, 60)
+    queries = phi[:5] + 0.1 * torch.randn(5, 60)
+    made = Float32Kernel(Features.from_tensor(phi, torch.arange(20)))
+    gram = phi.T @ phi
+    errors = []
+    for lambda_ in (1e-2, 1e3):
+        scores = made.scores(queries, lambda_)
+        assert torch.equal(scores, queries @ torch.linalg.inv(gram + lambda_ * torch.eye(60)) @ phi.T)
+        exact = by_definition(queries, phi, lambda_)
+        torch.testing.assert_close(kernel(phi).scores(queries, lambda_).double(), exact, rtol=1e-3, atol=1e-3)
+        errors.append(float((scores - exact).norm() / exact.norm()))
+    assert errors[0] > 1 and errors[1] < 0.05
+
+
+def test_a_matrix_that_float32_finds_singular_has_no_scores():
+    made = Float32Kernel(Features.from_tensor(torch.tensor([[1e4, 1e4]]), torch.arange(1)))
+    assert made.scores(torch.ones(2, 2), 1e-9).isnan().all()

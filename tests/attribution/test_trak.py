@@ -225,3 +225,20 @@ def test_features_that_are_all_zero_say_so(linear_net, schedule, images):
     model.layer.weight.data.zero_()  # the squared prediction is at its minimum
     with pytest.raises(ValueError, match="every feature of the training images is zero"):
         DTRAK(model, schedule, num_timesteps=2, proj_dim=8).fit(images)
+
+
+def test_float32_solves(linear_net, schedule, images):
+    model, queries = linear_net(4), images[:3]
+    exact, single = (
+        TRAK(model, schedule, solve_dtype=d, **SETTINGS).fit(images) for d in (torch.float64, torch.float32)
+    )
+    assert not torch.equal(exact.scores(queries), single.scores(queries))
+    torch.testing.assert_close(single.scores(queries), exact.scores(queries), atol=1e-3, rtol=1e-3)
+    for (_, theirs), (_, ours) in zip(
+        exact.scores_grid(queries, [1.0, 30.0]), single.scores_grid(queries, [1.0, 30.0]), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    with pytest.raises(
+        ValueError, match=r"TRAK: solve_dtype must be torch.float32 or torch.float64, got torch.float16"
+    ):
+        TRAK(model, schedule, solve_dtype=torch.float16)

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from bench.lds import build, problem
+from bench.lds import build, problem, scores, tables
 from bench.lds.problem import PROBLEMS
 from pyattr.diffusion import load_model
 from pyattr.diffusion.progress import silent
+from pyattr.diffusion.storage import data_hash
+from pyattr.evaluation import GroundTruth, Scores, lds, two_folds
+from pyattr.evaluation.ground_truth import image_hashes
 
 NAMES = sorted(PROBLEMS)
+JUDGED = ["cifar2"]  # whose ground truth and scores are committed
 
 
 @pytest.fixture
@@ -56,6 +60,17 @@ def test_networks_are_those_that_workers_can_import(name):
     assert ours(x, torch.tensor([0, 999])).shape == x.shape
 
 
+@pytest.mark.parametrize("name", JUDGED)
+def test_committed_ground_truth_belongs_to_the_committed_images(name):
+    found = build.images(PROBLEMS[name])
+    truth = GroundTruth.open(PROBLEMS[name].folder / "evaluation.safetensors")
+    assert np.array_equal(truth.masks, PROBLEMS[name].masks(found["train_labels"], "evaluation"))
+    assert truth.losses.shape[1:] == (PROBLEMS[name].models, PROBLEMS[name].seeds, 1, 200)
+    assert truth.images == data_hash(torch.from_numpy(found["train_images"]))
+    assert truth.queries == tuple(image_hashes(build.queries(PROBLEMS[name])))
+    assert np.isfinite(truth.losses).all()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_generated_queries_come_from_the_committed_network(name):
     made = build.sampled(PROBLEMS[name], "noise", silent).images[:4]
@@ -72,26 +87,84 @@ def test_everything_is_made_and_goes_on(digits, tmp_path, monkeypatch):
         ("IMAGES", 20),
         ("VALIDATION", 10),
         ("GENERATED", 3),
-        ("FULL_STEPS", 8),
-        ("SUBSET_STEPS", 2),
+        ("FULL_STEPS", 4),
+        ("SUBSET_STEPS", 1),
         ("TIMESTEPS", 2),
-        ("POOL", 4),
+        ("POOL", 12),
     ):
         monkeypatch.setattr(problem, name, value)
     small = dataclasses.replace(PROBLEMS["mnist"], models=3)
     build.draw(small, digits)
     build.main_model(small, tmp_path / "work", silent)
     assert [path.name for path in build.main_checkpoints(small)] == [
-        f"main-{step:04d}.safetensors" for step in (2, 4, 6, 8)
+        f"main-{step:04d}.safetensors" for step in (1, 2, 3, 4)
     ]
     assert build.queries(small).shape == (13, 1, 16, 16)
     truth = build.retrain(small, "evaluation", tmp_path / "work", 1, silent)
     assert truth.losses.shape == (5, 3, 1, 1, 13)
     pool = build.retrain(small, "retraining", tmp_path / "work", 1, silent)
-    assert pool.masks.shape == (4, 20) and not np.array_equal(pool.masks[:3], truth.masks)
+    assert pool.masks.shape == (12, 20) and not np.array_equal(pool.masks[:3], truth.masks)
     half = load_model(small.folder / "models" / "half-3.safetensors")
     kept = load_model(tmp_path / "work" / "retraining" / "models" / "model-0003-00.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(half.parameters(), kept.parameters(), strict=True))
-    before = (small.folder / "evaluation.safetensors").read_bytes()
-    build.retrain(small, "evaluation", tmp_path / "work", 1, silent)
-    assert (small.folder / "evaluation.safetensors").read_bytes() == before
+    again = build.retrain(small, "evaluation", tmp_path / "work", 1, silent)
+    kept = GroundTruth.open(small.folder / "evaluation.safetensors")
+    assert np.array_equal(again.losses, truth.losses) and np.array_equal(kept.losses, truth.losses)
+
+    scores.write(small, tmp_path / "work", ["similarity", "2", "retrained"], silent)
+    found = {path.stem: Scores.open(path) for path in (small.folder / "scores").iterdir()}
+    assert len(found) == 6 + 4 + 2 * 5 + 2
+    for name, given in found.items():
+        generated = name.startswith("journey")
+        assert given.rows_in(truth).tolist() == list(range(10 * generated, 13))
+        assert given.matrix.shape == (3 if generated else 13, 20) and np.isfinite(given.matrix).all()
+    assert found["trak-2"].settings == {"timesteps": 2, "D": 4096, "lambda": found["trak-2"].settings["lambda"]}
+    assert found["trak-2-tuned"].settings["lambda"] == scores.TUNED
+
+
+def test_each_half_of_the_queries_is_scored_at_the_lambda_that_is_best_for_the_other(monkeypatch):
+    """Of two lambdas one is right for some queries and wrong for the others, whichever half they are in."""
+    monkeypatch.setattr(problem, "VALIDATION", 8)
+    monkeypatch.setattr(problem, "GENERATED", 6)
+    rng = np.random.default_rng(0)
+    masks, right = rng.random((20, 30)) < 0.5, rng.standard_normal((14, 30)).astype(np.float32)
+    folds = np.concatenate([two_folds(8), two_folds(6)])
+    # Lambda 1 suits fold 0 of the validation images and fold 1 of the generated ones; lambda 2 the other two.
+    suits = np.where(np.arange(14) < 8, folds == 0, folds == 1)
+    grid = [(1.0, torch.from_numpy(np.where(suits[:, None], right, -right)))]
+    grid.append((2.0, -grid[0][1]))
+    truth = GroundTruth(
+        masks=masks,
+        losses=-(masks @ right.T)[None, :, None, None, :],
+        targets=("simple",),
+        query_ids=np.arange(14),
+        images=None,
+        queries=None,
+        settings={},
+    )
+    found = scores.Found("some", grid[0][1], lambda: iter(grid))
+    tuned = scores.tuned_scores(found, truth)
+    # Each half takes what suits the other, which is wrong for itself.
+    assert np.array_equal(tuned.numpy(), -right)
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_committed_scores_are_of_the_committed_queries(name):
+    truth = GroundTruth.open(PROBLEMS[name].folder / "evaluation.safetensors")
+    found = {path.stem: Scores.open(path) for path in (PROBLEMS[name].folder / "scores").iterdir()}
+    assert {"trak-10", "d-trak-10", "raw-pixel-cosine"} <= set(found)
+    for given in found.values():
+        rows = given.rows_in(truth)
+        assert rows.tolist() in (list(range(200)), list(range(100, 200)))
+        assert np.isfinite(given.matrix).all()
+    # What the page of the benchmark says of the published order.
+    first, second = (lds(found[key].matrix, truth.masks, truth.outputs()) for key in ("d-trak-10", "trak-10"))
+    assert first.minus(second).interval.low > 0 and second.interval.low > 0
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_the_documents_hold_the_tables_of_the_committed_scores(name):
+    rows = tables.judged(PROBLEMS[name])
+    for page in tables.PAGES:
+        text = page.read_text()
+        assert f"<!-- lds:{name}" in text and tables.fill(text, PROBLEMS[name], rows) == text

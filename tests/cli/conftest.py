@@ -97,6 +97,15 @@ def finished(images, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def followed(images, tmp_path_factory):
+    """An output folder with three checkpoints of a training, and two images with the way on which they were made."""
+    out = tmp_path_factory.mktemp("followed") / "out"
+    _succeeds("train", images, "--out", out, *TRAIN, "--checkpoint-every", 1, "--keep-checkpoints", 3)
+    _succeeds("generate", "--out", out, "-n", 2, "--steps", 2, "--trajectory", "--device", "cpu")
+    return out
+
+
 @pytest.fixture
 def out(finished, tmp_path):
     """A copy of it that a test may change."""

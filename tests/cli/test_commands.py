@@ -282,7 +282,7 @@ def test_no_report(finished, images, tmp_path, monkeypatch, succeeds, fails):
     monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
     checkpoint = max(next(finished.glob("train-*")).glob("checkpoint-*"))
     arguments = ["attribute", "--out", tmp_path / "out", "--data", images, "--checkpoint", checkpoint, "--queries", images,
-                 "-m", "pixels", *SCORE]  # fmt: skip
+                 "-m", "pixels", "--device", "cpu"]  # fmt: skip
     fails("report: needs the package jinja2: install pyattr[report]", *arguments)
     assert not (tmp_path / "out").exists()  # said before any work
     succeeds(*arguments, "--no-report")
@@ -315,7 +315,7 @@ def test_methods_of_one_gradient_share_its_features(out, succeeds, arrays):
         lengths / lengths[:1], np.broadcast_to((lengths / lengths[:1])[:, :1], lengths.shape), rtol=1e-3
     )
     page = (out / "report.html").read_text()
-    assert "what one step of training on the one would do" in page and "divided by the length" in page
+    assert "what one step of descent on the one would do" in page and "divided by the length" in page
 
 
 # info, demo

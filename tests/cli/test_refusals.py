@@ -84,7 +84,7 @@ def test_images_that_the_model_was_not_trained_on(out, images, tmp_path, succeed
     shutil.copytree(images, source)
     succeeds("train", source, "--out", out, *TRAIN)  # the same pixels: found
     checkpoint = max(next(out.glob("train-*")).glob("checkpoint-*"))
-    attribute = ["attribute", "--out", out, "-m", "pixels", *SCORE]
+    attribute = ["attribute", "--out", out, "-m", "pixels", "--device", "cpu"]
     queries = ["--queries", images / "dark"]
     succeeds(*attribute, "--checkpoint", checkpoint, *queries)  # the folder's own model
     assert "not those" not in (out / "report.html").read_text()
@@ -206,8 +206,9 @@ def test_damaged_scores_are_named(out, fails):
     [
         (
             ["attribute", "--method", "magic"],
-            "Invalid value for --method: must be one of dtrak, trak, relative-influence, renormalized-influence, gradient-dot, "
-            "gradient-cosine, nda, pixels, got magic",
+            "Invalid value for --method: must be one of dtrak, das, trak, journey-trak, relative-influence, "
+            "renormalized-influence, gradient-dot, gradient-cosine, tracincp, gas, nda, pixels, clip-similarity, "
+            "empirical-influence, datamodel, got magic",
         ),
         (
             ["attribute", "--limit", "3"],
@@ -245,8 +246,9 @@ def test_options_that_are_not_possible_leave_nothing_behind(images, out, tmp_pat
     fails("FeatureMap: num_timesteps must lie in [1, 1000], got 2000", *attribute, "--num-timesteps", 2000)
     kinds = "FeatureMap: kind must be one of rademacher, gaussian, sparse, multisketch, got 'foo'"
     fails(kinds, *attribute, "--projection", "foo")
-    for number in ("-1.0", "0.0", "inf", "nan"):
-        fails(f"attribute: lambda must be positive and finite, got {number}", *attribute, "--lambda", number)
+    for number in ("-1.0", "0.0", "inf", "nan", "1,", "1,0", "one"):
+        told = f"must be positive and finite, a number or several with commas between, got {number}"
+        fails(f"Invalid value for --lambda: {told}", *attribute, "--lambda", number, code=2)
     nda = ["attribute", "--out", out, "--queries", images / "dark", "-m", "nda", "--patch-timesteps", 501]
     fails("attribute: patch_timesteps must lie in [1, 500], got 501", *nda)
 

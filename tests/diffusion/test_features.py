@@ -33,7 +33,8 @@ def by_definition(model, images, which, ids):
                 out = model(noisy[None], torch.tensor([t]))
                 out = out if isinstance(out, torch.Tensor) else out.sample
                 value = which.loss(out, eps[None], torch.tensor([t]), schedule)[0]
-                total += torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
+                gradient = torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
+                total += gradient / gradient.norm() if which.normalize else gradient
                 count += 1
         rows.append(matrix @ (total / count))
     return torch.stack(rows)
@@ -50,6 +51,8 @@ def by_definition(model, images, which, ids):
         {"loss": "l2"},
         {"loss": "linf"},
         {"loss": "avg"},
+        {"loss": "avg", "normalize": True},
+        {"loss": "l1", "normalize": True, "num_noises": 2, "strategy": "midpoint"},
     ],
     ids=str,
 )
@@ -91,14 +94,63 @@ def test_chunking_changes_rounding_only(tiny_unet, images, chunks):
     torch.testing.assert_close(whole, other, atol=1e-4 * float(whole.abs().max()), rtol=0)
 
 
-def test_a_row_depends_on_image_and_id_alone(tiny_unet, images):
-    model = tiny_unet().double()
-    whole = features.compute(model, images, feature_map()).tensor()
+@pytest.mark.parametrize("chunks", [{"batch_size": 1}, {"timesteps_per_pass": 3}, {"memory": 60_000}], ids=str)
+def test_chunking_changes_rounding_of_normalized_gradients_only(tiny_net, images, chunks):
+    model, which = tiny_net().double(), feature_map(num_noises=2, normalize=True)
+    whole = features.compute(model, images, which).tensor()
+    torch.testing.assert_close(features.compute(model, images, which, **chunks).tensor(), whole)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_row_depends_on_image_and_id_alone(tiny_unet, tiny_net, images, normalize):
+    model, which = (tiny_net if normalize else tiny_unet)().double(), feature_map(normalize=normalize)
+    whole = features.compute(model, images, which).tensor()
     order = torch.tensor([7, 0, 3])
-    part = features.compute(model, images[order], feature_map(), ids=order).tensor()
+    part = features.compute(model, images[order], which, ids=order).tensor()
     torch.testing.assert_close(whole[order], part, atol=1e-9, rtol=1e-9)
-    moved = features.compute(model, images[order], feature_map()).tensor()  # other ids, other noise
+    moved = features.compute(model, images[order], which).tensor()  # other ids, other noise
     assert not torch.isclose(part[0], moved[0]).any()
+
+
+class Straight(torch.nn.Module):
+    """e = w x: the gradient of mean e is the sum of x."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Conv2d(1, 1, 1, bias=False)
+
+    def forward(self, images, timesteps):
+        return self.weight(images)
+
+
+def test_normalized_gradients_by_hand():
+    """One parameter: each gradient becomes its sign, and none of them is left of one that is zero."""
+
+    class Clean(Schedule):
+        def add_noise(self, images, noise, timesteps):
+            factors = torch.tensor([1.0, 0, -1, -1])[timesteps // 250]
+            return images * factors[..., None, None, None]
+
+    images = torch.tensor([[[[0.25, 0.25]]], [[[0, 2.0**-100]]], [[[0.5, -0.5]]]])
+    which = FeatureMap(Clean(), "avg", num_timesteps=4, proj_dim=1, normalize=True)  # t = 0, 250, 500, 750
+    unscaled = FeatureMap(Clean(), "avg", num_timesteps=4, proj_dim=1)
+    sign = sign_matrix(range(1), range(1), 0).item()
+    got = features.compute(Straight(), images, which).tensor()
+    assert (got * sign).tolist() == [[-0.25], [-0.25], [0]]
+    plain = features.compute(Straight(), images, unscaled).tensor()
+    assert (plain[0] * sign).tolist() == [-0.25 / 4]
+
+
+def test_a_gradient_that_is_not_finite_is_not_hidden(tiny_net, images):
+    model = tiny_net()
+    model.first.bias.data[0] = float("nan")
+    assert features.compute(model, images[:1], feature_map(normalize=True)).tensor().isnan().all()
+
+
+def test_directories_from_before_normalization_are_found(tmp_path, tiny_net, images):
+    features.compute(tiny_net(), images, feature_map(), directory=tmp_path)
+    assert "normalize" not in json.loads((tmp_path / "manifest.json").read_text())["settings"]
+    assert feature_map(normalize=True).settings()["normalize"] is True
 
 
 class RowsPerPass(torch.nn.Module):
@@ -186,6 +238,7 @@ def test_finished_features_are_opened_without_the_model(tmp_path, tiny_unet, ima
         ({"noise_seed": 8}, "noise_seed was 9, now 8"),
         ({"kind": "gaussian"}, 'kind was "rademacher", now "gaussian"'),
         ({"num_noises": 2}, "num_noises was 1, now 2"),
+        ({"normalize": True}, "normalize was null, now true"),
     ],
 )
 def test_other_settings_are_refused_by_name(tmp_path, tiny_net, images, change, named):

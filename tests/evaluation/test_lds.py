@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 from hypothesis import strategies as st
 
-from pyattr.evaluation import lds, lds_difference
+from pyattr.evaluation import LDS, lds, lds_difference
 
 
 def problem(seed, subsets=12, images=10, queries=5, noise=2.0):
@@ -201,3 +201,36 @@ def test_refusals_of_a_difference():
     scores, masks, outputs = problem(16)
     with pytest.raises(ValueError, match=r"lds_difference: second must have shape \[Q, N\] = \[5, 10\], got \[4, 10\]"):
         lds_difference(scores, scores[:4], masks, outputs)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_parts_of_the_queries(known):
+    scores, masks, outputs = problem(17, queries=7)
+    whole = lds(scores, masks, outputs)
+    if known:  # what was computed for all queries is used for some
+        assert whole.standard_error > 0 and whole.bootstrap_std > 0
+    rows = np.array([5, 0, 2])
+    part, alone = whole.take(rows), lds(scores[rows], masks, outputs[:, rows])
+    np.testing.assert_array_equal(part.per_query, alone.per_query)
+    assert part.interval == pytest.approx(alone.interval) and part.bootstrap_std == pytest.approx(alone.bootstrap_std)
+    assert part.bootstrap_interval == pytest.approx(alone.bootstrap_interval)
+    other = lds(-scores[::-1], masks, outputs)
+    difference = lds_difference(scores[rows], -scores[::-1][rows], masks, outputs[:, rows])
+    assert part.minus(other.take(rows)).interval == pytest.approx(difference.interval)
+    which = np.array([0, 1, 1, 0, 1, 0, 0])
+    mixed = lds(np.where(which[:, None], -scores[::-1], scores), masks, outputs)
+    gathered = LDS.gathered([whole.take(which == 0), other.take(which == 1)], which)
+    np.testing.assert_array_equal(gathered.per_query, mixed.per_query)
+    assert gathered.interval == pytest.approx(mixed.interval) and gathered.bootstrap_std == pytest.approx(
+        mixed.bootstrap_std
+    )
+
+
+def test_blocks_smaller_than_a_query_change_nothing(monkeypatch):
+    scores, masks, outputs = problem(18, subsets=90)
+    expected = lds(scores, masks, outputs)
+    numbers = expected.interval, expected.bootstrap
+    monkeypatch.setattr(sys.modules[lds.__module__], "_BLOCK", 100)
+    found = lds(scores, masks, outputs)
+    assert found.interval == pytest.approx(numbers[0], rel=1e-12)
+    np.testing.assert_allclose(found.bootstrap, numbers[1], rtol=1e-12)

@@ -6,8 +6,9 @@ from small_models import squares
 from torch import nn
 
 from pyattr.gradients.batch import Batch
+from pyattr.gradients.blocks import COPIES
 from pyattr.gradients.plan import Planner, make_plan
-from pyattr.gradients.project import COPIES, TRANSIENTS, split
+from pyattr.gradients.project import TRANSIENTS, split
 
 
 def test_the_memory_of_both_passes_is_measured():

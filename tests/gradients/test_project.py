@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_models import Images, Network, flat, loss, make_batch, over_time
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,49 +20,6 @@ PROJECT = {
     "sparse": ops.sparse_project,
     "multisketch": ops.multisketch_project,
 }
-
-
-class Network(nn.Module):
-    """Every kind of rule, a tied weight, a layer that runs twice, a parameter without a rule, frozen and unused ones."""
-
-    def __init__(self, scaled=True):
-        super().__init__()
-        self.scale = nn.Parameter(torch.randn(5)) if scaled else None
-        self.embed = nn.Embedding(9, 5)
-        self.conv = nn.Conv1d(5, 8, 3, padding=1, groups=1)
-        self.grouped = nn.Conv1d(8, 8, 3, padding="same", groups=2)
-        self.up = nn.ConvTranspose1d(8, 8, 2, stride=2)
-        self.norm = nn.GroupNorm(2, 8)
-        self.frozen = nn.Linear(8, 8).requires_grad_(False)
-        self.twice = nn.Linear(8, 8)
-        self.tied = nn.Linear(8, 8, bias=False)
-        self.tied.weight = self.twice.weight
-        self.unused = nn.Linear(3, 2)
-        self.last = nn.LayerNorm(8)
-
-    def forward(self, ids, noise):
-        h = self.embed(ids) + noise
-        h = h * self.scale if self.scale is not None else h
-        h = self.up(self.grouped(torch.tanh(self.conv(h.transpose(1, 2)))))
-        h = self.frozen(self.norm(h).transpose(1, 2))
-        return self.last(self.tied(torch.sigmoid(self.twice(torch.tanh(self.twice(h))))))
-
-
-def loss(module, batch):
-    return module(batch["ids"], batch["noise"]).pow(3).flatten(1).mean(1)
-
-
-def over_time(module, batch):
-    """[B, T]"""
-    return torch.stack([t * loss(module, batch) for t in range(1, 4)], 1)
-
-
-def make_batch(dtype=torch.float64, size=B):
-    return {"ids": torch.randint(0, 9, (size, 7)), "noise": torch.randn(size, 7, 5, dtype=dtype)}
-
-
-def flat(grads):
-    return torch.cat([grad.flatten(1) for grad in grads.values()], 1)
 
 
 def smallest(module, loss, batch):
@@ -82,24 +40,6 @@ def test_equals_the_projection_of_the_flat_gradient(kind, loss, definition):
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
     single = project_gradients(module.float(), loss, make_batch(torch.float32) | {"ids": batch["ids"]}, D, kind=kind)
     assert single.dtype == torch.float32
-
-
-class Images(nn.Module):
-    """Convolutions of many settings, a tied one, a linear layer with several rows per sample, norms, in float32."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, padding=1)
-        self.norm = nn.GroupNorm(2, 8)
-        self.strided = nn.Conv2d(8, 12, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2)
-        self.same = nn.Conv2d(12, 12, 4, padding="same", padding_mode="reflect", bias=False)
-        self.up = nn.ConvTranspose2d(12, 6, 2, stride=2)
-        self.head = nn.Linear(6, 5)
-
-    def forward(self, x):
-        x = torch.tanh(self.norm(self.first(x)))
-        x = self.same(torch.tanh(self.same(self.strided(x))))
-        return self.head(self.up(x).flatten(2).mT)
 
 
 @pytest.mark.parametrize(("kind", "nonzeros"), [("sparse", 1), ("sparse", 3), ("multisketch", 1)])

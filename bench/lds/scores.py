@@ -1,0 +1,84 @@
+"""Files of scores: every method for the queries of a problem, as it comes, and with the best lambda of other queries."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyattr.diffusion import Progress
+from pyattr.evaluation import GroundTruth, Scores, tune_on_split
+
+from . import methods
+from . import problem as settings
+from .methods import Found, Workplace
+from .problem import Problem
+
+TUNED = "tuned on other queries"
+
+
+def parts() -> tuple[slice, slice]:
+    """Where validation images and generated ones stand among the queries."""
+    last = settings.VALIDATION + settings.GENERATED
+    return slice(0, settings.VALIDATION), slice(settings.VALIDATION, last)
+
+
+def write(problem: Problem, work: Path, groups: list[str], progress: Progress) -> None:
+    """Compute the scores of some groups of methods and keep a file of each; what is there is made again.
+
+    Args:
+        groups: "similarity", "patches", "retrained", or a number of timesteps: the methods of gradients.
+    """
+    place = Workplace(problem, work, progress)
+    place.work.mkdir(parents=True, exist_ok=True)
+    truth = GroundTruth.open(problem.folder / "evaluation.safetensors")
+    folder = problem.folder / "scores"
+    folder.mkdir(exist_ok=True)
+    for group in groups:
+        for found in _methods(place, group):
+            stem = _file_name(found.name) + (f"-{group}" if group.isdigit() else "")
+            queries, told = place.queries[found.queries], dict(found.settings)
+            if found.grid is None:
+                kinds = {"": (found.scores, told)}
+            else:
+                kinds = {"": (found.scores, told), "-tuned": (tuned_scores(found, truth), {**told, "lambda": TUNED})}
+            for ending, (scores, record) in kinds.items():
+                name = found.name + (", tuned" if ending else "")
+                Scores.of(name, scores, place.images, queries, signed=found.signed, settings=record).save(
+                    folder / f"{stem}{ending}.safetensors"
+                )
+
+
+def tuned_scores(found: Found, truth: GroundTruth) -> Tensor:
+    """The scores of half of the validation (or generated) queries at the lambda that is best for the other half, [Q, N]."""
+    outputs = truth.outputs()[:, found.queries]
+    rows = np.arange(truth.losses.shape[4])[found.queries]
+    scores = torch.empty_like(found.scores)
+    for part in parts():
+        inside = np.isin(rows, np.arange(len(truth.query_ids))[part])
+        if not inside.any():
+            continue
+        grid = ((value, matrix[torch.from_numpy(inside)]) for value, matrix in found.grid())
+        tuned = tune_on_split(grid, truth.masks, outputs[:, inside])
+        for value, matrix in found.grid():
+            for fold, best in enumerate(tuned.chosen):
+                if value == best:
+                    mine = np.flatnonzero(inside)[tuned.folds == fold]
+                    scores[mine] = matrix[mine]
+    return scores
+
+
+def _methods(place: Workplace, group: str) -> Iterator[Found]:
+    if group == "similarity":
+        return methods.similarities(place)
+    if group == "patches":
+        return methods.patches(place)
+    if group == "retrained":
+        return methods.retrained(place)
+    return methods.of_gradients(place, int(group))
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

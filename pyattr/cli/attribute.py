@@ -1,0 +1,250 @@
+"""`pyattr attribute`: parse, refuse what does not go together, call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .commands import DATA_HELP, RUN, CheckpointPath, Device, Limit, Out, Root, Seed, Size, Threads, _data
+from .options import (
+    FEATURES,
+    GOES_WITH,
+    METHODS,
+    READOUTS,
+    RETRAINING,
+    SIMILARITIES,
+    EncoderOptions,
+    Machine,
+    MethodOptions,
+    PatchOptions,
+    PixelOptions,
+    PoolOptions,
+    ReadoutOptions,
+    ScoreOptions,
+    parse_bytes,
+    parse_lambda,
+)
+
+SCORE, PATCH, PIXEL, ENCODER = ScoreOptions(), PatchOptions(), PixelOptions(), EncoderOptions()
+
+
+def attribute(
+    context: typer.Context,
+    out: Out = RUN,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="SOURCE", help=DATA_HELP + " Default: what the model was trained on."),
+    ] = None,
+    size: Size = None,
+    limit: Limit = None,
+    data_root: Root = None,
+    checkpoint: CheckpointPath = None,
+    queries: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Images to attribute, like --data and of the same size (--size resizes both); default: the generated ones.",
+        ),
+    ] = None,
+    method: Annotated[
+        list[str],
+        typer.Option("--method", "-m", help=f"{', '.join(METHODS)}; several: the first is the main one."),
+    ] = [SCORE.method],  # noqa: B006
+    readout: Annotated[
+        str, typer.Option(help="What is read out of the scores: signed, squared, signed-squared or head.")
+    ] = "signed",
+    percent: Annotated[
+        float | None, typer.Option(help="Of the training images, those whose scores --readout head keeps.")
+    ] = None,
+    num_timesteps: Annotated[
+        int, typer.Option(min=1, help="Timesteps that gradients average over.")
+    ] = SCORE.num_timesteps,
+    strategy: Annotated[str, typer.Option(help="Which timesteps: uniform, cumulative or midpoint.")] = SCORE.strategy,
+    feature: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What gradients are of: {', '.join(FEATURES)}; default: square for dtrak, avg for das, else simple, the loss."
+        ),
+    ] = None,
+    eta: Annotated[
+        float | None, typer.Option(help="Of --feature interpolate, from half the loss (0.5) to square (1).")
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize",
+            help="Divide the gradient at each timestep by its norm, which costs each twice; default: das alone does.",
+        ),
+    ] = SCORE.normalize,
+    num_noises: Annotated[int, typer.Option(min=1, help="Noise draws for each timestep.")] = SCORE.num_noises,
+    query_noises: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Noise draws for each timestep of a query; more make its scores steadier. Default: --num-noises.",
+        ),
+    ] = None,
+    projection: Annotated[
+        str, typer.Option(help="Of the gradients: rademacher, gaussian, sparse or multisketch.")
+    ] = SCORE.kind,
+    proj_dim: Annotated[int, typer.Option(min=1, help="Numbers that each gradient is projected to.")] = SCORE.proj_dim,
+    lambda_: Annotated[
+        str | None,
+        typer.Option(
+            "--lambda",
+            metavar="NUMBERS",
+            help="Damping, or several with commas between, to choose from; default: chosen from the spectrum.",
+        ),
+    ] = None,
+    residuals: Annotated[
+        bool, typer.Option("--residuals", help="das: weigh training images by the model's error on them.")
+    ] = SCORE.residuals,
+    leverage: Annotated[
+        bool, typer.Option("--leverage", help="das: weigh training images by what they have to themselves.")
+    ] = SCORE.leverage,
+    checkpoints: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="tracincp, gas: how many of the training's, evenly spaced; default: all that were kept."
+        ),
+    ] = None,
+    seed: Seed = SCORE.seed,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images whose gradients are taken together.")
+    ] = SCORE.batch_size,
+    patch_timesteps: Annotated[
+        int, typer.Option(min=1, help="NDA: timesteps that scores average over.")
+    ] = PATCH.num_timesteps,
+    patch_k: Annotated[
+        int, typer.Option(min=1, help="NDA: places of a training image that count for each of a query.")
+    ] = PATCH.k,
+    patch_noises: Annotated[int, typer.Option(min=1, help="NDA: noise draws at each timestep.")] = PATCH.num_noises,
+    similarity: Annotated[
+        str, typer.Option(help="pixels, clip-similarity: cosine or dot, the inner product.")
+    ] = PIXEL.similarity,
+    centre: Annotated[
+        bool, typer.Option("--centre/--no-centre", help="pixels: take the mean training image off first.")
+    ] = PIXEL.centre,
+    clip: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="clip-similarity: transformers' CLIPModel; default: a classifier of the labels in its place.",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="clip-similarity without --clip: passes of the classifier over the images.")
+    ] = ENCODER.epochs,
+    pool: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="empirical-influence, datamodel: losses of models trained on subsets."),
+    ] = None,
+    target: Annotated[str, typer.Option(help="empirical-influence, datamodel: which loss of the pool.")] = "simple",
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="For the gradients of a batch: GiB, or with a unit, as in 512MiB.")
+    ] = f"{SCORE.memory >> 30}GiB",
+    top: Annotated[int, typer.Option(min=1, help="Proponents and opponents shown for each query.")] = 10,
+    page: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")] = True,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Score every training image for every query; writes scores.npz and report.html."""
+    from . import run
+
+    for name in method:
+        _one_of("--method", name, METHODS)
+    method = list(dict.fromkeys(method))
+    _check_options_of(method, context)
+    if data is None and (limit or (size and queries is None)):
+        raise typer.BadParameter("--size and --limit say how to read it: give it as well", param_hint="--data")
+    _one_of("--readout", readout, READOUTS)
+    _check_together("--percent", percent, "--readout head", readout == "head")
+    if feature is not None:
+        _one_of("--feature", feature, FEATURES)
+    _check_together("--eta", eta, "--feature interpolate", feature == "interpolate")
+    if feature is not None and {"trak", "dtrak"} <= set(method):
+        raise typer.BadParameter(
+            "it is all that tells trak from dtrak: with it give one of them, got both", param_hint="--feature"
+        )
+    _one_of("--similarity", similarity, SIMILARITIES)
+    asking = [name for name in method if name in RETRAINING]
+    if asking and pool is None:
+        raise typer.BadParameter(f"must be a file for {', '.join(asking)}, got none", param_hint="--pool")
+    memory_bytes = _parsed("--memory", memory, parse_bytes)
+    lambdas = None if lambda_ is None else _parsed("--lambda", lambda_, parse_lambda)
+
+    def options(name: str) -> MethodOptions:
+        if name == "nda":
+            return PatchOptions(num_timesteps=patch_timesteps, k=patch_k, num_noises=patch_noises, seed=seed)
+        if name == "pixels":
+            return PixelOptions(similarity=similarity, centre=centre)
+        if name == "clip-similarity":
+            return EncoderOptions(similarity=similarity, clip=None if clip is None else str(clip), epochs=epochs)
+        if name in RETRAINING:
+            return PoolOptions(name, str(pool), target)
+        return ScoreOptions(
+            method=name,
+            num_timesteps=num_timesteps,
+            strategy=strategy,
+            feature=feature,
+            eta=eta,
+            normalize=normalize,
+            num_noises=num_noises,
+            query_noises=num_noises if query_noises is None else query_noises,
+            kind=projection,
+            proj_dim=proj_dim,
+            lambda_=lambdas,
+            residuals=residuals,
+            leverage=leverage,
+            checkpoints=checkpoints,
+            seed=seed,
+            batch_size=batch_size,
+            memory=memory_bytes,
+        )
+
+    run.attribute(
+        out,
+        None if data is None else _data(data, size, limit, data_root),
+        checkpoint,
+        None if queries is None else _data(queries, size, None, data_root),
+        [options(name) for name in method],
+        ReadoutOptions(readout, percent),
+        Machine(device, threads),
+        top=top,
+        page=page,
+    )
+
+
+def _check_options_of(methods: list[str], context: typer.Context) -> None:
+    """Refuse an option that none of the methods has.
+
+    Raises:
+        BadParameter: the message says which methods have it.
+    """
+    names = {parameter.opts[0]: parameter.name for parameter in context.command.params}
+    for option, having in GOES_WITH.items():
+        given = context.get_parameter_source(names[option])
+        if given is not None and given.name == "COMMANDLINE" and not set(having) & set(methods):
+            raise typer.BadParameter(f"goes with {', '.join(having)}, got {', '.join(methods)}", param_hint=option)
+
+
+def _check_together(option: str, value: float | None, companion: str, companion_given: bool) -> None:
+    """Refuse a number without the choice that it belongs to, and the choice without the number."""
+    if companion_given != (value is not None):
+        got = f"{companion} alone" if value is None else f"{value:g} alone"
+        raise typer.BadParameter(f"goes with {companion}, got {got}", param_hint=option)
+
+
+def _one_of(option: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise typer.BadParameter(f"must be one of {', '.join(choices)}, got {value}", param_hint=option)
+
+
+def _parsed(option: str, text: str, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None

@@ -1,0 +1,158 @@
+"""The pictures of `pyattr evaluate lds --plots`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..diffusion.storage import data_hash
+from ..evaluation import LDS, Scores
+from ..evaluation.ground_truth import image_hashes
+from ..evaluation.scoreboard import Row, Scoreboard, distinguishing
+from ..report.lds import Line, lds_bars, lds_lines, prediction_plot, top_and_bottom
+from .stages import read_npz
+from .workspace import WorkspaceError
+
+BARS, LINES = 36, 10  # in a picture, at most
+METHODS, QUERIES = 4, 4  # whose strongest images are shown, and queries of each group
+
+
+def draw(
+    folder: Path, board: Scoreboard, rows: Sequence[Row], files: Mapping[str, Path], images: Path | None
+) -> list[Path]:
+    """Draw what the rows allow, and say which files that made.
+
+    Raises:
+        WorkspaceError: the images are not those of the ground truth.
+    """
+    pictures = _images(board, images) if images is not None else None
+    folder.mkdir(parents=True, exist_ok=True)
+    made = [folder / "lds.png"]
+    bars, note = _bars(board, rows)
+    lds_bars(made[0], bars, list(board.groups), note)
+    for setting, panels in _panels(board, rows).items():
+        made.append(folder / f"lds-against-{setting}.png")
+        lds_lines(made[-1], panels, setting)
+    best = _best([row for row in rows if not row.tuned])
+    if best:
+        made.append(folder / "predictions.png")
+        _predictions(made[-1], board, best[0], Scores.open(files[best[0].name]))
+    if pictures is not None:
+        for row in best[:METHODS]:
+            made.append(folder / f"images-{row.name.replace('/', '-')}.png")
+            _strongest(made[-1], board, row.method, Scores.open(files[row.name]), *pictures)
+    return made
+
+
+def _mean(row: Row) -> float:
+    """Over its groups; what is NaN comes last."""
+    mean = np.mean([score.mean for score in row.groups.values()]) if row.groups else np.nan
+    return -np.inf if np.isnan(mean) else float(mean)
+
+
+def _best(rows: Sequence[Row]) -> list[Row]:
+    """The best row of each method, the best method first; those that lack a group of queries come last."""
+    best: dict[str, Row] = {}
+    for row in sorted(rows, key=_mean, reverse=True):
+        best.setdefault(row.method, row)
+    return sorted((row for row in best.values() if row.groups), key=lambda row: -len(row.groups))
+
+
+def _bars(board: Scoreboard, rows: Sequence[Row]) -> tuple[dict[str, Mapping[str, LDS]], str]:
+    note = ""
+    if len(rows) > BARS:
+        rows = [row for readout in board.readouts for row in _best([row for row in rows if row.readout == readout])]
+        note = "of each method the best settings, chosen by these numbers"
+    several = len(board.readouts) > 1
+    told: dict[str, str] = {}
+    for method in {row.method for row in rows}:
+        told |= distinguishing([row for row in rows if row.method == method])
+    bars: dict[str, Mapping[str, LDS]] = {}
+    for row in rows:
+        words = [row.readout] if several else []
+        words += [told[row.name]] if told[row.name] else []
+        name = f"{row.method} ({', '.join(words)})" if words else row.method
+        bars[name if name not in bars else f"{name}, {row.name}"] = row.groups
+    return bars, note
+
+
+def _panels(board: Scoreboard, rows: Sequence[Row]) -> dict[str, dict[str, list[Line]]]:
+    """By setting and group: lines of rows that differ in a setting which is a number, and in nothing else."""
+    settings = dict.fromkeys(
+        name for row in rows for name, value in row.settings.items() if isinstance(value, (int, float))
+    )
+    panels: dict[str, dict[str, list[Line]]] = {}
+    for setting in settings:
+        families: dict[str, list[Row]] = {}
+        for row in rows:
+            value = row.settings.get(setting)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                others = {name: value for name, value in row.settings.items() if name != setting}
+                families.setdefault(json.dumps([row.method, row.readout, others], sort_keys=True), []).append(row)
+        some = [family for family in families.values() if len({row.settings[setting] for row in family}) > 1]
+        some = sorted(some, key=lambda family: -max(map(_mean, family)))[:LINES]
+        told = distinguishing([row for family in some for row in family], but=setting)
+        for group in board.groups:
+            lines = []
+            for family in some:
+                here = sorted((row for row in family if group in row.groups), key=lambda row: row.settings[setting])
+                if len(here) > 1:
+                    words = [
+                        here[0].method,
+                        *([here[0].readout] if len(board.readouts) > 1 else []),
+                        told[here[0].name],
+                    ]
+                    label = ", ".join(word for word in words if word)
+                    lines.append(
+                        Line(label, [row.settings[setting] for row in here], [row.groups[group] for row in here])
+                    )
+            if lines:
+                panels.setdefault(setting, {})[group] = lines
+    return panels
+
+
+def _predictions(path: Path, board: Scoreboard, row: Row, scores: Scores) -> None:
+    group, score = next(iter(row.groups.items()))
+    columns = board.groups[group]
+    place = {int(column): at for at, column in enumerate(scores.rows_in(board.truth))}
+    matrix = scores.take([place[int(column)] for column in columns]).matrix
+    predicted = board.readouts[row.readout](matrix).astype(np.float64) @ board.truth.masks.T
+    losses = board.truth.outputs(board.target)[:, columns]
+    prediction_plot(path, predicted, losses, score, f"{row.method}, {group} queries, target {board.target}")
+
+
+def _images(board: Scoreboard, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The training images and the queries of the ground truth, found among an archive's arrays by what identifies them.
+
+    Raises:
+        WorkspaceError: some are missing.
+    """
+    arrays = [array for array in read_npz(path).values() if array.ndim == 4]
+    train = [array for array in arrays if data_hash(torch.from_numpy(array)) == board.truth.images]
+    known = {}
+    for array in arrays:
+        if not train or array is not train[0]:
+            known |= dict(zip(image_hashes(torch.from_numpy(array)), array, strict=True))
+    if not train or board.truth.queries is None or any(query not in known for query in board.truth.queries):
+        raise WorkspaceError(
+            f"{path} must hold the training images and queries of the ground truth: put them back or delete it"
+        )
+    return train[0], np.stack([known[query] for query in board.truth.queries])
+
+
+def _strongest(
+    path: Path, board: Scoreboard, method: str, scores: Scores, train: np.ndarray, queries: np.ndarray
+) -> None:
+    place = {int(column): at for at, column in enumerate(scores.rows_in(board.truth))}
+    shown, labels = [], []
+    for name, group in board.groups.items():
+        there_are = [int(column) for column in group if int(column) in place]
+        for column in there_are[:: max(1, len(there_are) // QUERIES)][:QUERIES]:
+            shown.append(column)
+            labels.append(f"{name} {column - int(group[0])}")
+    matrix = scores.take([place[column] for column in shown]).matrix
+    top_and_bottom(path, queries[shown], labels, train, matrix, method=method, signed=scores.signed)

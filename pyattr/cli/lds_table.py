@@ -1,0 +1,274 @@
+"""What `pyattr evaluate lds` prints, writes and draws."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..attribution.readouts import Readout
+from ..diffusion.storage import load_record
+from ..evaluation import GroundTruth, Scores
+from ..evaluation.scoreboard import Row, Scoreboard, distinguishing
+from ..report.grid import matplotlib
+from ..report.numbers import write_results
+from .display import Display
+from .lds_pictures import draw
+from .workspace import WorkspaceError, read_json
+
+TRUTH, SCORES, QUERIES, IMAGES = "evaluation.safetensors", "scores", "queries.json", "images.npz"
+WIDTH = 180  # of a table that goes to a file
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is to judge.
+
+    Attributes:
+        truth: the file of the ground truth.
+        files: of scores, by name.
+        queries: JSON with ranges of queries, or None.
+        images: an .npz with the images, or None.
+    """
+
+    truth: Path
+    files: dict[str, Path]
+    queries: Path | None
+    images: Path | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What of it is to be shown; see the options of the command."""
+
+    targets: tuple[str, ...]
+    readouts: tuple[str, ...]
+    percent: float
+    against: str | None
+    tune: str | None
+    on_benchmark: bool
+    json: Path | None
+    plots: Path | None
+
+
+def found(places: Sequence[Path], truth: Path | None, queries: Path | None) -> Found:
+    """The files that arguments name.
+
+    Raises:
+        WorkspaceError: they name nothing that could be judged; the message says what to give.
+    """
+    if truth is not None:
+        if not places:
+            raise WorkspaceError("no scores to judge: give files of scores after --truth FILE")
+        files = {place.stem: place for place in places}
+        if len(files) < len(places):
+            raise WorkspaceError("files of scores must have names of their own, since rows are named by them")
+        return Found(truth, files, queries, None)
+    if len(places) != 1 or not places[0].is_dir():
+        given = ", ".join(map(str, places)) if places else "nothing"
+        raise WorkspaceError(
+            f"give a folder that holds {TRUTH} and {SCORES}/, as in `pyattr evaluate lds FOLDER`, "
+            f"or --truth FILE and files of scores; got {given}"
+        )
+    folder = places[0]
+    if not (folder / TRUTH).is_file():
+        raise WorkspaceError(f"{folder} holds no {TRUTH}: make it by `pyattr evaluate lds build {folder} ...`")
+    paths = sorted((folder / SCORES).rglob("*.safetensors"))
+    if not paths:
+        raise WorkspaceError(f"{folder / SCORES} holds no scores: keep some there by pyattr.evaluation.Scores.save")
+    files = {str(path.relative_to(folder / SCORES).with_suffix("")): path for path in paths}
+    queries = queries or (folder / QUERIES if (folder / QUERIES).is_file() else None)
+    return Found(folder / TRUTH, files, queries, folder / IMAGES if (folder / IMAGES).is_file() else None)
+
+
+def table(there_is: Found, asked: Asked, threads: int | None) -> None:
+    """Print a table for each target and group of queries; write numbers and pictures where they are asked for."""
+    if asked.plots is not None:
+        matplotlib()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    readouts = {name: Readout(name, asked.percent if name == "head" else None) for name in asked.readouts}
+    truth = GroundTruth.open(there_is.truth)
+    groups = _groups(there_is.queries, len(truth.query_ids))
+    results: dict[str, Any] = {"subsets": len(truth.masks), "images": truth.masks.shape[1], "targets": {}}
+    with Display(console) as display:
+        boards = []
+        for target in asked.targets:
+            truth.outputs(target)  # refused before any work
+            board = Scoreboard(truth, target, readouts, groups)
+            rows = _rows(board, there_is, asked, display)
+            boards.append((board, rows, {name: _reference(name, rows, asked) for name in groups}))
+    for board, rows, references in boards:
+        results["targets"][board.target] = {}
+        for name in groups:
+            if any(name in row.groups for row in rows):
+                console.print(_table(board, name, rows, references[name]))
+            results["targets"][board.target][name] = _numbers(name, rows, references[name])
+    console.print(
+        "LDS in percent, 95% interval by the jackknife over subsets; published: mean and standard deviation of 64 resamples.",
+        highlight=False,
+    )
+    if asked.json is not None:
+        write_results(asked.json, results)
+        console.print(f"numbers  {asked.json}", highlight=False, soft_wrap=True)
+    if asked.plots is not None:
+        board, rows, _ = boards[0]
+        for path in draw(asked.plots, board, rows, there_is.files, there_is.images):
+            console.print(f"picture  {path}", highlight=False, soft_wrap=True)
+
+
+def _groups(path: Path | None, count: int) -> dict[str, np.ndarray]:
+    if path is None:
+        return {"all": np.arange(count)}
+    ranges = read_json(path)
+    if ranges is None:
+        raise WorkspaceError(f"{path} does not exist")
+    groups = {}
+    for name, given in ranges.items() if isinstance(ranges, dict) else [("", ranges)]:
+        whole = isinstance(given, list) and len(given) == 2 and all(isinstance(end, int) for end in given)
+        if not (whole and 0 <= given[0] < given[1] <= count):
+            raise WorkspaceError(
+                f'{path} must hold ranges of the {count} queries, as in {{"validation": [0, {count}]}}, got {name} {given}'
+            )
+        groups[name] = np.arange(*given)
+    return groups
+
+
+def _rows(board: Scoreboard, there_is: Found, asked: Asked, display: Display) -> list[Row]:
+    families = _families(there_is.files, asked.tune)
+    rows: list[Row] = []
+    display.progress(0, len(families), "score files")
+    for done, (name, paths) in enumerate(families.items(), 1):
+        if len(paths) == 1:
+            rows += board.rows(name, Scores.open(paths[0]))
+        else:
+            grid: list[Callable[[], Scores]] = [functools.partial(Scores.open, path) for path in paths]
+            rows += board.tuned_rows(name, asked.tune, grid, on_benchmark=asked.on_benchmark)
+        display.progress(done, len(families), "score files")
+    return rows
+
+
+def _families(files: dict[str, Path], setting: str | None) -> dict[str, list[Path]]:
+    """Files by the name of their row: those that differ in the setting alone share one."""
+    if setting is None:
+        return {name: [path] for name, path in files.items()}
+    families: dict[str, list[tuple[str, Path]]] = {}
+    for name, path in files.items():
+        record = load_record(path)
+        settings = record.get("settings", {})
+        others = {other: value for other, value in settings.items() if other != setting}
+        key = json.dumps([record.get("method"), others], sort_keys=True) if setting in settings else name
+        families.setdefault(key, []).append((name, path))
+    if not any(len(members) > 1 for members in families.values()):
+        raise WorkspaceError(f"--tune {setting}: no two files of scores differ in that setting alone")
+    return {members[0][0]: [path for _, path in members] for members in families.values()}
+
+
+def _reference(group: str, rows: Sequence[Row], asked: Asked) -> Row | None:
+    """The row that differences are taken from: the one asked for, or the best of the group."""
+    rows = [row for row in rows if group in row.groups]
+    if asked.against is None:
+        known = [row for row in rows if not np.isnan(row.groups[group].mean)]
+        return max(known, key=lambda row: row.groups[group].mean, default=None)
+    wanted = asked.against.lower()
+    named = [
+        row for row in rows if wanted in (row.name.lower(), row.method.lower()) and row.readout == asked.readouts[0]
+    ]
+    exact = [row for row in named if row.name.lower() == wanted]
+    if len(exact or named) != 1:
+        names = ", ".join(sorted({row.name for row in (named or rows)}))
+        what = "names several rows" if named else "names no row"
+        raise WorkspaceError(f"--against {asked.against} {what} of the queries {group}: give one of {names}")
+    return (exact or named)[0]
+
+
+def _table(board: Scoreboard, group: str, rows: Sequence[Row], reference: Row | None) -> Table:
+    shown = Table(
+        title=f"{group}: {len(board.groups[group])} queries, {len(board.truth.masks)} subsets, target {board.target}",
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    shown.add_column("method")
+    shown.add_column("settings")
+    several = len(board.readouts) > 1
+    for readout in board.readouts:
+        prefix = f"{readout}\n" if several else ""
+        for title in ("LDS", "95%", "published", "from the best" if reference is None else f"from {reference.name}"):
+            shown.add_column(prefix + title, justify="right")
+    by_name: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if group in row.groups:
+            by_name.setdefault(row.name, {})[row.readout] = row
+    told = distinguishing(rows)
+    first = next(iter(board.readouts))
+
+    def order(found: dict[str, Row]) -> float:
+        mean = found[first].groups[group].mean
+        return np.inf if np.isnan(mean) else -mean
+
+    for found in sorted(by_name.values(), key=order):
+        row = found[first]
+        cells = []
+        for readout in board.readouts:
+            score = found[readout].groups[group]
+            low, high = score.interval
+            cells += [
+                f"{100 * score.mean:.1f}",
+                f"{100 * low:.1f} to {100 * high:.1f}",
+                f"{100 * score.bootstrap_mean:.1f} ± {100 * score.bootstrap_std:.1f}",
+                _difference_text(found[readout], reference, group),
+            ]
+        shown.add_row(Text(row.method), Text(told[row.name]), *cells)
+    return shown
+
+
+def _difference_text(row: Row, reference: Row | None, group: str) -> str:
+    if reference is None or row is reference:
+        return ""
+    difference = row.groups[group].minus(reference.groups[group])
+    low, high = difference.interval
+    return f"{100 * difference.mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _numbers(group: str, rows: Sequence[Row], reference: Row | None) -> list[dict]:
+    """For programs, in percent."""
+    told = []
+    for row in rows:
+        if group not in row.groups:
+            continue
+        score = row.groups[group]
+        one = {
+            "name": row.name,
+            "method": row.method,
+            "settings": row.settings,
+            "readout": row.readout,
+            "queries": len(score.per_query),
+            "lds": 100 * score.mean,
+            "interval": [100 * end for end in score.interval],
+            "published": {"mean": 100 * score.bootstrap_mean, "std": 100 * score.bootstrap_std},
+        }
+        if row.tuned:
+            one |= {"tuned": row.tuned, "curve": [[value, 100 * mean] for value, mean in row.curve.items()]}
+        if reference is not None and row is not reference:
+            difference = score.minus(reference.groups[group])
+            one["difference"] = {
+                "from": reference.name,
+                "readout": reference.readout,
+                "lds": 100 * difference.mean,
+                "interval": [100 * end for end in difference.interval],
+            }
+        told.append(one)
+    return told

@@ -1,0 +1,49 @@
+"""The methods of `pyattr attribute`: what each plans, computes, keeps in the output folder, and has to say of itself."""
+
+from __future__ import annotations
+
+from ... import diffusion
+from ...attribution import Readout
+from ...datasets import ImageDataset
+from ..options import HISTORY, MethodOptions, PatchOptions, PixelOptions, PoolOptions, ScoreOptions
+from ..stages import SCHEDULE, Checkpoint
+from ..workspace import Workspace
+from .base import PLAIN, Scoring, listed
+from .gradients import ChangeScoring, GradientScoring, HistoryScoring, JourneyScoring, evenly_spaced
+from .patches import PatchScoring
+from .retraining import RetrainingScoring
+from .similarity import EncoderScoring, PixelScoring
+
+__all__ = ["PatchScoring", "Scoring", "listed", "scoring_of"]
+
+
+def scoring_of(
+    workspace: Workspace,
+    model_key: str | None,
+    data: ImageDataset,
+    options: MethodOptions,
+    schedule: diffusion.Schedule = SCHEDULE,
+    *,
+    model: Checkpoint | None = None,
+    readout: Readout = PLAIN,
+) -> Scoring:
+    """The scoring of a method's options.
+
+    Args:
+        model_key: what tells the model from others; None where the method needs none.
+        model: where the model lies, for the methods that ask several checkpoints of its training.
+        readout: what is read out of the scores.
+
+    Raises:
+        WorkspaceError, ValueError, ImportError, RuntimeError: an option is not possible, or what it names cannot be had.
+    """
+    common = (workspace, model_key, data, options, schedule)
+    if options.method in HISTORY:
+        history = evenly_spaced(options.method, model, options.checkpoints)
+        return HistoryScoring(*common, history=history, readout=readout)
+    if isinstance(options, ScoreOptions):
+        kind = {"das": ChangeScoring, "journey-trak": JourneyScoring}.get(options.method, GradientScoring)
+    else:
+        kinds = {PatchOptions: PatchScoring, PixelOptions: PixelScoring, PoolOptions: RetrainingScoring}
+        kind = kinds.get(type(options), EncoderScoring)
+    return kind(*common, readout=readout)
