@@ -19,7 +19,7 @@ from pyattr.cli.display import Display
 from pyattr.report.numbers import write_results
 
 from . import ablations, build, scores, tables
-from .methods import Workplace
+from .methods import Materials
 from .problem import PROBLEMS
 
 STAGES = ("draw", "main", "evaluation", "retraining", "scores", "ablations", "tables")
@@ -51,10 +51,10 @@ def main() -> None:
         elif given.stage == "scores":
             scores.write(problem, given.work / problem.name, list(given.groups), display.progress)
         elif given.stage == "ablations":
-            place = Workplace(problem, given.work / problem.name, display.progress)
+            materials = Materials(problem, given.work / problem.name, display.progress)
             (problem.folder / "ablations").mkdir(exist_ok=True)
             for group in given.ablate:
-                write_results(problem.folder / "ablations" / f"{group}.json", ablations.judged(place, group))
+                write_results(problem.folder / "ablations" / f"{group}.json", ablations.judged(materials, group))
         else:
             torch.set_num_threads(1)  # of each worker; results depend on it in the last bit
             build.retrain(problem, given.stage, given.work / problem.name, given.workers, display.progress)

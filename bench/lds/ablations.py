@@ -18,7 +18,7 @@ from pyattr.diffusion.features import FeatureMap
 from pyattr.diffusion.store import Features
 from pyattr.evaluation import GroundTruth, tune_on_split
 
-from .methods import DIM, LAMBDAS, Workplace
+from .methods import DIM, LAMBDAS, Materials
 from .problem import SCHEDULE
 from .scores import parts
 
@@ -46,27 +46,27 @@ class Variant:
 
 
 def pair(
-    place: Workplace, timesteps: int, loss: str, model: nn.Module | None = None, **more
+    materials: Materials, timesteps: int, loss: str, model: nn.Module | None = None, **more
 ) -> tuple[Features, Features]:
     """Features of the training images and of the queries, where the methods of the table find theirs."""
     own = {name: value for name, value in more.items() if name != "network"}
     feature_map = FeatureMap(SCHEDULE, loss=loss, num_timesteps=timesteps, **{"proj_dim": DIM, **own})
-    folder = place.options(timesteps, loss, **more)["directory"]
-    ids = torch.arange(len(place.queries)) + QUERY_IDS
+    folder = materials.options(timesteps, loss, **more)["directory"]
+    ids = torch.arange(len(materials.queries)) + QUERY_IDS
     made = [
         features.compute(
-            model or place.model,
+            model or materials.model,
             images,
             feature_map,
             ids=which,
             batch_size=32,
             directory=folder / part,
-            progress=place.progress,
+            progress=materials.progress,
             stage=stage,
         )
         for images, which, part, stage in (
-            (place.images, None, "train", "features"),
-            (place.queries, ids, "queries", "query features"),
+            (materials.images, None, "train", "features"),
+            (materials.queries, ids, "queries", "query features"),
         )
     ]
     return made[0], made[1]
@@ -86,28 +86,28 @@ def first(found: tuple[Features, Features], dim: int) -> tuple[Features, Feature
     return some[0], some[1]
 
 
-def sizes(place: Workplace) -> Iterator[Variant]:
+def sizes(materials: Materials) -> Iterator[Variant]:
     """Timesteps by dimensions, and the arithmetic of the published code."""
     for method, loss in METHODS.items():
         for timesteps in TIMESTEPS:
-            found = pair(place, timesteps, loss)
+            found = pair(materials, timesteps, loss)
             for dim in DIMS:
                 told = {"timesteps": timesteps, "D": dim}
                 yield Variant(method, told, grid(first(found, dim)))
             yield Variant(method, {**told, "solve": "float32"}, grid(found, Float32Kernel))
 
 
-def large(place: Workplace) -> Iterator[Variant]:
+def large(materials: Materials) -> Iterator[Variant]:
     """The published dimension."""
     for method, loss in METHODS.items():
         for timesteps in TIMESTEPS:
-            found = pair(place, timesteps, loss, proj_dim=LARGE)
+            found = pair(materials, timesteps, loss, proj_dim=LARGE)
             yield Variant(method, {"timesteps": timesteps, "D": LARGE}, grid(found))
 
 
-def interpolations(place: Workplace) -> Iterator[Variant]:
+def interpolations(materials: Materials) -> Iterator[Variant]:
     """Between TRAK and D-TRAK; features are linear in eta, so two sets give all of them."""
-    simple, square = (pair(place, 10, loss) for loss in METHODS.values())
+    simple, square = (pair(materials, 10, loss) for loss in METHODS.values())
     for eta in ETAS:
         mixed = [
             Features.from_tensor(eta * b.tensor() + (1 - eta) * (a.tensor() - b.tensor()), a.ids)
@@ -116,13 +116,13 @@ def interpolations(place: Workplace) -> Iterator[Variant]:
         yield Variant("D-TRAK", {"timesteps": 10, "D": DIM, "eta": eta}, grid((mixed[0], mixed[1])))
 
 
-def functions(place: Workplace) -> Iterator[Variant]:
+def functions(materials: Materials) -> Iterator[Variant]:
     """Other functions in place of the two."""
     for loss in FUNCTIONS:
-        yield Variant("D-TRAK", {"timesteps": 10, "D": DIM, "function": loss}, grid(pair(place, 10, loss)))
+        yield Variant("D-TRAK", {"timesteps": 10, "D": DIM, "function": loss}, grid(pair(materials, 10, loss)))
 
 
-def choices(place: Workplace) -> Iterator[Variant]:
+def choices(materials: Materials) -> Iterator[Variant]:
     """Which timesteps, how many draws of the noise at each, and gradients normalised."""
     changes: tuple[dict, ...] = (
         {"strategy": "cumulative"},
@@ -132,28 +132,28 @@ def choices(place: Workplace) -> Iterator[Variant]:
     )
     for method, loss in METHODS.items():
         for change in changes:
-            yield Variant(method, {"timesteps": 10, "D": DIM, **change}, grid(pair(place, 10, loss, **change)))
+            yield Variant(method, {"timesteps": 10, "D": DIM, **change}, grid(pair(materials, 10, loss, **change)))
 
 
-def checkpoints(place: Workplace) -> Iterator[Variant]:
+def checkpoints(materials: Materials) -> Iterator[Variant]:
     """Networks from earlier in the training."""
-    for path in place.checkpoints[:-1]:
+    for path in materials.checkpoints[:-1]:
         model, step = load_model(path).eval(), int(path.stem.removeprefix("main-"))
         for method, loss in METHODS.items():
-            found = pair(place, 10, loss, model, network=path.stem)
+            found = pair(materials, 10, loss, model, network=path.stem)
             yield Variant(method, {"timesteps": 10, "D": DIM, "checkpoint": step}, grid(found))
 
 
-GROUPS: dict[str, Callable[[Workplace], Iterator[Variant]]] = {
+GROUPS: dict[str, Callable[[Materials], Iterator[Variant]]] = {
     function.__name__: function for function in (sizes, large, interpolations, functions, choices, checkpoints)
 }
 
 
-def judged(place: Workplace, group: str) -> list[dict]:
+def judged(materials: Materials, group: str) -> list[dict]:
     """LDS of the variants of a group in percent: for each kind of queries with its interval, and the curve over lambda."""
-    truth = GroundTruth.open(place.problem.folder / "evaluation.safetensors")
+    truth = GroundTruth.open(materials.problem.folder / "evaluation.safetensors")
     results = []
-    for variant in GROUPS[group](place):
+    for variant in GROUPS[group](materials):
         matrices = list(variant.grid)
         told: dict = {"method": variant.method, "settings": variant.settings}
         for name, part in zip(("validation", "generated"), parts(), strict=True):
