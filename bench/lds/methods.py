@@ -131,11 +131,6 @@ def of_gradients(materials: Materials, timesteps: int) -> Iterator[Found]:
             kind(materials.model, SCHEDULE, **simple).fit(materials.images).scores(materials.queries),
             settings=told,
         )
-    for kind, name in ((TracInCP, "TracInCP"), (GAS, "GAS")):
-        method = kind(materials.model, SCHEDULE, checkpoints=materials.checkpoints, **simple).fit(materials.images)
-        yield Found(
-            name, method.scores(materials.queries), settings={**told, "checkpoints": len(materials.checkpoints)}
-        )
     for kind, name in (
         (TRAK, "TRAK"),
         (RelativeInfluence, "relative influence"),
@@ -146,6 +141,11 @@ def of_gradients(materials: Materials, timesteps: int) -> Iterator[Found]:
     method = DTRAK(materials.model, SCHEDULE, **materials.options(timesteps, "square")).fit(materials.images)
     yield materials.damped(method, "D-TRAK", **told)
     yield _journey(materials, timesteps)
+    for kind, name in ((TracInCP, "TracInCP"), (GAS, "GAS")):
+        method = kind(materials.model, SCHEDULE, checkpoints=materials.checkpoints, **simple).fit(materials.images)
+        yield Found(
+            name, method.scores(materials.queries), settings={**told, "checkpoints": len(materials.checkpoints)}
+        )
 
 
 def _journey(materials: Materials, timesteps: int) -> Found:
