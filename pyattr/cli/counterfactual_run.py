@@ -178,6 +178,12 @@ class _Job:
                 f"{out / 'scores.npz'} holds scores of other images: run `pyattr attribute --out {out}` again, "
                 "without --queries and --data"
             )
+        read = settings["readout"]["name"]
+        if read != "signed":
+            raise WorkspaceError(
+                f"{out / 'scores.npz'} holds {read} scores, and images are removed by scores as they are or by a readout of "
+                f"these: run `pyattr attribute --out {out}` again, without --readout"
+            )
         keys = [f"scores_{number}" if number > 1 else "scores" for number in range(1, len(arrays["methods"]) + 1)]
         there = {
             each["method"]: (str(title), arrays[key])

@@ -14,6 +14,7 @@ from ..evaluation import LDS, Scores
 from ..evaluation.ground_truth import image_hashes
 from ..evaluation.scoreboard import Row, Scoreboard, distinguishing
 from ..report.lds import Line, lds_bars, lds_lines, prediction_plot, top_and_bottom
+from .score_files import ScoreFile
 from .stages import read_npz
 from .workspace import WorkspaceError
 
@@ -22,7 +23,7 @@ METHODS, QUERIES = 4, 4  # whose strongest images are shown, and queries of each
 
 
 def draw(
-    folder: Path, board: Scoreboard, rows: Sequence[Row], files: Mapping[str, Path], images: Path | None
+    folder: Path, board: Scoreboard, rows: Sequence[Row], files: Mapping[str, ScoreFile], images: Path | None
 ) -> list[Path]:
     """Draw what the rows allow, and say which files that made.
 
@@ -40,11 +41,11 @@ def draw(
     best = _best([row for row in rows if not row.tuned])
     if best:
         made.append(folder / "predictions.png")
-        _predictions(made[-1], board, best[0], Scores.open(files[best[0].name]))
+        _predictions(made[-1], board, best[0], files[best[0].name].open())
     if pictures is not None:
         for row in best[:METHODS]:
             made.append(folder / f"images-{row.name.replace('/', '-')}.png")
-            _strongest(made[-1], board, row.method, Scores.open(files[row.name]), *pictures)
+            _strongest(made[-1], board, row.method, files[row.name].open(), *pictures)
     return made
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import os
 import zipfile
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -319,8 +320,8 @@ def write_npz(path: Path, arrays: dict[str, Any]) -> None:
         np.savez(stream, **arrays)
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Read a file of :func:`write_npz`; the archive's own checksums are verified.
+def read_npz(path: Path, wanted: Container[str] | None = None) -> dict[str, np.ndarray]:
+    """Read a file of :func:`write_npz`, or those of some arrays that it has; the archive's own checksums are verified.
 
     Raises:
         WorkspaceError: it is missing or damaged.
@@ -328,7 +329,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         # np.load leaves a file open that it opened itself and found to be no archive.
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            return {name: archive[name] for name in archive.files if wanted is None or name in wanted}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise WorkspaceError(f"{path} is damaged or missing: delete the folder {path.parent} and run again") from error
 

@@ -210,7 +210,10 @@ def test_what_lies_in_the_folder_is_checked(problem, tmp_path, pyattr):
 
     fails(f"{tmp_path} holds no evaluation.safetensors: make it by `pyattr evaluate lds build {tmp_path} ...`")
     (tmp_path / "evaluation.safetensors").write_bytes((problem / "evaluation.safetensors").read_bytes())
-    fails(f"{tmp_path / 'scores'} holds no scores: keep some there by pyattr.evaluation.Scores.save")
+    fails(
+        f"{tmp_path} holds no scores: run `pyattr attribute --out {tmp_path}`, or keep some in {tmp_path / 'scores'} by "
+        "pyattr.evaluation.Scores.save"
+    )
     save(tmp_path, "pixel")
     (tmp_path / "queries.json").write_text('{"a": [0, 7]}')
     fails(
