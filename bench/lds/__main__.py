@@ -5,6 +5,7 @@ python -m bench.lds main cifar2 --work FOLDER
 python -m bench.lds evaluation cifar2 --work FOLDER
 python -m bench.lds retraining cifar2 --work FOLDER
 python -m bench.lds scores cifar2 --work FOLDER
+python -m bench.lds ablations cifar2 --work FOLDER
 python -m bench.lds tables cifar2
 """
 
@@ -15,11 +16,13 @@ import torch
 from rich.console import Console
 
 from pyattr.cli.display import Display
+from pyattr.report.numbers import write_results
 
-from . import build, scores, tables
+from . import ablations, build, scores, tables
+from .methods import Materials
 from .problem import PROBLEMS
 
-STAGES = ("draw", "main", "evaluation", "retraining", "scores", "tables")
+STAGES = ("draw", "main", "evaluation", "retraining", "scores", "ablations", "tables")
 GROUPS = ("similarity", "patches", "10", "100", "retrained")
 
 
@@ -32,6 +35,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where training states and features are kept (all others)")
     parser.add_argument("--workers", type=int, default=2, help="processes that train, a thread each")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="of methods (scores)")
+    parser.add_argument("--ablate", nargs="+", choices=list(ablations.GROUPS), default=list(ablations.GROUPS))
     given = parser.parse_args()
     wanted = {"draw": "data", "tables": None}.get(given.stage, "work")
     if wanted and getattr(given, wanted) is None:
@@ -46,6 +50,11 @@ def main() -> None:
             build.main_model(problem, given.work / problem.name, display.progress)
         elif given.stage == "scores":
             scores.write(problem, given.work / problem.name, list(given.groups), display.progress)
+        elif given.stage == "ablations":
+            materials = Materials(problem, given.work / problem.name, display.progress)
+            (problem.folder / "ablations").mkdir(exist_ok=True)
+            for group in given.ablate:
+                write_results(problem.folder / "ablations" / f"{group}.json", ablations.judged(materials, group))
         else:
             torch.set_num_threads(1)  # of each worker; results depend on it in the last bit
             build.retrain(problem, given.stage, given.work / problem.name, given.workers, display.progress)

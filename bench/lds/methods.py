@@ -58,7 +58,7 @@ class Found:
     settings: dict = field(default_factory=dict)
 
 
-class Workplace:
+class Materials:
     """Images, networks and features of a problem.
 
     Args:
@@ -100,53 +100,59 @@ class Workplace:
         )
 
 
-def similarities(place: Workplace) -> Iterator[Found]:
+def similarities(materials: Materials) -> Iterator[Found]:
     """Of pixels, and of a classifier's features."""
     for similarity in ("dot", "cosine"):
         for centre in (False, True):
-            method = RawPixel(similarity, centre=centre).fit(place.images)
+            method = RawPixel(similarity, centre=centre).fit(materials.images)
             name = f"raw pixel, {similarity}{', centred' if centre else ''}"
-            yield Found(name, method.scores(place.queries))
+            yield Found(name, method.scores(materials.queries))
     classifier = Classifier(epochs=20).fit(
-        place.images, place.labels, path=place.work / "classifier.safetensors", progress=place.progress
+        materials.images, materials.labels, path=materials.work / "classifier.safetensors", progress=materials.progress
     )
     for similarity in ("dot", "cosine"):
-        method = CLIPSimilarity(classifier.extractor, similarity).fit(place.images)
-        yield Found(f"classifier features, {similarity}", method.scores(place.queries))
+        method = CLIPSimilarity(classifier.extractor, similarity).fit(materials.images)
+        yield Found(f"classifier features, {similarity}", method.scores(materials.queries))
 
 
-def patches(place: Workplace) -> Iterator[Found]:
+def patches(materials: Materials) -> Iterator[Found]:
     """NDA as it comes."""
-    method = NDA(SCHEDULE, progress=place.progress).fit(place.images)
-    yield Found("NDA", method.scores(place.queries))
+    method = NDA(SCHEDULE, progress=materials.progress).fit(materials.images)
+    yield Found("NDA", method.scores(materials.queries))
 
 
-def of_gradients(place: Workplace, timesteps: int) -> Iterator[Found]:
+def of_gradients(materials: Materials, timesteps: int) -> Iterator[Found]:
     """Every method of the gradients of one network, and over its checkpoints."""
     told = {"timesteps": timesteps, "D": DIM}
-    simple = place.options(timesteps, "simple")
+    simple = materials.options(timesteps, "simple")
     for kind, name in ((GradientDot, "gradient dot"), (GradientCosine, "gradient cosine")):
-        yield Found(name, kind(place.model, SCHEDULE, **simple).fit(place.images).scores(place.queries), settings=told)
-    for kind, name in ((TracInCP, "TracInCP"), (GAS, "GAS")):
-        method = kind(place.model, SCHEDULE, checkpoints=place.checkpoints, **simple).fit(place.images)
-        yield Found(name, method.scores(place.queries), settings={**told, "checkpoints": len(place.checkpoints)})
+        yield Found(
+            name,
+            kind(materials.model, SCHEDULE, **simple).fit(materials.images).scores(materials.queries),
+            settings=told,
+        )
     for kind, name in (
         (TRAK, "TRAK"),
         (RelativeInfluence, "relative influence"),
         (RenormalizedInfluence, "renormalized influence"),
     ):
-        method = kind(place.model, SCHEDULE, **simple).fit(place.images)
-        yield place.damped(method, name, **told)
-    method = DTRAK(place.model, SCHEDULE, **place.options(timesteps, "square")).fit(place.images)
-    yield place.damped(method, "D-TRAK", **told)
-    yield _journey(place, timesteps)
+        method = kind(materials.model, SCHEDULE, **simple).fit(materials.images)
+        yield materials.damped(method, name, **told)
+    method = DTRAK(materials.model, SCHEDULE, **materials.options(timesteps, "square")).fit(materials.images)
+    yield materials.damped(method, "D-TRAK", **told)
+    yield _journey(materials, timesteps)
+    for kind, name in ((TracInCP, "TracInCP"), (GAS, "GAS")):
+        method = kind(materials.model, SCHEDULE, checkpoints=materials.checkpoints, **simple).fit(materials.images)
+        yield Found(
+            name, method.scores(materials.queries), settings={**told, "checkpoints": len(materials.checkpoints)}
+        )
 
 
-def _journey(place: Workplace, timesteps: int) -> Found:
+def _journey(materials: Materials, timesteps: int) -> Found:
     """Of the generated queries alone."""
-    samples = build.sampled(place.problem, "trajectory", place.progress)
-    method = JourneyTRAK(place.model, SCHEDULE, **place.options(timesteps, "simple")).fit(place.images)
-    found = place.damped(method, "Journey TRAK", samples, timesteps=timesteps, D=DIM)
+    samples = build.sampled(materials.problem, "trajectory", materials.progress)
+    method = JourneyTRAK(materials.model, SCHEDULE, **materials.options(timesteps, "simple")).fit(materials.images)
+    found = materials.damped(method, "Journey TRAK", samples, timesteps=timesteps, D=DIM)
     return Found(
         found.name,
         found.scores,
@@ -156,9 +162,9 @@ def _journey(place: Workplace, timesteps: int) -> Found:
     )
 
 
-def retrained(place: Workplace) -> Iterator[Found]:
+def retrained(materials: Materials) -> Iterator[Found]:
     """Of the pool of retrained models."""
-    pool = GroundTruth.open(place.problem.folder / "retraining.safetensors")
+    pool = GroundTruth.open(materials.problem.folder / "retraining.safetensors")
     for kind, name in ((EmpiricalInfluence, "empirical influence"), (Datamodel, "datamodel")):
-        method = kind(pool).fit(place.images)
-        yield Found(name, method.scores(place.queries), settings={"models": len(pool.masks)})
+        method = kind(pool).fit(materials.images)
+        yield Found(name, method.scores(materials.queries), settings={"models": len(pool.masks)})

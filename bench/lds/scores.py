@@ -13,7 +13,7 @@ from pyattr.evaluation import GroundTruth, Scores, tune_on_split
 
 from . import methods
 from . import problem as settings
-from .methods import Found, Workplace
+from .methods import Found, Materials
 from .problem import Problem
 
 TUNED = "tuned on other queries"
@@ -31,22 +31,22 @@ def write(problem: Problem, work: Path, groups: list[str], progress: Progress) -
     Args:
         groups: "similarity", "patches", "retrained", or a number of timesteps: the methods of gradients.
     """
-    place = Workplace(problem, work, progress)
-    place.work.mkdir(parents=True, exist_ok=True)
+    materials = Materials(problem, work, progress)
+    materials.work.mkdir(parents=True, exist_ok=True)
     truth = GroundTruth.open(problem.folder / "evaluation.safetensors")
     folder = problem.folder / "scores"
     folder.mkdir(exist_ok=True)
     for group in groups:
-        for found in _methods(place, group):
+        for found in _methods(materials, group):
             stem = _file_name(found.name) + (f"-{group}" if group.isdigit() else "")
-            queries, told = place.queries[found.queries], dict(found.settings)
+            queries, told = materials.queries[found.queries], dict(found.settings)
             if found.grid is None:
                 kinds = {"": (found.scores, told)}
             else:
                 kinds = {"": (found.scores, told), "-tuned": (tuned_scores(found, truth), {**told, "lambda": TUNED})}
             for ending, (scores, record) in kinds.items():
                 name = found.name + (", tuned" if ending else "")
-                Scores.of(name, scores, place.images, queries, signed=found.signed, settings=record).save(
+                Scores.of(name, scores, materials.images, queries, signed=found.signed, settings=record).save(
                     folder / f"{stem}{ending}.safetensors"
                 )
 
@@ -70,14 +70,14 @@ def tuned_scores(found: Found, truth: GroundTruth) -> Tensor:
     return scores
 
 
-def _methods(place: Workplace, group: str) -> Iterator[Found]:
+def _methods(materials: Materials, group: str) -> Iterator[Found]:
     if group == "similarity":
-        return methods.similarities(place)
+        return methods.similarities(materials)
     if group == "patches":
-        return methods.patches(place)
+        return methods.patches(materials)
     if group == "retrained":
-        return methods.retrained(place)
-    return methods.of_gradients(place, int(group))
+        return methods.retrained(materials)
+    return methods.of_gradients(materials, int(group))
 
 
 def _file_name(name: str) -> str:

@@ -8,6 +8,7 @@ one float32 in 10^9.)
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ FEATURES = 0x66656174
 SAMPLES = 0x73616D70
 PATCHES = 0x70617463
 PROBES = 0x70726F62  # signs of directions in the space of predictions
+TRACES = 0x74726163  # directions along which divergences are estimated
+DEQUANTISATION = 0x64657175
 LOSSES = 0x6C6F7373  # of the models that scores are judged by: a method that met the same noise would be favoured
 
 MAX_TIMESTEPS = 1 << 20
@@ -48,8 +51,29 @@ def noise(shape, *, seed: int, ids, timesteps, draws=0, purpose: int = FEATURES)
 
     Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011; Box and Muller 1958.
     """
+    return _draw("noise", _normals, shape, seed, ids, timesteps, draws, purpose)
+
+
+def uniform(shape, *, seed: int, ids) -> Tensor:
+    """Uniform noise in (0, 1), one tensor of ``shape`` for each id.
+
+    Args:
+        shape, seed, ids: as in :func:`noise`.
+
+    Returns:
+        [*ids.shape, *shape] float32 on the CPU: (2 k + 1) / 2^24 with k of 23 bits, each equally probable.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Extra memory: about 10 MB.
+    """
+    return _draw("uniform", _uniforms, shape, seed, ids, 0, 0, DEQUANTISATION)
+
+
+def _draw(op: str, numbers: Callable, shape, seed: int, ids, timesteps, draws, purpose: int) -> Tensor:
     if not 0 <= seed < 2**32:
-        raise ValueError(f"noise: seed must lie in [0, {2**32 - 1}], got {seed}")
+        raise ValueError(f"{op}: seed must lie in [0, {2**32 - 1}], got {seed}")
     ids = _in_range("ids", ids, 2**63)
     timesteps = _in_range("timesteps", timesteps, MAX_TIMESTEPS)
     draws = _in_range("draws", draws, MAX_DRAWS)
@@ -57,7 +81,7 @@ def noise(shape, *, seed: int, ids, timesteps, draws=0, purpose: int = FEATURES)
     count = math.prod(shape)
     calls = -(-count // 4)
     if calls > 2**32:
-        raise ValueError(f"noise: shape must hold at most 2^34 numbers, got {tuple(shape)}")
+        raise ValueError(f"{op}: shape must hold at most 2^34 numbers, got {tuple(shape)}")
     out = torch.empty(ids.numel(), calls * 4, dtype=torch.float32, device="cpu")  # [B, calls * 4]
     rows, columns = max(1, _BLOCK // (4 * max(calls, 1))), _BLOCK // 4
     flat_ids, flat_label = ids.reshape(-1, 1), label.reshape(-1, 1)
@@ -66,7 +90,7 @@ def noise(shape, *, seed: int, ids, timesteps, draws=0, purpose: int = FEATURES)
         for c in range(0, calls, columns):
             call = torch.arange(c, min(c + columns, calls), device="cpu")
             words = philox4x32_10((call, k, i & 0xFFFFFFFF, i >> 32), (seed, purpose))  # 4 x [rows, calls]
-            out[r : r + rows, 4 * c : 4 * (c + columns)] = _normals(words).flatten(1)
+            out[r : r + rows, 4 * c : 4 * (c + columns)] = numbers(words).flatten(1)
     return out[:, :count].reshape(*ids.shape, *shape)
 
 
@@ -77,6 +101,10 @@ def _normals(words) -> Tensor:  # 4 x [R, calls] -> [R, calls, 4] float32
         angle = b.to(torch.float64).mul_(2 * math.pi * 2.0**-32)
         pairs += [radius * angle.cos(), radius * angle.sin()]
     return torch.stack(pairs, -1).to(torch.float32)
+
+
+def _uniforms(words) -> Tensor:  # 4 x [R, calls] -> [R, calls, 4] float32
+    return torch.stack([(2 * (word >> 9) + 1).to(torch.float32) * 2.0**-24 for word in words], -1)
 
 
 def _in_range(name: str, value, limit: int) -> Tensor:

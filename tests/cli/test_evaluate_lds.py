@@ -200,7 +200,7 @@ def test_options_that_are_wrong(pyattr, arguments, line):
 def test_build_is_a_command_and_no_folder(pyattr):
     result = pyattr("evaluate", "lds", "build")
     assert (result.exit_code, result.stderr) == (2, "pyattr: Missing argument 'OUT'.\n")
-    assert "./build" in pyattr("evaluate", "lds", "./build").stderr
+    assert "build holds no evaluation.safetensors" in pyattr("evaluate", "lds", "./build").stderr
 
 
 def test_what_lies_in_the_folder_is_checked(problem, tmp_path, pyattr):
