@@ -69,13 +69,13 @@ def _bars(board: Scoreboard, rows: Sequence[Row]) -> tuple[dict[str, Mapping[str
         rows = [row for readout in board.readouts for row in _best([row for row in rows if row.readout == readout])]
         note = "of each method the best settings, chosen by these numbers"
     several = len(board.readouts) > 1
-    told: dict[str, str] = {}
+    told: dict[tuple[str, str], str] = {}
     for method in {row.method for row in rows}:
         told |= distinguishing([row for row in rows if row.method == method])
     bars: dict[str, Mapping[str, LDS]] = {}
     for row in rows:
         words = [row.readout] if several else []
-        words += [told[row.name]] if told[row.name] else []
+        words += [told[row.name, row.readout]] if told[row.name, row.readout] else []
         name = f"{row.method} ({', '.join(words)})" if words else row.method
         bars[name if name not in bars else f"{name}, {row.name}"] = row.groups
     return bars, note
@@ -105,7 +105,7 @@ def _panels(board: Scoreboard, rows: Sequence[Row]) -> dict[str, dict[str, list[
                     words = [
                         here[0].method,
                         *([here[0].readout] if len(board.readouts) > 1 else []),
-                        told[here[0].name],
+                        told[here[0].name, here[0].readout],
                     ]
                     label = ", ".join(word for word in words if word)
                     lines.append(

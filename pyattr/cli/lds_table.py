@@ -142,6 +142,11 @@ def table(there_is: Found, asked: Asked, threads: int | None) -> None:
             if any(name in row.groups for row in rows):
                 console.print(_table(board, name, rows, references[name]))
             results["targets"][board.target][name] = _numbers(name, rows, references[name])
+    board, rows, _ = boards[0]
+    for row in rows:
+        if not row.groups and row.readout == asked.readouts[0]:
+            told = f"{row.name} is in no table: its queries are not all of {' or '.join(groups)}"
+            console.print(told, highlight=False, soft_wrap=True)
     console.print(
         "LDS in percent, 95% interval by the jackknife over subsets; published: mean and standard deviation of 64 resamples.",
         highlight=False,
@@ -150,7 +155,6 @@ def table(there_is: Found, asked: Asked, threads: int | None) -> None:
         write_results(asked.json, results)
         console.print(f"numbers  {asked.json}", highlight=False, soft_wrap=True)
     if asked.plots is not None:
-        board, rows, _ = boards[0]
         for path in draw(asked.plots, board, rows, there_is.files, there_is.images):
             console.print(f"picture  {path}", highlight=False, soft_wrap=True)
 
@@ -254,7 +258,8 @@ def _table(board: Scoreboard, group: str, rows: Sequence[Row], reference: Row | 
                 f"{100 * score.bootstrap_mean:.1f} ± {100 * score.bootstrap_std:.1f}",
                 _difference_text(found[readout], reference, group),
             ]
-        shown.add_row(Text(row.method), Text(told[row.name]), *cells)
+        settings = dict.fromkeys(told[row.name, readout] for readout in board.readouts)
+        shown.add_row(Text(row.method), Text(" / ".join(settings)), *cells)
     return shown
 
 
