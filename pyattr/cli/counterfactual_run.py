@@ -168,7 +168,7 @@ class _Job:
         out = self.work.workspace.folder
         if not (out / "scores.npz").exists():
             raise WorkspaceError(f"no scores in {out}: run `pyattr attribute --out {out}` first")
-        arrays = read_npz(out / "scores.npz")
+        arrays = read_npz(out / "scores.npz", remedy=f"run `pyattr attribute --out {out}` again")
         settings = json.loads(arrays["settings"].item())
         if (
             settings.get("generate") != self.generated.settings

@@ -132,7 +132,7 @@ def _images(board: Scoreboard, path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         WorkspaceError: some are missing.
     """
-    arrays = [array for array in read_npz(path).values() if array.ndim == 4]
+    arrays = [array for array in read_npz(path, remedy="put it back or delete it").values() if array.ndim == 4]
     train = [array for array in arrays if data_hash(torch.from_numpy(array)) == board.truth.images]
     known = {}
     for array in arrays:

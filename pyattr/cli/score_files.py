@@ -16,6 +16,7 @@ from .stages import read_npz
 from .workspace import WorkspaceError
 
 ARCHIVE = "scores.npz"
+_REMEDY = "make it again by `pyattr attribute`"
 # Options that are another setting's name or move scores by rounding alone, and what follows from the others.
 _LEFT_OUT = ("name", "method", "lambda_", "batch_size", "memory", "effective dimension", "pool subsets")
 
@@ -46,7 +47,7 @@ class ScoreFile:
         if self.number is None:
             return Scores.open(self.path)
         key = f"scores_{self.number + 1}" if self.number else "scores"
-        found = read_npz(self.path, {key, "queries", "signed", "images_hash"})
+        found = read_npz(self.path, {key, "queries", "signed", "images_hash"}, remedy=_REMEDY)
         return Scores(
             found[key],
             self.method,
@@ -84,7 +85,7 @@ def score_files(path: Path, name: str) -> dict[str, ScoreFile]:
     if path.suffix != ".npz":
         record = load_record(path)
         return {name: ScoreFile(path, record.get("method"), record.get("settings", {}))}
-    found = read_npz(path, {"settings", "signed", "images_hash"})
+    found = read_npz(path, {"settings", "signed", "images_hash"}, remedy=_REMEDY)
     if len(found) < 3:
         raise WorkspaceError(f"{path} holds no scores of this version's `pyattr attribute`: make them again")
     made = json.loads(found["settings"].item())

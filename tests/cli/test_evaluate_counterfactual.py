@@ -104,6 +104,8 @@ def test_refusals(out, images, tmp_path, fails, succeeds):
         f"run `pyattr attribute --out {out}` again, without --readout",
         *command,
     )
+    (out / "scores.npz").write_bytes(b"PK")
+    fails(f"{out}/scores.npz is damaged or missing: run `pyattr attribute --out {out}` again", *command)
     np.savez(out / "scores.npz", **found)
     (out / "scores.npz").rename(out / "kept.npz")
     fails(f"no scores in {out}: run `pyattr attribute --out {out}` first", *command)

@@ -251,6 +251,8 @@ def test_what_lies_in_the_folder_is_checked(problem, tmp_path, pyattr):
         f'{tmp_path / "queries.json"} must hold ranges of the 6 queries, as in {{"validation": [0, 6]}}, got a [0, 7]'
     )
     (tmp_path / "queries.json").write_text('{"a": [0, 6]}')
+    (tmp_path / "images.npz").write_bytes(b"PK")
+    fails(f"{tmp_path / 'images.npz'} is damaged or missing: put it back or delete it")
     np.savez(tmp_path / "images.npz", train_images=TRAIN)
     fails(
         f"{tmp_path / 'images.npz'} must hold the training images and queries of the ground truth: put them back or delete it"

@@ -112,5 +112,9 @@ def test_archives_that_are_none(out, truth, tmp_path, fails, succeeds):
     np.savez(tmp_path / "x.npz", scores=np.zeros((3, 24)))
     line = f"{tmp_path}/x.npz holds no scores of this version's `pyattr attribute`: make them again"
     fails(line, "evaluate", "lds", "--truth", truth[1], tmp_path / "x.npz")
+    fails(
+        f"{tmp_path}/y.npz is damaged or missing: make it again by `pyattr attribute`",
+        "evaluate", "lds", "--truth", truth[1], tmp_path / "y.npz",
+    )  # fmt: skip
     line = "files of scores must have names of their own, since rows are named by them"
     fails(line, "evaluate", "lds", "--truth", truth[1], out, out / "scores.npz")
