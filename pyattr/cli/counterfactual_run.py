@@ -168,7 +168,7 @@ class _Job:
         out = self.work.workspace.folder
         if not (out / "scores.npz").exists():
             raise WorkspaceError(f"no scores in {out}: run `pyattr attribute --out {out}` first")
-        arrays = read_npz(out / "scores.npz")
+        arrays = read_npz(out / "scores.npz", remedy=f"run `pyattr attribute --out {out}` again")
         settings = json.loads(arrays["settings"].item())
         if (
             settings.get("generate") != self.generated.settings
@@ -177,6 +177,12 @@ class _Job:
             raise WorkspaceError(
                 f"{out / 'scores.npz'} holds scores of other images: run `pyattr attribute --out {out}` again, "
                 "without --queries and --data"
+            )
+        read = settings["readout"]["name"]
+        if read != "signed":
+            raise WorkspaceError(
+                f"{out / 'scores.npz'} holds {read} scores, and images are removed by scores as they are or by a readout of "
+                f"these: run `pyattr attribute --out {out}` again, without --readout"
             )
         keys = [f"scores_{number}" if number > 1 else "scores" for number in range(1, len(arrays["methods"]) + 1)]
         there = {

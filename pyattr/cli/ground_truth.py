@@ -135,7 +135,8 @@ def _write_queries(folder: Path, images: ImageDataset, asked: Mapping[str, np.nd
     arrays = {"train_images": images.images, **{f"{name}_images": group for name, group in asked.items()}}
     if (folder / IMAGES).exists():
         with np.load(folder / IMAGES) as found:
-            same = set(found.files) == set(arrays) and all(np.array_equal(found[name], arrays[name]) for name in arrays)
+            # Their order too: it is that of the queries in the ground truth that lies there.
+            same = found.files == list(arrays) and all(np.array_equal(found[name], arrays[name]) for name in arrays)
         if not same:
             raise WorkspaceError(f"{folder} holds the ground truth of other images or queries: choose another folder")
     else:

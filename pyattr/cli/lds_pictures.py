@@ -14,6 +14,7 @@ from ..evaluation import LDS, Scores
 from ..evaluation.ground_truth import image_hashes
 from ..evaluation.scoreboard import Row, Scoreboard, distinguishing
 from ..report.lds import Line, lds_bars, lds_lines, prediction_plot, top_and_bottom
+from .score_files import ScoreFile
 from .stages import read_npz
 from .workspace import WorkspaceError
 
@@ -22,7 +23,7 @@ METHODS, QUERIES = 4, 4  # whose strongest images are shown, and queries of each
 
 
 def draw(
-    folder: Path, board: Scoreboard, rows: Sequence[Row], files: Mapping[str, Path], images: Path | None
+    folder: Path, board: Scoreboard, rows: Sequence[Row], files: Mapping[str, ScoreFile], images: Path | None
 ) -> list[Path]:
     """Draw what the rows allow, and say which files that made.
 
@@ -40,11 +41,11 @@ def draw(
     best = _best([row for row in rows if not row.tuned])
     if best:
         made.append(folder / "predictions.png")
-        _predictions(made[-1], board, best[0], Scores.open(files[best[0].name]))
+        _predictions(made[-1], board, best[0], files[best[0].name].open())
     if pictures is not None:
         for row in best[:METHODS]:
             made.append(folder / f"images-{row.name.replace('/', '-')}.png")
-            _strongest(made[-1], board, row.method, Scores.open(files[row.name]), *pictures)
+            _strongest(made[-1], board, row.method, files[row.name].open(), *pictures)
     return made
 
 
@@ -68,13 +69,13 @@ def _bars(board: Scoreboard, rows: Sequence[Row]) -> tuple[dict[str, Mapping[str
         rows = [row for readout in board.readouts for row in _best([row for row in rows if row.readout == readout])]
         note = "of each method the best settings, chosen by these numbers"
     several = len(board.readouts) > 1
-    told: dict[str, str] = {}
+    told: dict[tuple[str, str], str] = {}
     for method in {row.method for row in rows}:
         told |= distinguishing([row for row in rows if row.method == method])
     bars: dict[str, Mapping[str, LDS]] = {}
     for row in rows:
         words = [row.readout] if several else []
-        words += [told[row.name]] if told[row.name] else []
+        words += [told[row.name, row.readout]] if told[row.name, row.readout] else []
         name = f"{row.method} ({', '.join(words)})" if words else row.method
         bars[name if name not in bars else f"{name}, {row.name}"] = row.groups
     return bars, note
@@ -104,7 +105,7 @@ def _panels(board: Scoreboard, rows: Sequence[Row]) -> dict[str, dict[str, list[
                     words = [
                         here[0].method,
                         *([here[0].readout] if len(board.readouts) > 1 else []),
-                        told[here[0].name],
+                        told[here[0].name, here[0].readout],
                     ]
                     label = ", ".join(word for word in words if word)
                     lines.append(
@@ -131,7 +132,7 @@ def _images(board: Scoreboard, path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         WorkspaceError: some are missing.
     """
-    arrays = [array for array in read_npz(path).values() if array.ndim == 4]
+    arrays = [array for array in read_npz(path, remedy="put it back or delete it").values() if array.ndim == 4]
     train = [array for array in arrays if data_hash(torch.from_numpy(array)) == board.truth.images]
     known = {}
     for array in arrays:

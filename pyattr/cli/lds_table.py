@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ..attribution.readouts import Readout
-from ..diffusion.storage import load_record
-from ..evaluation import GroundTruth, Scores
+from ..evaluation import GroundTruth
 from ..evaluation.scoreboard import Row, Scoreboard, distinguishing
 from ..report.grid import matplotlib
 from ..report.numbers import write_results
 from .display import Display
 from .lds_pictures import draw
+from .score_files import ARCHIVE, ScoreFile, score_files
 from .workspace import WorkspaceError, read_json
 
 TRUTH, SCORES, QUERIES, IMAGES = "evaluation.safetensors", "scores", "queries.json", "images.npz"
@@ -35,13 +34,13 @@ class Found:
 
     Attributes:
         truth: the file of the ground truth.
-        files: of scores, by name.
+        files: of scores, by the name of the row.
         queries: JSON with ranges of queries, or None.
         images: an .npz with the images, or None.
     """
 
     truth: Path
-    files: dict[str, Path]
+    files: dict[str, ScoreFile]
     queries: Path | None
     images: Path | None
 
@@ -69,10 +68,7 @@ def found(places: Sequence[Path], truth: Path | None, queries: Path | None) -> F
     if truth is not None:
         if not places:
             raise WorkspaceError("no scores to judge: give files of scores after --truth FILE")
-        files = {place.stem: place for place in places}
-        if len(files) < len(places):
-            raise WorkspaceError("files of scores must have names of their own, since rows are named by them")
-        return Found(truth, files, queries, None)
+        return Found(truth, _files([(_row(place), _file(place)) for place in places]), queries, None)
     if len(places) != 1 or not places[0].is_dir():
         given = ", ".join(map(str, places)) if places else "nothing"
         raise WorkspaceError(
@@ -82,12 +78,40 @@ def found(places: Sequence[Path], truth: Path | None, queries: Path | None) -> F
     folder = places[0]
     if not (folder / TRUTH).is_file():
         raise WorkspaceError(f"{folder} holds no {TRUTH}: make it by `pyattr evaluate lds build {folder} ...`")
-    paths = sorted((folder / SCORES).rglob("*.safetensors"))
-    if not paths:
-        raise WorkspaceError(f"{folder / SCORES} holds no scores: keep some there by pyattr.evaluation.Scores.save")
-    files = {str(path.relative_to(folder / SCORES).with_suffix("")): path for path in paths}
+    home = folder / SCORES
+    paths = sorted(path for path in home.rglob("*") if path.suffix in (".safetensors", ".npz"))
+    named = [(str(path.relative_to(home).with_suffix("")), path) for path in paths]
+    if (folder / ARCHIVE).is_file():
+        named.append((_row(folder), folder / ARCHIVE))
+    if not named:
+        raise WorkspaceError(
+            f"{folder} holds no scores: run `pyattr attribute --out {folder}`, or keep some in {home} by "
+            "pyattr.evaluation.Scores.save"
+        )
     queries = queries or (folder / QUERIES if (folder / QUERIES).is_file() else None)
-    return Found(folder / TRUTH, files, queries, folder / IMAGES if (folder / IMAGES).is_file() else None)
+    return Found(folder / TRUTH, _files(named), queries, folder / IMAGES if (folder / IMAGES).is_file() else None)
+
+
+def _file(place: Path) -> Path:
+    """The file of scores, in an output folder of `pyattr attribute` its archive."""
+    return place / ARCHIVE if place.is_dir() else place
+
+
+def _row(place: Path) -> str:
+    """What rows are called after a file, or after a folder."""
+    if place.is_dir() or place.name == ARCHIVE:
+        return _file(place).resolve().parent.name
+    return place.stem
+
+
+def _files(named: Sequence[tuple[str, Path]]) -> dict[str, ScoreFile]:
+    files: dict[str, ScoreFile] = {}
+    for name, path in named:
+        new = score_files(path, name)
+        if files.keys() & new.keys():
+            raise WorkspaceError("files of scores must have names of their own, since rows are named by them")
+        files |= new
+    return files
 
 
 def table(there_is: Found, asked: Asked, threads: int | None) -> None:
@@ -103,6 +127,8 @@ def table(there_is: Found, asked: Asked, threads: int | None) -> None:
     truth = GroundTruth.open(there_is.truth)
     groups = _groups(there_is.queries, len(truth.query_ids))
     results: dict[str, Any] = {"subsets": len(truth.masks), "images": truth.masks.shape[1], "targets": {}}
+    for name, file in there_is.files.items():
+        file.check(name, truth, asked.readouts)
     with Display(console) as display:
         boards = []
         for target in asked.targets:
@@ -116,6 +142,11 @@ def table(there_is: Found, asked: Asked, threads: int | None) -> None:
             if any(name in row.groups for row in rows):
                 console.print(_table(board, name, rows, references[name]))
             results["targets"][board.target][name] = _numbers(name, rows, references[name])
+    board, rows, _ = boards[0]
+    for row in rows:
+        if not row.groups and row.readout == asked.readouts[0]:
+            told = f"{row.name} is in no table: its queries are not all of {' or '.join(groups)}"
+            console.print(told, highlight=False, soft_wrap=True)
     console.print(
         "LDS in percent, 95% interval by the jackknife over subsets; published: mean and standard deviation of 64 resamples.",
         highlight=False,
@@ -124,7 +155,6 @@ def table(there_is: Found, asked: Asked, threads: int | None) -> None:
         write_results(asked.json, results)
         console.print(f"numbers  {asked.json}", highlight=False, soft_wrap=True)
     if asked.plots is not None:
-        board, rows, _ = boards[0]
         for path in draw(asked.plots, board, rows, there_is.files, there_is.images):
             console.print(f"picture  {path}", highlight=False, soft_wrap=True)
 
@@ -150,30 +180,27 @@ def _rows(board: Scoreboard, there_is: Found, asked: Asked, display: Display) ->
     families = _families(there_is.files, asked.tune)
     rows: list[Row] = []
     display.progress(0, len(families), "score files")
-    for done, (name, paths) in enumerate(families.items(), 1):
-        if len(paths) == 1:
-            rows += board.rows(name, Scores.open(paths[0]))
+    for done, (name, files) in enumerate(families.items(), 1):
+        if len(files) == 1:
+            rows += board.rows(name, files[0].open())
         else:
-            grid: list[Callable[[], Scores]] = [functools.partial(Scores.open, path) for path in paths]
-            rows += board.tuned_rows(name, asked.tune, grid, on_benchmark=asked.on_benchmark)
+            rows += board.tuned_rows(name, asked.tune, [file.open for file in files], on_benchmark=asked.on_benchmark)
         display.progress(done, len(families), "score files")
     return rows
 
 
-def _families(files: dict[str, Path], setting: str | None) -> dict[str, list[Path]]:
+def _families(files: dict[str, ScoreFile], setting: str | None) -> dict[str, list[ScoreFile]]:
     """Files by the name of their row: those that differ in the setting alone share one."""
     if setting is None:
-        return {name: [path] for name, path in files.items()}
-    families: dict[str, list[tuple[str, Path]]] = {}
-    for name, path in files.items():
-        record = load_record(path)
-        settings = record.get("settings", {})
-        others = {other: value for other, value in settings.items() if other != setting}
-        key = json.dumps([record.get("method"), others], sort_keys=True) if setting in settings else name
-        families.setdefault(key, []).append((name, path))
+        return {name: [file] for name, file in files.items()}
+    families: dict[str, list[tuple[str, ScoreFile]]] = {}
+    for name, file in files.items():
+        others = {other: value for other, value in file.settings.items() if other != setting}
+        key = json.dumps([file.method, others], sort_keys=True) if setting in file.settings else name
+        families.setdefault(key, []).append((name, file))
     if not any(len(members) > 1 for members in families.values()):
         raise WorkspaceError(f"--tune {setting}: no two files of scores differ in that setting alone")
-    return {members[0][0]: [path for _, path in members] for members in families.values()}
+    return {members[0][0]: [file for _, file in members] for members in families.values()}
 
 
 def _reference(group: str, rows: Sequence[Row], asked: Asked) -> Row | None:
@@ -231,7 +258,8 @@ def _table(board: Scoreboard, group: str, rows: Sequence[Row], reference: Row | 
                 f"{100 * score.bootstrap_mean:.1f} ± {100 * score.bootstrap_std:.1f}",
                 _difference_text(found[readout], reference, group),
             ]
-        shown.add_row(Text(row.method), Text(told[row.name]), *cells)
+        settings = dict.fromkeys(told[row.name, readout] for readout in board.readouts)
+        shown.add_row(Text(row.method), Text(" / ".join(settings)), *cells)
     return shown
 
 

@@ -13,6 +13,7 @@ import torch
 
 from .. import __version__
 from ..datasets import ImageDataset
+from ..diffusion.storage import data_hash
 from ..report import Attribution, Report, shown_count, strongest, write
 from .scoring import Scoring
 from .stages import Queries, Step, shape_text, write_npz
@@ -29,8 +30,8 @@ def write_scores(
 
     Arrays: `scores` [Q, N] float32, `proponents` and `opponents` [Q, K] int64: the columns of the largest and of the smallest
     scores, whatever their sign (no opponents when the method has none), `queries` [Q, C, H, W] uint8, `labels` [N] int64
-    (empty without labels), `class_names`, `ids` [N] of the training images, `methods`, `settings` (JSON), and `scores_2`,
-    ... for other methods.
+    (empty without labels), `class_names`, `ids` [N] of the training images, `methods`, `signed` (whether a negative score of
+    each means an opponent), `images_hash`, `settings` (JSON), and `scores_2`, ... for other methods.
     """
     main = attributions[0]
     count = shown_count(top, len(data))
@@ -44,6 +45,8 @@ def write_scores(
         "class_names": np.array(data.class_names, str),
         "ids": np.array(data.ids),
         "methods": np.array([attribution.method for attribution in attributions]),
+        "signed": np.array([attribution.signed for attribution in attributions]),
+        "images_hash": np.array(data_hash(torch.from_numpy(data.images))),
         "settings": np.array(json.dumps(settings)),
     }
     arrays |= {f"scores_{number}": other.scores for number, other in enumerate(attributions[1:], 2)}

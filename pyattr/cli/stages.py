@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import os
 import zipfile
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -319,8 +320,11 @@ def write_npz(path: Path, arrays: dict[str, Any]) -> None:
         np.savez(stream, **arrays)
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Read a file of :func:`write_npz`; the archive's own checksums are verified.
+def read_npz(path: Path, wanted: Container[str] | None = None, *, remedy: str | None = None) -> dict[str, np.ndarray]:
+    """Read a file of :func:`write_npz`, or those of some arrays that it has; the archive's own checksums are verified.
+
+    Args:
+        remedy: what to do about a damaged file; None: it lies in a stage's folder, which is to be deleted.
 
     Raises:
         WorkspaceError: it is missing or damaged.
@@ -328,9 +332,10 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         # np.load leaves a file open that it opened itself and found to be no archive.
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            return {name: archive[name] for name in archive.files if wanted is None or name in wanted}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise WorkspaceError(f"{path} is damaged or missing: delete the folder {path.parent} and run again") from error
+        remedy = remedy or f"delete the folder {path.parent} and run again"
+        raise WorkspaceError(f"{path} is damaged or missing: {remedy}") from error
 
 
 def sha256(path: Path) -> str:

@@ -157,6 +157,11 @@ def image_hashes(images: Examples) -> list[str]:
     return [tensors_hash({"image": image, "condition": c}) for image, c in zip(images, *conditions, strict=True)]
 
 
+def subset_hashes(masks: np.ndarray) -> list[str]:
+    """What identifies each subset, [M, N] bool."""
+    return [tensors_hash({"mask": torch.from_numpy(mask)}) for mask in masks]
+
+
 def query_hashes(queries, op: str) -> list[str]:
     """:func:`image_hashes` of queries as methods take them, or of Samples.
 

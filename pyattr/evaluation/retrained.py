@@ -51,8 +51,8 @@ class QueryLosses:
             Loss(target)
 
     def times(self, schedule: Schedule) -> Tensor:  # -> [K] int64
-        stride = schedule.num_timesteps // self.timesteps
-        return torch.arange(self.timesteps) * stride + stride // 2
+        # In the middle of equal shares also where they are no whole numbers, so that no part of the schedule is left out.
+        return (2 * torch.arange(self.timesteps) + 1) * schedule.num_timesteps // (2 * self.timesteps)
 
     def __call__(
         self,

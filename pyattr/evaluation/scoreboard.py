@@ -101,7 +101,8 @@ class Scoreboard:
                     scores = give()
                     if scores.queries != queries:
                         raise ValueError(f"Scoreboard: {scores.method} has other queries for some values of {setting}")
-                    yield scores.settings[setting], function(scores.matrix)
+                    value = scores.settings[setting]
+                    yield tuple(value) if isinstance(value, list) else value, function(scores.matrix)
 
             tuned = tune_on_split(
                 values(),
@@ -133,22 +134,26 @@ class Scoreboard:
         }
 
 
-def distinguishing(rows: Sequence[Row], *, but: str | None = None) -> dict[str, str]:
-    """By the names of rows, the settings in which those that have them are not all alike, in words; with how a value was tuned.
+def distinguishing(rows: Sequence[Row], *, but: str | None = None) -> dict[tuple[str, str], str]:
+    """By name and readout, the settings in which the rows that have them are not all alike, in words; and how one was tuned.
 
     Args:
         rows: any.
         but: a setting that is left out.
     """
-    told = {row.name: {key: _word(value) for key, value in row.settings.items() if key != but} for row in rows}
+    # A value that was tuned may be another for each readout.
+    told = {
+        (row.name, row.readout): {key: _word(value) for key, value in row.settings.items() if key != but}
+        for row in rows
+    }
     values: dict[str, set[str]] = {}
     for settings in told.values():
         for key, word in settings.items():
             values.setdefault(key, set()).add(word)
-    tuned = {row.name: [row.tuned] if row.tuned else [] for row in rows}
+    tuned = {(row.name, row.readout): [row.tuned] if row.tuned else [] for row in rows}
     return {
-        name: ", ".join([*(f"{key}={word}" for key, word in settings.items() if len(values[key]) > 1), *tuned[name]])
-        for name, settings in told.items()
+        row: ", ".join([*(f"{key}={word}" for key, word in settings.items() if len(values[key]) > 1), *tuned[row]])
+        for row, settings in told.items()
     }
 
 

@@ -135,7 +135,7 @@ def build_ground_truth(
         masks: [M, N] boolean or 0 and 1, see :func:`subsets`; each subset holds an image.
         schedule: of the diffusion.
         seeds: S, models of each subset.
-        timesteps: K of T, evenly spaced, each in the middle of its share: t = (T div K) i + (T div K) div 2; T means all.
+        timesteps: K of T, evenly spaced, each in the middle of its share: t = ((2 i + 1) T) div (2 K); T means all.
         num_noises: E, draws of the noise at each timestep.
         targets: names of the functions F, see :mod:`pyattr.diffusion.losses`.
         query_ids: [Q] distinct integers in [0, 2^63); None: those of the samples, or 0..Q-1.

@@ -42,8 +42,7 @@ def lds_bars(
     Raises:
         ImportError: matplotlib is missing.
     """
-    means = {name: [score.mean for score in scores.values()] for name, scores in methods.items()}
-    order = sorted(methods, key=lambda name: -np.mean(means[name]) if means[name] else np.nan)
+    order = sorted(methods, key=lambda name: _height(methods[name]))
     figure = matplotlib().Figure(figsize=(7.2, 1.1 + len(order) * (0.14 + 0.17 * len(groups))))
     axes = figure.subplots()
     height = 0.8 / len(groups)
@@ -178,6 +177,12 @@ def top_and_bottom(
     columns = ["query", *(name for p in range(len(parts)) for name in ["", *names[p * count : (p + 1) * count]])]
     what = "strongest proponents (+) and opponents (−)" if signed else "strongest proponents"
     write_grid(path, rows, columns=columns, labels=labels, title=f"{method}: {what}")
+
+
+def _height(scores: Mapping[str, LDS]) -> float:
+    """Of a bar among the others, the smallest on top; what has no number comes last."""
+    mean = np.mean([score.mean for score in scores.values()]) if scores else np.nan
+    return np.inf if np.isnan(mean) else -float(mean)
 
 
 def _percent(score: LDS | None) -> tuple[float, float, float]:

@@ -94,6 +94,19 @@ def test_refusals(out, images, tmp_path, fails, succeeds):
     empty.mkdir()
     other = ["evaluate", "counterfactual", "--out", empty]
     fails(f"no trained model in {empty}: run `pyattr train SOURCE --out {empty}` first", *other)
+    with np.load(out / "scores.npz") as archive:
+        found = dict(archive)
+    settings = json.loads(found["settings"].item())
+    squared = {**settings, "readout": {"name": "squared", "percent": None}}
+    np.savez(out / "scores.npz", **{**found, "settings": json.dumps(squared)})
+    fails(
+        f"{out}/scores.npz holds squared scores, and images are removed by scores as they are or by a readout of these: "
+        f"run `pyattr attribute --out {out}` again, without --readout",
+        *command,
+    )
+    (out / "scores.npz").write_bytes(b"PK")
+    fails(f"{out}/scores.npz is damaged or missing: run `pyattr attribute --out {out}` again", *command)
+    np.savez(out / "scores.npz", **found)
     (out / "scores.npz").rename(out / "kept.npz")
     fails(f"no scores in {out}: run `pyattr attribute --out {out}` first", *command)
     succeeds("generate", "--out", out, "-n", 2, "--steps", 2, "--device", "cpu")

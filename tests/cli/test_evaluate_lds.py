@@ -148,6 +148,35 @@ def test_a_setting_is_chosen_on_other_queries(problem, tmp_path, succeeds):
     assert "tuned on the benchmark" in published
 
 
+def test_each_readout_has_a_value_of_its_own(problem, tmp_path, succeeds):
+    # The squares of the first file and the signs of the second are what predicts.
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "evaluation.safetensors").write_bytes((problem / "evaluation.safetensors").read_bytes())
+    good = noisy(0, 0)
+    signs = np.random.default_rng(0).choice([-1, 1], good.shape)
+    root = np.sqrt(good - good.min()) * signs
+    for name, matrix, value in (("a", root, [1, 2]), ("b", good, [3])):
+        Scores.of("X", matrix, TRAIN, ASKED, signed=True, settings={"steps": value}).save(
+            tmp_path / "scores" / f"{name}.safetensors"
+        )
+    told = succeeds(
+        "evaluate", "lds", tmp_path, "--tune", "steps", "-r", "signed", "-r", "squared", "--json", tmp_path / "x.json"
+    )
+    found = {key[2]: row["settings"]["steps"] for key, row in numbers(tmp_path / "x.json").items()}
+    assert found == {"signed": [3], "squared": [1, 2]}
+    assert "steps=[3], tuned on other queries / steps=[1, 2], tuned on other" in " ".join(told.split())
+
+
+def test_scores_without_a_whole_group_are_told_of(problem, tmp_path, succeeds):
+    path = tmp_path / "half.safetensors"
+    method, matrix, _ = MATRICES["pixel"]
+    Scores.of(method, matrix, TRAIN, ASKED, signed=True, settings={}).take(slice(1, 3)).save(path)
+    told = succeeds(
+        "evaluate", "lds", "--truth", problem / "evaluation.safetensors", path, "--queries", problem / "queries.json"
+    )
+    assert "half is in no table: its queries are not all of validation or generated" in told
+
+
 def test_pictures(problem, tmp_path, succeeds):
     told = succeeds(
         "evaluate", "lds", problem, "--plots", tmp_path / "plots", "-r", "signed", "-r", "head", "--percent", 50
@@ -197,7 +226,9 @@ def test_options_that_are_wrong(pyattr, arguments, line):
     assert (result.exit_code, result.stderr) == (2, f"pyattr: Invalid value for {line}\n")
 
 
-def test_build_is_a_command_and_no_folder(pyattr):
+def test_build_is_a_command_and_no_folder(pyattr, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "build").mkdir()
     result = pyattr("evaluate", "lds", "build")
     assert (result.exit_code, result.stderr) == (2, "pyattr: Missing argument 'OUT'.\n")
     assert "build holds no evaluation.safetensors" in pyattr("evaluate", "lds", "./build").stderr
@@ -210,13 +241,18 @@ def test_what_lies_in_the_folder_is_checked(problem, tmp_path, pyattr):
 
     fails(f"{tmp_path} holds no evaluation.safetensors: make it by `pyattr evaluate lds build {tmp_path} ...`")
     (tmp_path / "evaluation.safetensors").write_bytes((problem / "evaluation.safetensors").read_bytes())
-    fails(f"{tmp_path / 'scores'} holds no scores: keep some there by pyattr.evaluation.Scores.save")
+    fails(
+        f"{tmp_path} holds no scores: run `pyattr attribute --out {tmp_path}`, or keep some in {tmp_path / 'scores'} by "
+        "pyattr.evaluation.Scores.save"
+    )
     save(tmp_path, "pixel")
     (tmp_path / "queries.json").write_text('{"a": [0, 7]}')
     fails(
         f'{tmp_path / "queries.json"} must hold ranges of the 6 queries, as in {{"validation": [0, 6]}}, got a [0, 7]'
     )
     (tmp_path / "queries.json").write_text('{"a": [0, 6]}')
+    (tmp_path / "images.npz").write_bytes(b"PK")
+    fails(f"{tmp_path / 'images.npz'} is damaged or missing: put it back or delete it")
     np.savez(tmp_path / "images.npz", train_images=TRAIN)
     fails(
         f"{tmp_path / 'images.npz'} must hold the training images and queries of the ground truth: put them back or delete it"

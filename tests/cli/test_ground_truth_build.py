@@ -126,6 +126,8 @@ def test_refusals(made, images, tmp_path, pyattr):
 
     one = ["--data", images, "--queries", images]
     fails(1, f"{whole} holds the ground truth of other images or queries: choose another folder", *one, *OPTIONS)
+    turned = [*arguments[:2], *arguments[4:6], *arguments[2:4], *OPTIONS]
+    fails(1, f"{whole} holds the ground truth of other images or queries: choose another folder", *turned)
     fails(2, "Invalid value for --pool: must be one of evaluation, retraining, got test", *one, "--pool", "test")
     twice = "Invalid value for --queries: each needs a name of its own, as in validation=SOURCE, got queries twice"
     fails(2, twice, *one, "--queries", images)

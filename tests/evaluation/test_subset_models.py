@@ -20,6 +20,7 @@ from pyattr.diffusion.noise import FEATURES, LOSSES, PATCHES, SAMPLES
 from pyattr.diffusion.storage import data_hash
 from pyattr.evaluation import GroundTruth, build_ground_truth, subsets
 from pyattr.evaluation.ground_truth import image_hashes
+from pyattr.evaluation.retrained import QueryLosses
 
 SCHEDULE = Schedule(12, 1e-2, 0.4)
 IMAGES = torch.randint(0, 256, (6, 1, 4, 4), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
@@ -85,7 +86,7 @@ def test_losses_by_hand(made):
     np.testing.assert_array_equal(truth.masks, MASKS)
     np.testing.assert_array_equal(truth.query_ids, [0, 1, 2])
     assert truth.images == data_hash(IMAGES) and list(truth.queries) == image_hashes(QUERIES)
-    times = [1, 3, 5, 7, 9]  # of 12: five shares of two, from the middle of each on
+    times = [1, 3, 6, 8, 10]  # of 12: at the middles of five shares, 1.2, 3.6, 6, ..., rounded down
     expected = np.zeros((5, 2, 2, 2, 3))
     for m in range(2):
         for s in range(2):
@@ -134,6 +135,14 @@ def test_models_are_those_of_the_recipe(made):
 def test_noise_is_that_of_nothing_else():
     drawn = [noise((64,), seed=0, ids=3, timesteps=5, purpose=p) for p in (LOSSES, FEATURES, SAMPLES, PATCHES)]
     assert len({tuple(one.tolist()) for one in drawn}) == 4
+
+
+@pytest.mark.parametrize(
+    ("count", "times"), [(1, [5]), (2, [2, 7]), (5, [1, 3, 5, 7, 9]), (4, [1, 3, 6, 8]), (6, [0, 2, 4, 5, 7, 9])]
+)
+def test_timesteps_are_spread_over_the_whole_schedule(count, times):
+    losses = QueryLosses(count, 1, 0, ("simple",), 1)
+    assert losses.times(Schedule(10)).tolist() == times
 
 
 def test_all_timesteps_and_other_noise(tmp_path, made):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -90,7 +91,7 @@ class Scoring:
             )
         return Attribution(self.name, read, self.signed and self.readout.signed, summary, meaning, matches)
 
-    def found(self) -> dict[str, float]:
+    def found(self) -> dict[str, Any]:
         """What the finished scores were computed with, beyond the options."""
         return {}
 

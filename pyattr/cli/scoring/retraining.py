@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ... import attribution
 from ...evaluation import GroundTruth
+from ...evaluation.ground_truth import subset_hashes
 from ...report import Attribution
 from ..options import PoolOptions
 from ..stages import SCHEDULE, Queries, Step, read_npz, sha256, write_npz
@@ -64,6 +65,9 @@ class RetrainingScoring(Scoring):
             with step.stage.work():
                 write_npz(path, {"scores": self.method.scores(queries.images).numpy()})
         return self.attribution(read_npz(path)["scores"])
+
+    def found(self) -> dict:
+        return {"pool subsets": subset_hashes(self.pool.masks)}
 
     def _settings(self) -> list[tuple[str, str]]:
         subsets, seeds = self.pool.losses.shape[1:3]
