@@ -1,9 +1,10 @@
 """The tables of the benchmark in the documents, and its picture: ``python -m bench.lds tables cifar2``.
 
-What stands between ``<!-- lds:PROBLEM -->`` (also ``PROBLEM short`` and ``PROBLEM differences``) and ``<!-- end -->`` is made
-anew from the committed ground truth and scores.
+What stands between ``<!-- lds:PROBLEM -->`` (also ``PROBLEM short``, ``differences``, ``ablations``) and ``<!-- end -->`` is
+made anew from the committed ground truth and scores.
 """
 
+import json
 import re
 from collections.abc import Mapping
 
@@ -25,6 +26,7 @@ GROUPS, ALL = ("validation", "generated"), "all"
 # By file: the order of the published benchmarks, and what stands against it here.
 PAIRS = (("d-trak-10", "trak-10"), ("d-trak-10-tuned", "trak-10-tuned"), ("raw-pixel-cosine", "d-trak-10-tuned"))
 READOUTS = {"signed": Readout("signed"), "squared": Readout("squared"), "signed_squared": Readout("signed_squared")}
+USUAL = ("timesteps", "D")  # settings that all of these ablations share
 # Of the README.
 SHORT = (
     "raw pixel, cosine",
@@ -90,6 +92,20 @@ def differences(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def ablations(problem: Problem) -> str:
+    """Of what was ablated: LDS at the lambda that is best for other queries."""
+    lines = ["| method | changed | validation | generated |", "|---|---|---:|---:|"]
+    for path in sorted((problem.folder / "ablations").glob("*.json")):
+        for found in json.loads(path.read_text()):
+            changed = ", ".join(f"{name} {value}" for name, value in found["settings"].items() if name not in USUAL)
+            cells = []
+            for group in GROUPS:
+                low, high = found[group]["interval"]
+                cells.append(f"{found[group]['lds']:.1f} ({low:.1f} to {high:.1f})")
+            lines.append(f"| {found['method']} | {changed} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _difference_line(what: str, found: Mapping[str, LDS | LDSDifference]) -> str:
     cells = []
     for group in (*GROUPS, ALL):
@@ -112,6 +128,7 @@ def fill(page: str, problem: Problem, rows: list[Row]) -> str:
         problem.name: table(rows, tuple(READOUTS)),
         f"{problem.name} short": table(rows, ("signed",), SHORT),
         f"{problem.name} differences": differences(rows),
+        f"{problem.name} ablations": ablations(problem),
     }
     for name, lines in filled.items():
         pattern = re.compile(f"(<!-- lds:{name} -->\n).*?(<!-- end -->)", flags=re.DOTALL)
