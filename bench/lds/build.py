@@ -12,7 +12,7 @@ from pyattr.evaluation import GroundTruth, build_ground_truth
 from pyattr.files import whole_file
 
 from . import problem as settings
-from .problem import SCHEDULE, Problem, coloured, grey
+from .problem import SCHEDULE, Problem
 
 MODELS = "models"
 
@@ -81,7 +81,7 @@ def retrain(problem: Problem, pool: str, work: Path, workers: int, progress: Pro
     evaluation = pool == "evaluation"
     truth = build_ground_truth(
         work / pool,
-        coloured if problem.channels == 3 else grey,
+        problem.network,
         torch.from_numpy(found["train_images"]),
         queries(problem),
         problem.masks(found["train_labels"], pool),

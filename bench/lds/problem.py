@@ -1,5 +1,7 @@
 """The two problems: images, network, training, subsets. Nothing here is computed; everything else reads it."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +47,10 @@ class Problem:
         """What is committed."""
         return HERE / self.name
 
-    def network(self) -> nn.Module:
-        """The network with random weights; torch's random state decides them."""
-        return network(self.channels)
+    @property
+    def network(self) -> Callable[[], nn.Module]:
+        """Builds the network with random weights, which torch's random state decides."""
+        return functools.partial(network, self.channels)
 
     def masks(self, labels: np.ndarray, pool: str) -> np.ndarray:
         """The subsets that models are trained on, [M, N]; "evaluation" or "retraining"."""
@@ -98,16 +101,6 @@ def network(channels: int) -> nn.Module:
         resnet_time_scale_shift="scale_shift",
     )
     return PatchUNet(unet, patch, SCHEDULE)
-
-
-def grey() -> nn.Module:
-    """:func:`network` of one channel."""
-    return network(1)
-
-
-def coloured() -> nn.Module:
-    """:func:`network` of three channels."""
-    return network(3)
 
 
 def _in_equal_parts(labels: np.ndarray, count: int) -> np.ndarray:

@@ -69,7 +69,7 @@ class _Backwards:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             velocity, divergence = self.flow.rates_with_graph(x, t)
-            pulled = (velocity * slope).sum() + (divergence.double() * self.to_integral).sum().to(velocity)
+            pulled = (velocity * slope).sum() + (divergence * self.to_integral).sum().to(velocity)
             found = torch.autograd.grad(pulled, (x, *self.parameters), allow_unused=True)
         found = [torch.zeros_like(p) if g is None else g for g, p in zip(found, (x, *self.parameters), strict=True)]
         return self.pack(velocity.detach(), -found[0], [-g for g in found[1:]])

@@ -52,14 +52,12 @@ def value_and_divergence(field: Field, x: Tensor, directions: Directions) -> tup
     value, total = None, torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for part in directions.parts(x):
         value, change = dual_forward(field, x, part.contiguous())
-        total += _products(part, change).double()
-    if value is None:  # an image without pixels
-        value = field(x).detach()
+        total += _products(part, change)
     return value, total * directions.weight
 
 
 def divergence_with_graph(field: Field, x: Tensor, directions: Directions) -> Tensor:
-    """The divergence, [B] in x's dtype, differentiable in x and in what the field computes with.
+    """The divergence, [B] float64, differentiable in x and in what the field computes with.
 
     Extra memory: what a backward pass needs of a forward pass with K tangents; products are made again on the way back.
     """
@@ -67,7 +65,7 @@ def divergence_with_graph(field: Field, x: Tensor, directions: Directions) -> Te
         checkpoint(_along, field, x, part, use_reentrant=False, preserve_rng_state=False)
         for part in directions.parts(x)
     ]
-    return torch.stack([torch.zeros_like(x[:, :0].flatten(1).sum(1)), *parts]).sum(0) * directions.weight
+    return torch.stack(parts).sum(0) * directions.weight
 
 
 def random_directions(kind: str, count: int, shape: torch.Size, seed: int, ids: Tensor) -> Tensor:
@@ -89,5 +87,5 @@ def _along(field: Field, x: Tensor, directions: Tensor) -> Tensor:
     return _products(directions, torch.func.vmap(derivative)(directions))
 
 
-def _products(directions: Tensor, changes: Tensor) -> Tensor:  # [K, B, *shape] twice -> [B]
-    return (directions * changes).flatten(2).sum((0, 2))
+def _products(directions: Tensor, changes: Tensor) -> Tensor:  # [K, B, *shape] twice -> [B] float64
+    return (directions * changes).flatten(2).sum((0, 2), dtype=torch.float64)

@@ -63,7 +63,7 @@ class Flow:
         return value_and_divergence(functools.partial(self.velocity, t=t), x, self.directions)
 
     def rates_with_graph(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        """The same, differentiable; the divergence in x's dtype."""
+        """The same, differentiable."""
         self.evaluations += 1
         field = functools.partial(self.velocity, t=t)
         return field(x), divergence_with_graph(field, x, self.directions)
@@ -145,7 +145,7 @@ def runge_kutta(rates, method: str, x: Tensor, t: float, h: float) -> tuple[Tens
             if coefficient:
                 inner = inner + h * coefficient * velocity
         found.append(rates(inner, t + h * time))
-    gain = sum(h * weight * rate.double() for weight, (_, rate) in zip(weights, found, strict=True))
+    gain = sum(h * weight * rate for weight, (_, rate) in zip(weights, found, strict=True))
     for weight, (velocity, _) in zip(weights, found, strict=True):
         x = x + h * weight * velocity
     return x, gain
