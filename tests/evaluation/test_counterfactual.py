@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from resumable import Net, Stop
 from torch import nn
 
 from pyattr.diffusion import Conditioned, DamagedFileError, Guided, Schedule, sample, train
@@ -24,23 +25,6 @@ SCORES = {
     "first": np.array([[3, 2, 1, 0, 0, 0], [0, 0, 0, 3, 2, 1], [1, 0, 5, 0, 4, 0.0]]),
     "second": np.array([[3, 2, 1, 0, 0, 0], [3, 2, 1, 0, 0, 0], [0, 0, 0, 0, 0, 9.0]]),
 }
-
-
-class Stop(Exception):
-    pass
-
-
-class Net(nn.Module):
-    """With dropout, so that a resumed training has to restore its random numbers."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(1, 3, 3, padding=1)
-        self.drop = nn.Dropout(0.3)
-        self.last = nn.Conv2d(3, 1, 3, padding=1)
-
-    def forward(self, images, timesteps):
-        return self.last(self.drop(torch.tanh(self.first(images)))) * (1 + timesteps[:, None, None, None] / 10)
 
 
 class Told(Net):

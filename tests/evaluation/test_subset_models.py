@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from resumable import Net, Stop
 
 from pyattr.diffusion import PRESETS, Samples, Schedule, load_model, noise, train
 from pyattr.diffusion.members import Recipe
@@ -27,23 +27,6 @@ IMAGES = torch.randint(0, 256, (6, 1, 4, 4), generator=torch.Generator().manual_
 QUERIES = torch.randint(0, 256, (3, 1, 4, 4), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
 MASKS = subsets(6, 2)
 TRAINING = {"steps": 4, "batch_size": 2, "learning_rate": 0.01}
-
-
-class Stop(Exception):
-    pass
-
-
-class Net(nn.Module):
-    """With dropout, so that a resumed training has to restore its random numbers."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(1, 3, 3, padding=1)
-        self.drop = nn.Dropout(0.3)
-        self.last = nn.Conv2d(3, 1, 3, padding=1)
-
-    def forward(self, images, timesteps):
-        return self.last(self.drop(torch.tanh(self.first(images)))) * (1 + timesteps[:, None, None, None] / 10)
 
 
 def build(directory, model=Net, **changes):
