@@ -6,6 +6,8 @@ python -m bench.lds evaluation cifar2 --work FOLDER
 python -m bench.lds retraining cifar2 --work FOLDER
 python -m bench.lds scores cifar2 --work FOLDER
 python -m bench.lds ablations cifar2 --work FOLDER
+python -m bench.lds deletion cifar2 --work FOLDER
+python -m bench.lds costs cifar2 --work FOLDER
 python -m bench.lds tables cifar2
 """
 
@@ -18,12 +20,12 @@ from rich.console import Console
 from pyattr.cli.display import Display
 from pyattr.report.numbers import write_results
 
-from . import ablations, build, scores, tables
+from . import ablations, build, costs, deletion, scores, tables
 from .methods import Materials
 from .problem import PROBLEMS
 
-STAGES = ("draw", "main", "evaluation", "retraining", "scores", "ablations", "tables")
-GROUPS = ("similarity", "patches", "10", "100", "retrained")
+STAGES = ("draw", "main", "evaluation", "retraining", "scores", "ablations", "deletion", "costs", "tables")
+GROUPS = ("similarity", "patches", "10", "changes", "100", "retrained")
 
 
 def main() -> None:
@@ -50,6 +52,11 @@ def main() -> None:
             build.main_model(problem, given.work / problem.name, display.progress)
         elif given.stage == "scores":
             scores.write(problem, given.work / problem.name, list(given.groups), display.progress)
+        elif given.stage == "deletion":
+            torch.set_num_threads(1)
+            deletion.remove(problem, given.work / problem.name, given.workers, display.progress)
+        elif given.stage == "costs":
+            costs.measure(problem, given.work / problem.name)
         elif given.stage == "ablations":
             materials = Materials(problem, given.work / problem.name, display.progress)
             (problem.folder / "ablations").mkdir(exist_ok=True)

@@ -63,6 +63,11 @@ def main_checkpoints(problem: Problem) -> list[Path]:
     return sorted((problem.folder / MODELS).glob("main-*.safetensors"))
 
 
+def half_models(problem: Problem) -> list[Path]:
+    """Of the models of halves of the images that methods learn from, those that are kept."""
+    return sorted((problem.folder / MODELS).glob("half-*.safetensors"))
+
+
 def sampled(problem: Problem, record: str, progress: Progress):
     """The generated queries as Samples, made by the committed model of all images."""
     model = load_model(main_checkpoints(problem)[-1])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyattr.attribution import (
+    DAS,
     DTRAK,
     GAS,
     NDA,
@@ -19,6 +20,7 @@ from pyattr.attribution import (
     GradientCosine,
     GradientDot,
     JourneyTRAK,
+    ProbedDAS,
     RawPixel,
     RelativeInfluence,
     RenormalizedInfluence,
@@ -33,6 +35,8 @@ from . import problem as settings
 from .problem import SCHEDULE, Problem
 
 DIM = 4096
+FEW = 10  # timesteps; more of them for each of four checkpoints would cost as much as 30 models' training
+PROBES = 8  # random directions of the prediction for each query
 # Of the largest eigenvalue of the Gram matrix: in thirds of a power of ten.
 LAMBDAS = 10.0 ** np.arange(-8, 1.01, 1 / 3)
 
@@ -48,6 +52,7 @@ class Found:
         signed: whether negative scores mean opponents.
         queries: rows that it can score, of validation images and then generated ones.
         settings: what else decided them.
+        pool: the ground truth that they were learnt from, if any.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Found:
     signed: bool = True
     queries: slice = field(default_factory=lambda: slice(None))
     settings: dict = field(default_factory=dict)
+    pool: GroundTruth | None = None
 
 
 class Materials:
@@ -96,6 +102,7 @@ class Materials:
             name,
             method.scores(asked),
             lambda: method.scores_grid(asked, lambdas),
+            signed=method.signed,
             settings={"lambda": method.lambda_, **told},
         )
 
@@ -106,23 +113,23 @@ def similarities(materials: Materials) -> Iterator[Found]:
         for centre in (False, True):
             method = RawPixel(similarity, centre=centre).fit(materials.images)
             name = f"raw pixel, {similarity}{', centred' if centre else ''}"
-            yield Found(name, method.scores(materials.queries))
+            yield Found(name, method.scores(materials.queries), signed=method.signed)
     classifier = Classifier(epochs=20).fit(
         materials.images, materials.labels, path=materials.work / "classifier.safetensors", progress=materials.progress
     )
     for similarity in ("dot", "cosine"):
         method = CLIPSimilarity(classifier.extractor, similarity).fit(materials.images)
-        yield Found(f"classifier features, {similarity}", method.scores(materials.queries))
+        yield Found(f"classifier features, {similarity}", method.scores(materials.queries), signed=method.signed)
 
 
 def patches(materials: Materials) -> Iterator[Found]:
     """NDA as it comes."""
     method = NDA(SCHEDULE, progress=materials.progress).fit(materials.images)
-    yield Found("NDA", method.scores(materials.queries))
+    yield Found("NDA", method.scores(materials.queries), signed=method.signed)
 
 
 def of_gradients(materials: Materials, timesteps: int) -> Iterator[Found]:
-    """Every method of the gradients of one network, and over its checkpoints."""
+    """Every method of the gradients of one network; and, at the fewest timesteps, over its checkpoints."""
     told = {"timesteps": timesteps, "D": DIM}
     simple = materials.options(timesteps, "simple")
     for kind, name in ((GradientDot, "gradient dot"), (GradientCosine, "gradient cosine")):
@@ -141,11 +148,22 @@ def of_gradients(materials: Materials, timesteps: int) -> Iterator[Found]:
     method = DTRAK(materials.model, SCHEDULE, **materials.options(timesteps, "square")).fit(materials.images)
     yield materials.damped(method, "D-TRAK", **told)
     yield _journey(materials, timesteps)
+    if timesteps > FEW:
+        return
     for kind, name in ((TracInCP, "TracInCP"), (GAS, "GAS")):
         method = kind(materials.model, SCHEDULE, checkpoints=materials.checkpoints, **simple).fit(materials.images)
         yield Found(
             name, method.scores(materials.queries), settings={**told, "checkpoints": len(materials.checkpoints)}
         )
+
+
+def changes(materials: Materials) -> Iterator[Found]:
+    """Of how much the prediction changes, at 10 timesteps: by its mean, as published, before the square; and over all of it."""
+    told = {"timesteps": 10, "D": DIM}
+    mean = DAS(materials.model, SCHEDULE, squared=False, **materials.options(10, "avg", normalize=True))
+    yield materials.damped(mean.fit(materials.images), "DAS, before its square", **told)
+    probed = ProbedDAS(materials.model, SCHEDULE, probes=PROBES, **materials.options(10, "simple"))
+    yield materials.damped(probed.fit(materials.images), "DAS, probed", **told, probes=PROBES)
 
 
 def _journey(materials: Materials, timesteps: int) -> Found:
@@ -167,4 +185,4 @@ def retrained(materials: Materials) -> Iterator[Found]:
     pool = GroundTruth.open(materials.problem.folder / "retraining.safetensors")
     for kind, name in ((EmpiricalInfluence, "empirical influence"), (Datamodel, "datamodel")):
         method = kind(pool).fit(materials.images)
-        yield Found(name, method.scores(materials.queries), settings={"models": len(pool.masks)})
+        yield Found(name, method.scores(materials.queries), settings={"models": len(pool.masks)}, pool=pool)

@@ -78,7 +78,7 @@ class Problem:
         return found
 
 
-PROBLEMS = {problem.name: problem for problem in (Problem("cifar2", 3, 48, 1), Problem("mnist", 1, 48, 1))}
+PROBLEMS = {problem.name: problem for problem in (Problem("cifar2", 3, 48, 2), Problem("mnist", 1, 48, 1))}
 
 
 def network(channels: int) -> nn.Module:

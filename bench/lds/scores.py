@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyattr.diffusion import Progress
+from pyattr.diffusion.storage import tensors_hash
 from pyattr.evaluation import GroundTruth, Scores, tune_on_split
 
 from . import methods
@@ -29,7 +30,7 @@ def write(problem: Problem, work: Path, groups: list[str], progress: Progress) -
     """Compute the scores of some groups of methods and keep a file of each; what is there is made again.
 
     Args:
-        groups: "similarity", "patches", "retrained", or a number of timesteps: the methods of gradients.
+        groups: "similarity", "patches", "changes", "retrained", or a number of timesteps: the methods of gradients.
     """
     materials = Materials(problem, work, progress)
     materials.work.mkdir(parents=True, exist_ok=True)
@@ -43,12 +44,22 @@ def write(problem: Problem, work: Path, groups: list[str], progress: Progress) -
             if found.grid is None:
                 kinds = {"": (found.scores, told)}
             else:
-                kinds = {"": (found.scores, told), "-tuned": (tuned_scores(found, truth), {**told, "lambda": TUNED})}
+                kinds = {"": (found.scores, told), "-tuned": (tuned_scores(found, truth), {**told, **tuned_by(truth)})}
             for ending, (scores, record) in kinds.items():
                 name = found.name + (", tuned" if ending else "")
-                Scores.of(name, scores, materials.images, queries, signed=found.signed, settings=record).save(
-                    folder / f"{stem}{ending}.safetensors"
-                )
+                more = {"signed": found.signed, "settings": record, "pool": found.pool}
+                kept = Scores.of(name, scores, materials.images, queries, **more)
+                kept.save(folder / f"{stem}{ending}.safetensors")
+
+
+def tuned_by(truth: GroundTruth) -> dict:
+    """What is told of scores at lambdas that a ground truth chose."""
+    return {"lambda": TUNED, "truth": truth_hash(truth)}
+
+
+def truth_hash(truth: GroundTruth) -> str:
+    """Tells numbers that rest on these losses from those of an older ground truth."""
+    return tensors_hash({"losses": torch.from_numpy(truth.losses)})[:16]
 
 
 def tuned_scores(found: Found, truth: GroundTruth) -> Tensor:
@@ -75,6 +86,8 @@ def _methods(materials: Materials, group: str) -> Iterator[Found]:
         return methods.similarities(materials)
     if group == "patches":
         return methods.patches(materials)
+    if group == "changes":
+        return methods.changes(materials)
     if group == "retrained":
         return methods.retrained(materials)
     return methods.of_gradients(materials, int(group))

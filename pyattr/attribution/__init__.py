@@ -8,6 +8,7 @@ from .ensembles import Ensemble
 from .gradient_similarity import GAS, GradientCosine, GradientDot, TracInCP
 from .influence import RelativeInfluence, RenormalizedInfluence
 from .journey import JourneyTRAK
+from .magic import MAGIC
 from .nda import NDA
 from .patch_matches import Explanation, Match
 from .patch_tuning import Tuning
@@ -22,6 +23,7 @@ __all__ = [
     "DAS",
     "DTRAK",
     "GAS",
+    "MAGIC",
     "NDA",
     "QUERY_IDS",
     "READOUTS",

@@ -30,7 +30,8 @@ class DAS(TRAK):
     - ``residuals``: r_n is the root of image n's mean squared error over its timesteps and noise, one forward pass for each.
       The published code weighs by errors that are first normalised over the timesteps of each image, which leaves them nearly
       equal; it leaves them out of the scores reported since.
-    - ``leverage``: 1 / (1 - h_n), from the same eigendecomposition, at the lambda of the scores.
+    - ``leverage``: 1 / (1 - h_n), from the same eigendecomposition, at the lambda of the scores; refused at a lambda so small
+      that the smallest eigenvalues are rounding (:meth:`~pyattr.attribution.kernel.DampedKernel.remainders`).
 
     Sign: the square says how much an image changes the prediction, not whether for the better; there are no opponents.
     ``squared=False`` is the number before the square, positive for an image whose gradient points the query's way, a
@@ -41,7 +42,7 @@ class DAS(TRAK):
 
     Args:
         model, schedule: see :class:`~pyattr.attribution.gradient_method.GradientMethod`.
-        squared: whether scores are squared.
+        squared: whether scores are squared: what comes out otherwise, squared in float32.
         residuals, leverage: see above.
         normalize: see :class:`~pyattr.diffusion.features.FeatureMap`; as published.
         features: as :class:`TRAK`'s, lambda_ and solve_dtype included.
@@ -104,8 +105,9 @@ class DAS(TRAK):
         if self.residuals:
             values *= self._errors
         if self.leverage:
-            values /= 1 - self._kernel.leverages(lambda_).cpu()
-        return (values.square_() if self.squared else values).float()
+            values /= self._kernel.remainders(lambda_).cpu()
+        rounded = values.float()
+        return rounded.square_() if self.squared else rounded
 
     def _residuals(self, train: Examples) -> Tensor:  # [N]
         parts = []

@@ -20,33 +20,48 @@ class Float32Kernel(DampedKernel):
 
     Args, attributes: as there; ``eigenvalues`` are still those in float64.
 
-    Extra memory: that of :class:`DampedKernel`, the features in float32, and 12 D^2 bytes.
-    """
+    The features of the training samples are read anew, a block at a time, for the matrix of a lambda and for its scores. Where
+    their blocks end is where float32 sums are split: of features in memory there is one block, and the arithmetic that of the
+    published expression.
 
-    def __init__(self, features, device: torch.device | str = "cpu"):
-        super().__init__(features, device)
-        self._phi = features.tensor().to(self.device, torch.float32)  # [N, D]
+    Extra memory: that of :class:`DampedKernel`, one block of the features in float32, and 12 D^2 bytes.
+    """
 
     def grid(self, queries: Tensor, lambdas: Iterable[float], divisors: Tensor | None = None) -> Iterator[Tensor]:
         """As :meth:`DampedKernel.grid`, one inversion for each lambda; NaN where the library finds the matrix singular."""
         queries = queries.to(self.device, torch.float32)
         for number, lambda_ in enumerate(lambdas):
-            scores = queries @ self._inverse(lambda_) @ self._phi.T
-            if divisors is not None:
-                scores = divided(scores.double(), divisors[number]).float()
-            yield scores.cpu()
+            out = torch.empty(len(queries), len(self.features), dtype=torch.float32, device="cpu")
+            weighed = queries @ self._inverse(lambda_)
+            for columns, rows in self._blocks():
+                scores = weighed @ rows.T
+                if divisors is not None:
+                    scores = divided(scores.double(), divisors[number, columns]).float()
+                out[:, columns] = scores.cpu()
+            yield out
 
     def solution_norms(self, lambdas: Sequence[float]) -> Tensor:
         """As :meth:`DampedKernel.solution_norms`, with an inversion for each lambda."""
-        norms = [torch.linalg.vector_norm(self._phi @ self._inverse(value), dim=1) for value in lambdas]
+        norms = []
+        for value in lambdas:
+            inverse = self._inverse(value)
+            norms.append(torch.cat([torch.linalg.vector_norm(rows @ inverse, dim=1) for _, rows in self._blocks()]))
         return torch.stack(norms).double()
 
-    def leverages(self, lambda_: float) -> Tensor:
-        """As :meth:`DampedKernel.leverages`, with an inversion."""
-        return torch.linalg.vecdot(self._phi @ self._inverse(lambda_), self._phi).double()
+    def remainders(self, lambda_: float) -> Tensor:
+        """As :meth:`DampedKernel.remainders`, with an inversion, and with what float32 leaves of 1 - h_n."""
+        inverse = self._inverse(lambda_)
+        return 1 - torch.cat([torch.linalg.vecdot(rows @ inverse, rows) for _, rows in self._blocks()]).double()
 
     def _inverse(self, lambda_: float) -> Tensor:  # [D, D]
-        gram = self._phi.T @ self._phi
+        dim = self.features.dim
+        gram = torch.zeros(dim, dim, dtype=torch.float32, device=self.device)
+        for _, rows in self._blocks():
+            gram += rows.T @ rows
         gram.diagonal().add_(lambda_)
         inverse, failed = torch.linalg.inv_ex(gram)
         return inverse.fill_(torch.nan) if int(failed) else inverse
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        for start, block in self.features.blocks():
+            yield slice(start, start + len(block)), block.to(self.device, torch.float32)

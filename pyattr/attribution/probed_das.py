@@ -13,7 +13,7 @@ from ..diffusion.features import FeatureMap, Features
 from ..diffusion.noise import PROBES, noise
 from ..diffusion.schedule import Schedule
 from ..diffusion.storage import tensors_hash
-from .kernel import DampedKernel
+from .kernel import _COLUMNS, DampedKernel
 from .products import blocks
 from .trak import TRAK
 
@@ -117,7 +117,8 @@ class ProbedDAS(TRAK):
     def fit(self, train) -> "ProbedDAS":
         """As :meth:`TRAK.fit`, with the features of the directions besides.
 
-        Extra memory: 4 N (L + 1) D bytes for features, what the decomposition takes, and 8 N min(N L, D).
+        Extra memory: what :class:`~pyattr.attribution.kernel.DampedKernel` takes for N L samples; and 4 N (L + 1) D bytes for
+        features where there is no ``directory``.
         """
         self._images = as_examples(train, "ProbedDAS", "train")
         try:
@@ -130,16 +131,16 @@ class ProbedDAS(TRAK):
 
         Args, returns, errors: see :meth:`TRAK.scores`.
 
-        Extra memory: the queries' features, 4 Q M D bytes, and 8 Q M (2 N + min(N L, D)).
+        Extra memory: the queries' features, 4 Q M D bytes, and :meth:`CrossKernel.mean_squares`'s.
         """
         return super().scores(queries, lambda_=lambda_, ids=ids)
 
     def _prepare(self, found: list[Features]) -> None:
         images = self._images
-        rows = self._along_probes(self.train_probes, self.feature_map, images, torch.arange(len(images)), "train")
-        rows = rows.flatten(0, 1) / self.train_probes**0.5  # [L N, D]
+        along = self._along_probes(self.train_probes, self.feature_map, images, torch.arange(len(images)), "train")
+        rows = Features.joined(along, self.train_probes**-0.5)  # [L N, D]
         self.progress(0, 1, "eigendecomposition")
-        self._take(CrossKernel(Features.from_tensor(rows, torch.arange(len(rows))), found[0], self.device))
+        self._take(CrossKernel(rows, found[0], self.device))
         self.progress(1, 1, "eigendecomposition")
 
     def _grid(self, queries, lambdas: Iterable[float | None], ids) -> Iterator[tuple[float, Tensor]]:
@@ -149,53 +150,75 @@ class ProbedDAS(TRAK):
         lambdas = [self.lambda_ if value is None else value for value in lambdas]
         key = tensors_hash({**contents(images), "ids": ids})
         if self._queries is None or self._queries[0] != key:
-            place = f"queries-{key[:16]}-{feature_map.num_noises}"
-            self._queries = key, self._along_probes(self.probes, feature_map, images, ids, place, "query features")
-        found = self._queries[1]  # [M, Q, D]
-        grid = self._kernel.grid(found.flatten(0, 1), lambdas)
-        shape = self.probes, len(images), len(self._train[0])
-        means = (part.double().view(shape).square().mean(0).div_(4).float() for part in grid)
-        return zip(lambdas, means, strict=True)
+            self._queries = key, self._query_probes(feature_map, images, ids, key)
+        means = self._kernel.mean_squares(self._queries[1], lambdas)
+        return zip(lambdas, (part.div_(4) for part in means), strict=True)  # exact
+
+    def _query_probes(self, feature_map: FeatureMap, images: Examples, ids: Tensor, key: str) -> Tensor:  # [M, Q, D]
+        if len(images) == 0:
+            return torch.empty(self.probes, 0, feature_map.proj_dim)
+        place = f"queries-{key[:16]}-{feature_map.num_noises}"
+        along = self._along_probes(self.probes, feature_map, images, ids, place, "query features")
+        return torch.stack([part.tensor() for part in along])
 
     def _along_probes(
         self, count: int, feature_map: FeatureMap, images: Examples, ids: Tensor, place: str, stage: str = "features"
-    ) -> Tensor:
-        """Features along directions 0 to count - 1, [count, B, D]."""
-        if len(images) == 0:
-            return torch.empty(count, 0, feature_map.proj_dim)
+    ) -> list[Features]:
+        """Features along directions 0 to count - 1."""
         fields = {field.name: getattr(feature_map, field.name) for field in dataclasses.fields(FeatureMap)}
         found = []
         for probe in range(count):
             of_probe, where = ProbeMap(**fields, probe=probe), (f"probe-{probe}", place)
-            found.append(self._features(probe, self.model, of_probe, images, ids, where, stage, count).tensor())
-        return torch.stack(found)
+            found.append(self._features(probe, self.model, of_probe, images, ids, where, stage, count))
+        return found
 
 
 class CrossKernel(DampedKernel):
-    """``phi_q^T (G + lambda I)^{-1} phi_n`` with samples n that G is not made of.
+    """``phi_q^T (G + lambda I)^{-1} phi_n`` with samples n that G is not made of, read a block at a time.
 
     Args:
         features: G is their Gram matrix.
         right: phi_n, N rows.
         device: see :class:`DampedKernel`.
 
-    Extra memory: as :class:`DampedKernel`, and 8 N (D + the number of eigenvalues) bytes.
+    Extra memory: as :class:`DampedKernel`.
     """
 
     def __init__(self, features: Features, right: Features, device: torch.device | str = "cpu"):
         super().__init__(features, device)
-        self._samples = torch.cat([rows for _, rows in blocks(right, self.device)])  # [N, D]
-        self._seen = self._in_eigenvectors(self._samples)  # [N, M]
+        self.right = right
 
-    def grid(self, queries: Tensor, lambdas: Iterable[float], divisors: Tensor | None = None) -> Iterator[Tensor]:
-        """One matrix [Q, N] float32 for each lambda; ``divisors`` are not for this kernel.
+    def mean_squares(self, queries: Tensor, lambdas: Iterable[float]) -> Iterator[Tensor]:
+        """``(1 / M) sum_m (phi_{q,m}^T (G + lambda I)^{-1} phi_n)^2`` for one lambda after the other.
 
-        In the dual form, where the eigenvectors span less than the features do, by Woodbury's identity
-        ``(Psi^T Psi + lambda I)^{-1} = (I - Psi^T (Psi Psi^T + lambda I)^{-1} Psi) / lambda``.
+        In the dual form, where the eigenvectors U span less than the features do, by Woodbury's identity
+        ``(Psi^T Psi + lambda I)^{-1} = (I - Psi^T U (w + lambda)^{-1} U^T Psi) / lambda``.
+
+        Args:
+            queries: phi_{q,m}, [M, Q, D].
+            lambdas: positive, in the units of G's eigenvalues.
+
+        Yields:
+            [Q, N] float32 on the CPU, rounded once from float64.
+
+        Extra memory: 8 M Q (D + min(D, the rows of G)) bytes, and 2048 (D + 2 M Q) bytes.
         """
-        queries = queries.to(self.device, torch.float64)
-        ours = self._in_eigenvectors(queries)
-        plain = queries @ self._samples.T if self.dual else None
+        probes, asked, _ = queries.shape
+        queries = queries.flatten(0, 1)
+        left = self._in_eigenvectors(queries)  # [M Q, the number of eigenvalues]
         for lambda_ in lambdas:
-            scores = ours / (self.eigenvalues + lambda_) @ self._seen.T
-            yield (scores if plain is None else (plain - scores) / lambda_).to("cpu", torch.float32)
+            solved = self._solved(queries, left / (self.eigenvalues + lambda_) @ self.vectors.T, lambda_)  # [M Q, D]
+            out = torch.empty(asked, len(self.right), dtype=torch.float32, device="cpu")
+            for columns, rows in blocks(self.right, self.device):
+                scores = (solved @ rows.T).square_().view(probes, asked, len(rows)).mean(0)
+                out[:, columns] = scores.to("cpu", torch.float32)
+            yield out
+
+    def _solved(self, queries: Tensor, weighed: Tensor, lambda_: float) -> Tensor:
+        """``(G + lambda I)^{-1} phi``: in the primal form the weighed queries, in the dual form what these make of G's rows."""
+        if not self.dual:
+            return weighed
+        out = queries.to(self.device, torch.float64, copy=True)
+        for into, theirs in zip(out.split(_COLUMNS, 1), self.rows.split(_COLUMNS, 1), strict=True):
+            into.addmm_(weighed, theirs.to(torch.float64), alpha=-1)
+        return out.div_(lambda_)

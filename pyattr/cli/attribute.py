@@ -8,15 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands import DATA_HELP, RUN, CheckpointPath, Device, Limit, Out, Root, Seed, Size, Threads, _data
+from .commands import DATA_HELP, RUN, Device, Limit, Out, Root, Seed, Size, Threads, _data
 from .options import (
+    AVERAGED,
     FEATURES,
     GOES_WITH,
+    GRADIENTS,
+    LATENT,
     METHODS,
     READOUTS,
     RETRAINING,
     SIMILARITIES,
+    SOLVES,
+    SQUARES,
     EncoderOptions,
+    LatentOptions,
     Machine,
     MethodOptions,
     PatchOptions,
@@ -26,6 +32,8 @@ from .options import (
     ScoreOptions,
     parse_bytes,
     parse_lambda,
+    readout_name,
+    readout_word,
 )
 
 SCORE, PATCH, PIXEL, ENCODER = ScoreOptions(), PatchOptions(), PixelOptions(), EncoderOptions()
@@ -41,7 +49,27 @@ def attribute(
     size: Size = None,
     limit: Limit = None,
     data_root: Root = None,
-    checkpoint: CheckpointPath = None,
+    checkpoint: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--checkpoint",
+            help="A model file or folder of checkpoints; several: their scores' mean; default: the output folder's model.",
+        ),
+    ] = None,
+    pipeline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="A Stable Diffusion pipeline as diffusers saves it; with --lora and --prompts."
+        ),
+    ] = None,
+    lora: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Its LoRA weights, whose model is asked; several: the mean of the scores."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON with the prompt of each class, or each image, by its name."),
+    ] = None,
     queries: Annotated[
         str | None,
         typer.Option(
@@ -54,8 +82,12 @@ def attribute(
         typer.Option("--method", "-m", help=f"{', '.join(METHODS)}; several: the first is the main one."),
     ] = [SCORE.method],  # noqa: B006
     readout: Annotated[
-        str, typer.Option(help="What is read out of the scores: signed, squared, signed-squared or head.")
-    ] = "signed",
+        str | None,
+        typer.Option(
+            help=f"What is read out of the scores: {', '.join(READOUTS)}; default: squared for {' and '.join(SQUARES)}, which "
+            "are squares, else signed."
+        ),
+    ] = None,
     percent: Annotated[
         float | None, typer.Option(help="Of the training images, those whose scores --readout head keeps.")
     ] = None,
@@ -102,6 +134,19 @@ def attribute(
     residuals: Annotated[
         bool, typer.Option("--residuals", help="das: weigh training images by the model's error on them.")
     ] = SCORE.residuals,
+    solve_dtype: Annotated[
+        str,
+        typer.Option(
+            "--solve-dtype",
+            help="Of the damped inverse: float64, or float32 as the published code has it, noise at small lambda.",
+        ),
+    ] = SCORE.solve_dtype,
+    probes: Annotated[
+        int, typer.Option(min=1, help="probed-das: random directions of a query's prediction.")
+    ] = SCORE.probes,
+    train_probes: Annotated[
+        int, typer.Option(min=1, help="probed-das: of a training image's, for the curvature.")
+    ] = SCORE.train_probes,
     leverage: Annotated[
         bool, typer.Option("--leverage", help="das: weigh training images by what they have to themselves.")
     ] = SCORE.leverage,
@@ -160,7 +205,9 @@ def attribute(
     _check_options_of(method, context)
     if data is None and (limit or (size and queries is None)):
         raise typer.BadParameter("--size and --limit say how to read it: give it as well", param_hint="--data")
-    _one_of("--readout", readout, READOUTS)
+    if readout is not None:
+        readout = readout_word(readout)
+        _one_of("--readout", readout, READOUTS)
     _check_together("--percent", percent, "--readout head", readout == "head")
     if feature is not None:
         _one_of("--feature", feature, FEATURES)
@@ -170,6 +217,8 @@ def attribute(
             "it is all that tells trak from dtrak: with it give one of them, got both", param_hint="--feature"
         )
     _one_of("--similarity", similarity, SIMILARITIES)
+    _one_of("--solve-dtype", solve_dtype, SOLVES)
+    _check_models(method, checkpoint, pipeline, lora, prompts, data, queries)
     asking = [name for name in method if name in RETRAINING]
     if asking and pool is None:
         raise typer.BadParameter(f"must be a file for {', '.join(asking)}, got none", param_hint="--pool")
@@ -200,6 +249,9 @@ def attribute(
             residuals=residuals,
             leverage=leverage,
             checkpoints=checkpoints,
+            solve_dtype=solve_dtype,
+            probes=probes,
+            train_probes=train_probes,
             seed=seed,
             batch_size=batch_size,
             memory=memory_bytes,
@@ -208,10 +260,10 @@ def attribute(
     run.attribute(
         out,
         None if data is None else _data(data, size, limit, data_root),
-        checkpoint,
+        tuple(checkpoint or ()) if pipeline is None else _latents(pipeline, lora, prompts),
         None if queries is None else _data(queries, size, None, data_root),
         [options(name) for name in method],
-        ReadoutOptions(readout, percent),
+        None if readout is None else ReadoutOptions(readout_name(readout), percent),
         Machine(device, threads),
         top=top,
         page=page,
@@ -229,6 +281,49 @@ def _check_options_of(methods: list[str], context: typer.Context) -> None:
         given = context.get_parameter_source(names[option])
         if given is not None and given.name == "COMMANDLINE" and not set(having) & set(methods):
             raise typer.BadParameter(f"goes with {', '.join(having)}, got {', '.join(methods)}", param_hint=option)
+
+
+def _check_models(
+    methods: list[str],
+    checkpoints: list[Path] | None,
+    pipeline: Path | None,
+    loras: list[Path] | None,
+    prompts: Path | None,
+    data: str | None,
+    queries: str | None,
+) -> None:
+    """Refuse several models for a method that takes one, and half of what a model of latents needs.
+
+    Raises:
+        BadParameter: the message says what is missing.
+    """
+    for option, given in (("--checkpoint", checkpoints), ("--lora", loras)):
+        alone = [name for name in methods if name in GRADIENTS and name not in AVERAGED]
+        if given is not None and len(given) > 1 and alone:
+            raise typer.BadParameter(
+                f"several go with {', '.join(AVERAGED)}, got {', '.join(alone)}", param_hint=option
+            )
+    needed = {"--pipeline": pipeline, "--lora": loras, "--prompts": prompts}
+    there = [option for option, given in needed.items() if given]
+    if there and len(there) < len(needed):
+        lacking = next(option for option in needed if option not in there)
+        raise typer.BadParameter(
+            f"goes with {', '.join(needed)} together, got {', '.join(there)} alone", param_hint=lacking
+        )
+    if not there:
+        return
+    if checkpoints:
+        raise typer.BadParameter("goes without --pipeline, whose model is another, got both", param_hint="--checkpoint")
+    for option, given in (("--data", data), ("--queries", queries)):
+        if given is None:
+            raise typer.BadParameter("must be given with --pipeline, got none", param_hint=option)
+    others = [name for name in methods if name not in LATENT]
+    if others:
+        raise typer.BadParameter(f"goes with {', '.join(LATENT)}, got {', '.join(others)}", param_hint="--pipeline")
+
+
+def _latents(pipeline: Path, loras: list[Path], prompts: Path) -> LatentOptions:
+    return LatentOptions(str(pipeline), tuple(map(str, loras)), str(prompts))
 
 
 def _check_together(option: str, value: float | None, companion: str, companion_given: bool) -> None:

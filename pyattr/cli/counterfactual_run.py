@@ -23,7 +23,7 @@ from ..report.numbers import numbers, write_results
 from .classifying import Classifying
 from .display import Display
 from .evaluate_counterfactual import CounterfactualOptions
-from .options import DataOptions, Machine, SampleOptions, TrainOptions
+from .options import SQUARES, DataOptions, Machine, SampleOptions, TrainOptions, readout_word
 from .run import Session, session
 from .stages import SCHEDULE, Checkpoint, Sampling, Step, read_npz
 from .workspace import Stage, Workspace, WorkspaceError
@@ -178,12 +178,6 @@ class _Job:
                 f"{out / 'scores.npz'} holds scores of other images: run `pyattr attribute --out {out}` again, "
                 "without --queries and --data"
             )
-        read = settings["readout"]["name"]
-        if read != "signed":
-            raise WorkspaceError(
-                f"{out / 'scores.npz'} holds {read} scores, and images are removed by scores as they are or by a readout of "
-                f"these: run `pyattr attribute --out {out}` again, without --readout"
-            )
         keys = [f"scores_{number}" if number > 1 else "scores" for number in range(1, len(arrays["methods"]) + 1)]
         there = {
             each["method"]: (str(title), arrays[key])
@@ -196,11 +190,25 @@ class _Job:
                     f"no scores by {name} in {out / 'scores.npz'}, which has {', '.join(there)}: "
                     f"run `pyattr attribute --out {out} --method {name}` first"
                 )
+            self._check_readout(name, next(each for each in settings["methods"] if each["method"] == name))
         return {
             _title(there[name][0], kind): readout(there[name][1][: self.queries], kind)
             for name in asked
             for kind in self.options.readouts
         }
+
+    def _check_readout(self, name: str, made: dict) -> None:
+        """Refuse scores that are not the method's own, and to read out again of those that are a readout."""
+        out, read = self.work.workspace.folder, made["readout"]["name"]
+        if read != ("squared" if name in SQUARES else "signed"):
+            raise WorkspaceError(
+                f"{out / 'scores.npz'} holds {readout_word(read)} scores, and images are removed by scores as they are or by a "
+                f"readout of these: run `pyattr attribute --out {out}` again, without --readout"
+            )
+        if read != "signed" and self.options.readouts != ("signed",):
+            raise WorkspaceError(
+                f"{name} is a square already, of which --readout would read out again: leave --readout away"
+            )
 
     def _features(self) -> tuple[Extractor | None, Classifying | None]:
         """What features come from: a network that is there, or a classifier that is to be trained."""

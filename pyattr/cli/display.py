@@ -39,6 +39,10 @@ UNITS = {
     "score files": "rows",
     "original": "passes",
     "retraining": "passes",
+    "phi": "queries",
+    "replay": "steps",
+    "retrain": "steps",
+    "metasmoothness": "steps",
 }
 LOG_EVERY = 20.0  # seconds between lines of a log
 

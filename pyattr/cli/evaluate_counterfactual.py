@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from .commands import RUN, Device, Out, Threads
-from .options import Machine
+from .options import READOUTS, Machine, readout_name, readout_word
 
-READOUTS = ("signed", "squared", "signed_squared")  # of pyattr.attribution
+READOUTS = READOUTS[:3]  # but for the head
 FEATURES = ("classifier", "clip", "none")
 
 
@@ -85,13 +85,14 @@ def counterfactual(
     """Retrain without the images that each method names, and see how much the generated images change."""
     from . import counterfactual_run
 
+    readout = [readout_word(each) for each in readout or ()]
     for name, given, known in (("--readout", readout, READOUTS), ("--features", features and [features], FEATURES)):
         for each in given or ():
             if each not in known:
                 raise typer.BadParameter(f"must be one of {', '.join(known)}, got {each}", param_hint=name)
     options = CounterfactualOptions(
         methods=tuple(dict.fromkeys(method or ())),
-        readouts=tuple(dict.fromkeys(readout or DEFAULT.readouts)),
+        readouts=tuple(dict.fromkeys(map(readout_name, readout))) or DEFAULT.readouts,
         remove=tuple(dict.fromkeys(remove or ())),
         queries=queries,
         together=together,

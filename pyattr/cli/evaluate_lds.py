@@ -9,10 +9,10 @@ import typer
 from typer.core import TyperGroup
 
 from .commands import DATA_HELP, TRAIN, Device, Limit, Root, Seed, Size, Threads, _data
-from .options import Machine, TrainOptions
+from .options import READOUTS, Machine, TrainOptions, readout_name, readout_word
 
 TARGETS = ("simple", "elbo", "square", "l1", "linf")  # of pyattr.evaluation.build_ground_truth
-READOUTS = ("signed", "squared", "signed_squared", "head")  # of pyattr.attribution
+PERCENT = 5.0  # of the images in the head
 POOLS = ("evaluation", "retraining")
 TABLE = "table"
 
@@ -57,7 +57,10 @@ def table(
         list[str] | None,
         typer.Option("--readout", "-r", help=f"{', '.join(READOUTS)}; several: columns side by side; default: signed."),
     ] = None,
-    percent: Annotated[float, typer.Option(help="Of the training images that the readout head keeps.")] = 5.0,
+    percent: Annotated[
+        float | None,
+        typer.Option(help=f"Of the training images, those that --readout head keeps; default: {PERCENT:g}."),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(metavar="METHOD", help="Differences from this method, or file of scores; default: from the best."),
@@ -65,31 +68,35 @@ def table(
     tune: Annotated[
         str | None,
         typer.Option(
-            metavar="SETTING", help="Choose the value of this setting, on one half of the queries for the other."
+            metavar="SETTING",
+            help="Choose the value of this setting for each group, on one half of its queries for the other.",
         ),
     ] = None,
     tune_on_benchmark: Annotated[
         bool, typer.Option("--tune-on-benchmark", help="Choose it by the reported numbers, as published tables do.")
     ] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all numbers to it.")] = None,
-    plots: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write pictures into it.")] = None,
+    plots: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write pictures of each target into it.")] = None,
     threads: Threads = None,
 ) -> None:
     """Print the linear datamodeling score of each method, with intervals and paired differences."""
     from . import lds_table
 
+    readout = [readout_word(each) for each in readout or ()]
     for name, given, known in (("--target", target, TARGETS), ("--readout", readout, READOUTS)):
         for each in given or ():
             if each not in known:
                 raise typer.BadParameter(f"must be one of {', '.join(known)}, got {each}", param_hint=name)
+    if percent is not None and "head" not in readout:
+        raise typer.BadParameter(f"goes with --readout head, got {percent:g} alone", param_hint="--percent")
     if tune_on_benchmark and tune is None:
         raise typer.BadParameter("say which setting is chosen: give --tune", param_hint="--tune-on-benchmark")
     lds_table.table(
         lds_table.found(places or [], truth, queries),
         lds_table.Asked(
             targets=tuple(dict.fromkeys(target or ("simple",))),
-            readouts=tuple(dict.fromkeys(readout or ("signed",))),
-            percent=percent,
+            readouts=tuple(dict.fromkeys(map(readout_name, readout))) or ("signed",),
+            percent=PERCENT if percent is None else percent,
             against=against,
             tune=tune,
             on_benchmark=tune_on_benchmark,

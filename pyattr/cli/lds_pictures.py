@@ -14,6 +14,7 @@ from ..evaluation import LDS, Scores
 from ..evaluation.ground_truth import image_hashes
 from ..evaluation.scoreboard import Row, Scoreboard, distinguishing
 from ..report.lds import Line, lds_bars, lds_lines, prediction_plot, top_and_bottom
+from .options import readout_word
 from .score_files import ScoreFile
 from .stages import read_npz
 from .workspace import WorkspaceError
@@ -23,29 +24,37 @@ METHODS, QUERIES = 4, 4  # whose strongest images are shown, and queries of each
 
 
 def draw(
-    folder: Path, board: Scoreboard, rows: Sequence[Row], files: Mapping[str, ScoreFile], images: Path | None
+    folder: Path,
+    judged: Sequence[tuple[Scoreboard, Sequence[Row]]],
+    files: Mapping[str, ScoreFile],
+    images: Path | None,
 ) -> list[Path]:
-    """Draw what the rows allow, and say which files that made.
+    """Draw what the rows of each target allow, and say which files that made.
 
     Raises:
         WorkspaceError: the images are not those of the ground truth.
     """
-    pictures = _images(board, images) if images is not None else None
+    pictures = _images(judged[0][0], images) if images is not None else None
     folder.mkdir(parents=True, exist_ok=True)
-    made = [folder / "lds.png"]
-    bars, note = _bars(board, rows)
-    lds_bars(made[0], bars, list(board.groups), note)
-    for setting, panels in _panels(board, rows).items():
-        made.append(folder / f"lds-against-{setting}.png")
-        lds_lines(made[-1], panels, setting)
-    best = _best([row for row in rows if not row.tuned])
-    if best:
-        made.append(folder / "predictions.png")
-        _predictions(made[-1], board, best[0], files[best[0].name].open())
-    if pictures is not None:
-        for row in best[:METHODS]:
-            made.append(folder / f"images-{row.name.replace('/', '-')}.png")
-            _strongest(made[-1], board, row.method, files[row.name].open(), *pictures)
+    made: list[Path] = []
+    for board, rows in judged:
+        # A name does not depend on what else is asked for, so that pictures of several calls lie side by side.
+        ending = ".png" if board.target == "simple" else f"-{board.target}.png"
+        made.append(folder / f"lds{ending}")
+        bars, note = _bars(board, rows)
+        lds_bars(made[-1], bars, list(board.groups), note)
+        for setting, panels in _panels(board, rows).items():
+            made.append(folder / f"lds-against-{setting}{ending}")
+            lds_lines(made[-1], panels, setting)
+        best = _best([row for row in rows if not row.tuned])
+        if best:
+            made.append(folder / f"predictions{ending}")
+            _predictions(made[-1], board, best[0], files[best[0].name].open())
+        for row in best[:METHODS] if pictures is not None else ():
+            path = folder / f"images-{row.name.replace('/', '-')}.png"
+            if path not in made:  # what scores are highest does not depend on the target
+                made.append(path)
+                _strongest(path, board, row.method, files[row.name].open(), *pictures)
     return made
 
 
@@ -74,7 +83,7 @@ def _bars(board: Scoreboard, rows: Sequence[Row]) -> tuple[dict[str, Mapping[str
         told |= distinguishing([row for row in rows if row.method == method])
     bars: dict[str, Mapping[str, LDS]] = {}
     for row in rows:
-        words = [row.readout] if several else []
+        words = [readout_word(row.readout)] if several else []
         words += [told[row.name, row.readout]] if told[row.name, row.readout] else []
         name = f"{row.method} ({', '.join(words)})" if words else row.method
         bars[name if name not in bars else f"{name}, {row.name}"] = row.groups
@@ -104,7 +113,7 @@ def _panels(board: Scoreboard, rows: Sequence[Row]) -> dict[str, dict[str, list[
                 if len(here) > 1:
                     words = [
                         here[0].method,
-                        *([here[0].readout] if len(board.readouts) > 1 else []),
+                        *([readout_word(here[0].readout)] if len(board.readouts) > 1 else []),
                         told[here[0].name, here[0].readout],
                     ]
                     label = ", ".join(word for word in words if word)

@@ -21,6 +21,7 @@ from ..report.grid import matplotlib
 from ..report.numbers import write_results
 from .display import Display
 from .lds_pictures import draw
+from .options import readout_word
 from .score_files import ARCHIVE, ScoreFile, score_files
 from .workspace import WorkspaceError, read_json
 
@@ -142,7 +143,7 @@ def table(there_is: Found, asked: Asked, threads: int | None) -> None:
             if any(name in row.groups for row in rows):
                 console.print(_table(board, name, rows, references[name]))
             results["targets"][board.target][name] = _numbers(name, rows, references[name])
-    board, rows, _ = boards[0]
+    rows = boards[0][1]
     for row in rows:
         if not row.groups and row.readout == asked.readouts[0]:
             told = f"{row.name} is in no table: its queries are not all of {' or '.join(groups)}"
@@ -155,7 +156,8 @@ def table(there_is: Found, asked: Asked, threads: int | None) -> None:
         write_results(asked.json, results)
         console.print(f"numbers  {asked.json}", highlight=False, soft_wrap=True)
     if asked.plots is not None:
-        for path in draw(asked.plots, board, rows, there_is.files, there_is.images):
+        judged = [(board, rows) for board, rows, _ in boards]
+        for path in draw(asked.plots, judged, there_is.files, there_is.images):
             console.print(f"picture  {path}", highlight=False, soft_wrap=True)
 
 
@@ -232,14 +234,14 @@ def _table(board: Scoreboard, group: str, rows: Sequence[Row], reference: Row | 
     shown.add_column("settings")
     several = len(board.readouts) > 1
     for readout in board.readouts:
-        prefix = f"{readout}\n" if several else ""
+        prefix = f"{readout_word(readout)}\n" if several else ""
         for title in ("LDS", "95%", "published", "from the best" if reference is None else f"from {reference.name}"):
             shown.add_column(prefix + title, justify="right")
     by_name: dict[str, dict[str, Row]] = {}
     for row in rows:
         if group in row.groups:
             by_name.setdefault(row.name, {})[row.readout] = row
-    told = distinguishing(rows)
+    told = distinguishing([row for row in rows if group in row.groups], group=group)
     first = next(iter(board.readouts))
 
     def order(found: dict[str, Row]) -> float:
@@ -281,7 +283,7 @@ def _numbers(group: str, rows: Sequence[Row], reference: Row | None) -> list[dic
         one = {
             "name": row.name,
             "method": row.method,
-            "settings": row.settings,
+            "settings": row.settings_in(group),
             "readout": row.readout,
             "queries": len(score.per_query),
             "lds": 100 * score.mean,
@@ -289,7 +291,7 @@ def _numbers(group: str, rows: Sequence[Row], reference: Row | None) -> list[dic
             "published": {"mean": 100 * score.bootstrap_mean, "std": 100 * score.bootstrap_std},
         }
         if row.tuned:
-            one |= {"tuned": row.tuned, "curve": [[value, 100 * mean] for value, mean in row.curve.items()]}
+            one |= {"tuned": row.tuned, "curve": [[value, 100 * mean] for value, mean in row.curves[group].items()]}
         if reference is not None and row is not reference:
             difference = score.minus(reference.groups[group])
             one["difference"] = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 METHODS = {
     "dtrak": "D-TRAK",
     "das": "DAS",
+    "probed-das": "ProbedDAS",
     "trak": "TRAK",
     "journey-trak": "Journey TRAK",
     "relative-influence": "Relative influence",
@@ -26,6 +27,12 @@ RETRAINING = ("empirical-influence", "datamodel")
 HISTORY = ("tracincp", "gas")
 GRADIENTS = tuple(name for name in METHODS if name not in ("nda", "pixels", "clip-similarity", *RETRAINING))
 DAMPED = tuple(name for name in GRADIENTS if name not in ("gradient-dot", "gradient-cosine", *HISTORY))
+SOLVED = tuple(name for name in DAMPED if name != "probed-das")  # by an inverse in either precision
+AVERAGED = tuple(
+    name for name in GRADIENTS if name not in ("journey-trak", *HISTORY)
+)  # whose scores several models have
+LATENT = (*AVERAGED, "pixels", "clip-similarity")  # that a model of latents, or none, can be asked
+SOLVES = ("float64", "float32")
 NEEDS_MODEL = frozenset(GRADIENTS)
 
 FEATURES = (
@@ -39,7 +46,8 @@ FEATURES = (
     "interpolate",
 )  # as pyattr.diffusion.losses names them
 SIMILARITIES = ("cosine", "dot")
-READOUTS = ("signed", "squared", "signed-squared", "head")
+READOUTS = ("signed", "squared", "signed-squared", "head")  # as pyattr.attribution names them, but for the hyphen
+SQUARES = ("das", "probed-das")  # methods whose score is the square of a number that has a sign
 
 # option of `attribute` -> the methods that have it; the others are of the command as a whole
 GOES_WITH = {
@@ -53,10 +61,15 @@ GOES_WITH = {
     "--eta": GRADIENTS,
     "--normalize": GRADIENTS,
     "--memory": GRADIENTS,
+    "--batch-size": GRADIENTS,
+    "--seed": (*GRADIENTS, "nda"),
     "--lambda": DAMPED,
     "--residuals": ("das",),
     "--leverage": ("das",),
     "--checkpoints": HISTORY,
+    "--solve-dtype": SOLVED,
+    "--probes": ("probed-das",),
+    "--train-probes": ("probed-das",),
     "--patch-timesteps": ("nda",),
     "--patch-k": ("nda",),
     "--patch-noises": ("nda",),
@@ -69,6 +82,16 @@ GOES_WITH = {
 }
 
 _UNITS = {"": 1 << 30, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def readout_word(name: str) -> str:
+    """A readout as it is written on the command line, from that or from its name in the library."""
+    return name.replace("_", "-")
+
+
+def readout_name(word: str) -> str:
+    """A readout as the library and files name it."""
+    return word.replace("-", "_")
 
 
 def parse_bytes(text: str) -> int:
@@ -110,6 +133,15 @@ class DataOptions:
     size: int | None = None
     limit: int | None = None
     root: str | None = None
+
+
+@dataclass(frozen=True)
+class LatentOptions:
+    """Models of latents: the folder of a Stable Diffusion pipeline, LoRA weights, one model for each, and a file of prompts."""
+
+    pipeline: str
+    loras: tuple[str, ...]
+    prompts: str
 
 
 @dataclass(frozen=True)
@@ -192,7 +224,7 @@ class ScoreOptions:
 
     `feature` and `normalize` None are the method's own; `lambda_` is a number, several of which one is chosen, or None;
     `residuals` and `leverage` weigh the images of DAS; `checkpoints` is how many of the training's count, None for all, of
-    the methods of :data:`HISTORY`.
+    the methods of :data:`HISTORY`; `solve_dtype` is of the inverse; `probes`, `train_probes` are directions of ProbedDAS.
     """
 
     method: str = "dtrak"
@@ -209,6 +241,9 @@ class ScoreOptions:
     residuals: bool = False
     leverage: bool = False
     checkpoints: int | None = None
+    solve_dtype: str = "float64"
+    probes: int = 8
+    train_probes: int = 1
     seed: int = 0
     batch_size: int = 16
     memory: int = 2 << 30  # bytes for the gradients of a batch; moves scores by rounding only
@@ -261,9 +296,9 @@ MethodOptions = ScoreOptions | PatchOptions | PixelOptions | EncoderOptions | Po
 
 @dataclass(frozen=True)
 class ReadoutOptions:
-    """What is read out of scores (see :class:`pyattr.attribution.Readout`)."""
+    """What is read out of scores, by its name in the library (see :class:`pyattr.attribution.Readout`)."""
 
-    kind: str = "signed"
+    kind: str
     percent: float | None = None
 
 

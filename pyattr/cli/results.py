@@ -10,28 +10,40 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import __version__
 from ..datasets import ImageDataset
-from ..diffusion.storage import data_hash
+from ..diffusion.conditioned import Conditioned, examples_hash
+from ..diffusion.schedule import ScaledLinearSchedule, Schedule
+from ..evaluation.ground_truth import image_hashes
 from ..report import Attribution, Report, shown_count, strongest, write
+from .latents import Encoding
 from .scoring import Scoring
 from .stages import Queries, Step, shape_text, write_npz
 
 TOP = 10
+_BETAS = {Schedule: "linear", ScaledLinearSchedule: "linear in their roots"}
 # weighting of the training loss -> name for people
 LOSSES = {"simple": "squared error of the noise", "velocity": "squared error of the velocity"}
 
 
 def write_scores(
-    path: Path, data: ImageDataset, queries: Queries, attributions: Sequence[Attribution], settings: dict, top: int
+    path: Path,
+    data: ImageDataset,
+    train: Tensor | Conditioned,
+    queries: Queries,
+    attributions: Sequence[Attribution],
+    settings: dict,
+    top: int,
 ) -> None:
     """Write scores.npz: the first method's scores and strongest images, and the other methods' scores.
 
     Arrays: `scores` [Q, N] float32, `proponents` and `opponents` [Q, K] int64: the columns of the largest and of the smallest
     scores, whatever their sign (no opponents when the method has none), `queries` [Q, C, H, W] uint8, `labels` [N] int64
     (empty without labels), `class_names`, `ids` [N] of the training images, `methods`, `signed` (whether a negative score of
-    each means an opponent), `images_hash`, `settings` (JSON), and `scores_2`, ... for other methods.
+    each means an opponent), `images_hash` and `query_hashes` [Q] of what the model took, `settings` (JSON), and `scores_2`, ...
+    for other methods.
     """
     main = attributions[0]
     count = shown_count(top, len(data))
@@ -46,7 +58,8 @@ def write_scores(
         "ids": np.array(data.ids),
         "methods": np.array([attribution.method for attribution in attributions]),
         "signed": np.array([attribution.signed for attribution in attributions]),
-        "images_hash": np.array(data_hash(torch.from_numpy(data.images))),
+        "images_hash": np.array(examples_hash(train)),
+        "query_hashes": np.array(image_hashes(queries.asked)),
         "settings": np.array(json.dumps(settings)),
     }
     arrays |= {f"scores_{number}": other.scores for number, other in enumerate(attributions[1:], 2)}
@@ -116,6 +129,8 @@ def settings_of(
                 ("seed", str(chosen["seed"])),
             ]
             groups.append((step.title, pairs))
+        if isinstance(step, Encoding):
+            groups.append((step.title, step.words()))
         if step.stage.name == "generate":
             method = chosen["method"].upper() + (f", eta {chosen['eta']:g}" if chosen["method"] == "ddim" else "")
             pairs = [("sampler", f"{method}, {chosen['steps']} steps"), ("seed", str(chosen["seed"]))]
@@ -125,7 +140,7 @@ def settings_of(
             "Diffusion",
             [
                 ("timesteps", f"{schedule.num_timesteps:,}"),
-                ("betas", f"linear, {schedule.beta_start:g} to {schedule.beta_end:g}"),
+                ("betas", f"{_BETAS[type(schedule)]}, {schedule.beta_start:g} to {schedule.beta_end:g}"),
             ],
         )
     )
@@ -145,12 +160,19 @@ def settings_dict(data: ImageDataset, steps: Sequence[Step], scorings: Sequence[
         "pyattr": __version__,
         "data": {"source": data.name, "images": len(data), "sha256": data.fingerprint()},
         "schedule": dataclasses.asdict(scorings[0].schedule),
-        "readout": dataclasses.asdict(scorings[0].readout),
         "methods": [
-            {"name": scoring.name, **dataclasses.asdict(scoring.options), **scoring.found()} for scoring in scorings
+            {
+                "name": scoring.name,
+                **dataclasses.asdict(scoring.options),
+                "readout": dataclasses.asdict(scoring.readout),
+                **scoring.found(),
+            }
+            for scoring in scorings
         ],
     }
     for step in steps:
         if step.stage.name in ("train", "generate"):
             settings[step.stage.name] = step.stage.settings
+        if isinstance(step, Encoding):
+            settings["latents"] = step.found()
     return settings

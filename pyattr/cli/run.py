@@ -18,10 +18,12 @@ from ..attribution import Readout
 from ..datasets import DataError, ImageDataset
 from ..report.page import seconds_text
 from .display import Display
+from .latents import Encoding, LatentCheckpoint, Prompts
 from .options import (
     NEEDS_MODEL,
     DataOptions,
     KeepOptions,
+    LatentOptions,
     Machine,
     MethodOptions,
     ReadoutOptions,
@@ -29,7 +31,7 @@ from .options import (
     TrainOptions,
 )
 from .results import settings_dict, write_report, write_scores
-from .scoring import Scoring, scoring_of
+from .scoring import EnsembleScoring, Scoring, scoring_of
 from .stages import (
     Checkpoint,
     Queries,
@@ -129,7 +131,7 @@ class Session:
         folder = self.workspace.folder
         steps = [*earlier, *self.steps]
         settings = settings_dict(data, steps, scorings)
-        write_scores(folder / "scores.npz", data, queries, attributions, settings, top)
+        write_scores(folder / "scores.npz", data, scorings[0].train, queries, attributions, settings, top)
         if page:
             write_report(
                 folder / "report.html",
@@ -208,10 +210,10 @@ def generate(out: Path, checkpoint: Path | None, options: SampleOptions, machine
 def attribute(
     out: Path,
     data: DataOptions | None,
-    checkpoint: Path | None,
+    models: Sequence[Path] | LatentOptions,
     queries: DataOptions | None,
     options: Sequence[MethodOptions],
-    readout: ReadoutOptions,
+    readout: ReadoutOptions | None,
     machine: Machine,
     *,
     top: int,
@@ -219,14 +221,15 @@ def attribute(
 ) -> None:
     """Score training images for generated or given images in an output folder.
 
+    Of several models scores are means; of none given, it is the folder's own. Models of latents need data and queries.
     Methods that ask no model do without one where there is none and training images and queries are given.
     """
     if page:
         report.require()
-    read = Readout(readout.kind.replace("-", "_"), readout.percent)
+    read = None if readout is None else Readout(readout.kind, readout.percent)
     with session(out, machine) as work:
         modelless = not NEEDS_MODEL & {each.method for each in options}
-        if modelless and checkpoint is None and _trained(work.workspace) is None:
+        if modelless and not models and _trained(work.workspace) is None:
             if data is None or queries is None:
                 raise WorkspaceError(
                     f"no trained model in {out}: give --data and --queries, enough for "
@@ -234,16 +237,24 @@ def attribute(
                 )
             job = _job_without_model(work, data, queries, options, read)
         else:
-            job = _job(work, data, checkpoint, queries, options, read)
+            job = _job(work, data, models, queries, options, read)
         for scoring in job.scorings:
             scoring.check(job.queries)
-        steps = [step for scoring in job.scorings for step in scoring.plan(job.queries.key, len(job.queries.images))]
+        steps: list[Step] = [] if job.encoding is None else [job.encoding]
+        steps += [step for scoring in job.scorings for step in scoring.plan(job.queries.key, len(job.queries.images))]
         work.plan({step.stage.key: step for step in steps}.values())  # methods may share features
-        attributions = [work.score(scoring, job.model, job.queries) for scoring in job.scorings]
+        asked = job.queries
+        if job.encoding is not None:
+            work.begin(job.encoding)
+            train, examples = job.encoding.run(work.display)
+            asked = dataclasses.replace(asked, examples=examples)
+            for scoring in job.scorings:
+                scoring.take(train)
+        attributions = [work.score(scoring, job.model, asked) for scoring in job.scorings]
         work.finish(
             f"Which training images {job.scorings[0].title} these images?",
             job.images,
-            job.queries,
+            asked,
             job.scorings,
             attributions,
             earlier=job.earlier,
@@ -264,6 +275,7 @@ class _Job:
         model: None where no method asks it.
         earlier: steps that finished before this command.
         caveats: what the report must say of the images.
+        encoding: makes of images what the model takes; None where that is the images.
     """
 
     images: ImageDataset
@@ -272,10 +284,11 @@ class _Job:
     model: torch.nn.Module | None = None
     earlier: Sequence[Step] = ()
     caveats: Sequence[str] = ()
+    encoding: Encoding | None = None
 
 
 def _job_without_model(
-    work: Session, data: DataOptions, queries: DataOptions, options: Sequence[MethodOptions], readout: Readout
+    work: Session, data: DataOptions, queries: DataOptions, options: Sequence[MethodOptions], readout: Readout | None
 ) -> _Job:
     images = work.load(data)
     asked = queries_of_data(work.load(queries), images)
@@ -285,19 +298,24 @@ def _job_without_model(
 def _job(
     work: Session,
     data: DataOptions | None,
-    checkpoint: Path | None,
+    models: Sequence[Path] | LatentOptions,
     queries: DataOptions | None,
     options: Sequence[MethodOptions],
-    readout: Readout,
+    readout: Readout | None,
 ) -> _Job:
-    model_at, trained = _model(work.workspace, checkpoint)
+    if isinstance(models, LatentOptions):
+        return _job_of_latents(work, data, models, queries, options, readout)
+    found = [_model(work.workspace, place) for place in models or (None,)]
+    places, trained = [model_at for model_at, _ in found], found[0][1]
+    _check_alike(places)
+    model_at = places[0]
     generated = work.workspace.existing(work.workspace.recall("generate").get("stage", "."))
     if queries is None and (generated is None or generated.settings["model"] != model_at.key):
         out = work.workspace.folder
         raise WorkspaceError(
             f"no images of this model in {out} to attribute: give --queries, or run `pyattr generate --out {out}` first"
         )
-    images, caveats = _training_images(work, data, model_at)
+    images, caveats = _training_images(work, data, places)
     model = model_at.run(work.device)
     shape = _shape_of(model)
     if images.shape != shape:
@@ -307,10 +325,7 @@ def _job(
             + (f"give --size {shape[1]}, or " if fits else "give ")
             + "the images that it was trained on"
         )
-    scorings = [
-        scoring_of(work.workspace, model_at.key, images, each, model_at.schedule, model=model_at, readout=readout)
-        for each in options
-    ]
+    scorings = [_scoring(work, places, images, each, readout) for each in options]
     earlier = [Step("Training", "", trained, 0)] if trained is not None else []
     if queries is None:
         # Reads what lies there; the images of an earlier `generate` are not made again.
@@ -324,6 +339,61 @@ def _job(
             queries = dataclasses.replace(queries, size=work.workspace.recall("data").get("size"))
         asked = queries_of_data(work.load(queries), images)
     return _Job(images, asked, scorings, model, earlier, caveats)
+
+
+def _job_of_latents(
+    work: Session,
+    data: DataOptions,
+    models: LatentOptions,
+    queries: DataOptions,
+    options: Sequence[MethodOptions],
+    readout: Readout | None,
+) -> _Job:
+    prompts = Prompts(models.prompts)
+    places = [LatentCheckpoint(models.pipeline, prompts.prompts, lora) for lora in models.loras]
+    _check_alike(places)
+    images, caveats = _training_images(work, data, places)
+    given = work.load(queries)
+    asked = queries_of_data(given, images)
+    encoding = Encoding(work.workspace, models, prompts, images, given, work.device)
+    asked = dataclasses.replace(asked, key=encoding.queries_key)
+    scorings = [_scoring(work, places, images, each, readout, told=encoding.train_key) for each in options]
+    model = places[0].run(work.device)
+    return _Job(images, asked, scorings, model, caveats=caveats, encoding=encoding)
+
+
+def _scoring(
+    work: Session,
+    places: Sequence[Checkpoint | LatentCheckpoint],
+    images: ImageDataset,
+    options: MethodOptions,
+    readout: Readout | None,
+    *,
+    told: str = "",
+) -> Scoring:
+    """Of a method and one model, or the mean over several where the method asks them; `told` names what images became."""
+    asked = places if options.method in NEEDS_MODEL else places[:1]
+    parts = [
+        scoring_of(work.workspace, place.key + told, images, options, place.schedule, model=place, readout=readout)
+        for place in asked
+    ]
+    return parts[0] if len(parts) == 1 else EnsembleScoring(parts, asked, work.device)
+
+
+def _check_alike(places: Sequence[Checkpoint | LatentCheckpoint]) -> None:
+    """Refuse models whose scores have no mean.
+
+    Raises:
+        WorkspaceError: one of them is given twice, or schedules differ.
+    """
+    for number, place in enumerate(places):
+        for other in places[:number]:
+            if place.key == other.key:
+                raise WorkspaceError(f"{place.path} and {other.path} are the same model: give each once")
+            if place.schedule != other.schedule:
+                raise WorkspaceError(
+                    f"{place.path} and {other.path} were trained with different noise schedules: score by one after the other"
+                )
 
 
 def _trained(workspace: Workspace) -> Stage | None:
@@ -344,24 +414,28 @@ def _model(workspace: Workspace, checkpoint: Path | None) -> tuple[Checkpoint, S
     return Checkpoint(trained.folder, trained.key), trained
 
 
-def _training_images(work: Session, given: DataOptions | None, model: Checkpoint) -> tuple[ImageDataset, list[str]]:
-    """The images to score, by default those that the model was trained on, and what the report must say of them.
+def _training_images(
+    work: Session, given: DataOptions | None, models: Sequence[Checkpoint | LatentCheckpoint]
+) -> tuple[ImageDataset, list[str]]:
+    """The images to score, by default those that the models were trained on, and what the report must say of them.
 
     Raises:
-        WorkspaceError: none are given, and those of the model are not known or not there any more.
+        WorkspaceError: none are given, and those of a model are not known or not there any more.
     """
     if given is not None:
         images = work.load(given)
-        told = OTHER_IMAGES[model.trained_on(images)]
+        known = [model.trained_on(images) for model in models]
+        told = OTHER_IMAGES[False if False in known else None if None in known else True]
         for line in told:
             work.display.say(line)
         return images, told
     remembered = work.workspace.recall("data")
     home = work.workspace.folder / work.workspace.recall("train").get("stage", ".")
-    if not remembered or model.file.resolve().parent != home.resolve():
-        raise WorkspaceError(f"the training images of {model.path} are not known: give --data")
+    for model in models:
+        if not remembered or model.file.resolve().parent != home.resolve():
+            raise WorkspaceError(f"the training images of {model.path} are not known: give --data")
     images = work.load(DataOptions(**remembered))
-    if not model.trained_on(images):
+    if not all(model.trained_on(images) for model in models):
         raise WorkspaceError(
             f"{remembered['source']} has changed since the model was trained on it: "
             "train again, put the images back, or give --data to score the images as they are now"

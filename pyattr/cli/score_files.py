@@ -7,18 +7,17 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..diffusion.storage import load_record
 from ..evaluation import GroundTruth, Scores
-from ..evaluation.ground_truth import image_hashes, subset_hashes
+from ..evaluation.ground_truth import subset_hashes
+from .options import readout_word
 from .stages import read_npz
 from .workspace import WorkspaceError
 
 ARCHIVE = "scores.npz"
 _REMEDY = "make it again by `pyattr attribute`"
 # Options that are another setting's name or move scores by rounding alone, and what follows from the others.
-_LEFT_OUT = ("name", "method", "lambda_", "batch_size", "memory", "effective dimension", "pool subsets")
+_LEFT_OUT = ("name", "method", "readout", "lambda_", "batch_size", "memory", "effective dimension", "pool subsets")
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,15 @@ class ScoreFile:
         if self.number is None:
             return Scores.open(self.path)
         key = f"scores_{self.number + 1}" if self.number else "scores"
-        found = read_npz(self.path, {key, "queries", "signed", "images_hash"}, remedy=_REMEDY)
+        found = read_npz(self.path, {key, "query_hashes", "signed", "images_hash"}, remedy=_REMEDY)
         return Scores(
             found[key],
             self.method,
             bool(found["signed"][self.number]),
             self.settings,
             found["images_hash"].item(),
-            tuple(image_hashes(torch.from_numpy(found["queries"]))),
+            tuple(found["query_hashes"].tolist()),
+            tuple(self.asked),
         )
 
     def check(self, name: str, truth: GroundTruth, readouts: tuple[str, ...]) -> None:
@@ -66,8 +66,8 @@ class ScoreFile:
         read = self.settings.get("readout", "signed")
         if read != "signed" and readouts != ("signed",):
             raise WorkspaceError(
-                f"{name} holds {read} scores already, of which --readout would read out again: leave --readout away, or "
-                "score without a readout first"
+                f"{name} holds {readout_word(read)} scores already, of which --readout would read out again: leave --readout "
+                "away, or score by --readout signed first"
             )
         if self.asked & set(subset_hashes(truth.masks)):
             raise WorkspaceError(
@@ -84,18 +84,31 @@ def score_files(path: Path, name: str) -> dict[str, ScoreFile]:
     """
     if path.suffix != ".npz":
         record = load_record(path)
-        return {name: ScoreFile(path, record.get("method"), record.get("settings", {}))}
+        asked = frozenset(record.get("asked", ()))
+        return {name: ScoreFile(path, record.get("method"), record.get("settings", {}), asked=asked)}
     found = read_npz(path, {"settings", "signed", "images_hash"}, remedy=_REMEDY)
-    if len(found) < 3:
+    made = json.loads(found["settings"].item()) if len(found) == 3 else {"methods": [{}]}
+    if any("readout" not in each for each in made["methods"]):
         raise WorkspaceError(f"{path} holds no scores of this version's `pyattr attribute`: make them again")
-    made = json.loads(found["settings"].item())
-    readout, percent = made["readout"]["name"], made["readout"]["percent"]
-    common = {} if readout == "signed" else {"readout": readout if percent is None else f"{readout} {percent:g}%"}
-    if "train" in made:
-        common["model"] = hashlib.sha256(json.dumps(made["train"], sort_keys=True).encode()).hexdigest()[:8]
     files = {}
     for number, each in enumerate(made["methods"]):
-        settings = {key: value for key, value in each.items() if key not in _LEFT_OUT} | common
+        settings = {key: value for key, value in each.items() if key not in _LEFT_OUT}
+        settings |= _model(each) | _readout(each["readout"])
         row = name if len(made["methods"]) == 1 else f"{name}/{each['method']}"
         files[row] = ScoreFile(path, each["name"], settings, number, frozenset(each.get("pool subsets", ())))
     return files
+
+
+def _model(made: dict) -> dict:
+    """What tells the model that was asked from others, or several; nothing of methods that ask none."""
+    if "model" not in made:
+        return {}
+    return {"model": hashlib.sha256(json.dumps(made["model"]).encode()).hexdigest()[:8]}
+
+
+def _readout(made: dict) -> dict:
+    """As a setting of scores, which plain ones have none of."""
+    name, percent = made["name"], made["percent"]
+    if name == "signed":
+        return {}
+    return {"readout": name if percent is None else f"{name} {percent:g}%"}

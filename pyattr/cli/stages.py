@@ -280,6 +280,7 @@ class Queries:
         key: what tells these queries from others.
         generated: whether a model made them.
         samples: what generated images were made from.
+        examples: as the model takes them, where that is not the images.
     """
 
     images: np.ndarray
@@ -288,6 +289,12 @@ class Queries:
     key: str
     generated: bool
     samples: diffusion.Samples | None = None
+    examples: diffusion.Conditioned | None = None
+
+    @property
+    def asked(self) -> torch.Tensor | diffusion.Conditioned:
+        """What methods that ask the model are given."""
+        return torch.from_numpy(self.images) if self.examples is None else self.examples
 
 
 def queries_of_samples(samples: diffusion.Samples, key: str) -> Queries:

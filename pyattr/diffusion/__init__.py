@@ -11,6 +11,7 @@ from .presets import PRESETS, unet
 from .progress import Progress
 from .sampling import Samples, sample
 from .schedule import ScaledLinearSchedule, Schedule
+from .scorenet import ScoreLoss, ScoreNet
 from .sde import NoiseScore, VarianceExploding, VariancePreserving
 from .storage import DamagedFileError
 from .train import Training, train
@@ -27,6 +28,8 @@ __all__ = [
     "Samples",
     "ScaledLinearSchedule",
     "Schedule",
+    "ScoreLoss",
+    "ScoreNet",
     "Training",
     "VarianceExploding",
     "VariancePreserving",

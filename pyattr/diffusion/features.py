@@ -24,6 +24,7 @@ __all__ = ["STRATEGIES", "FeatureMap", "Features", "compute", "open_features"]
 STRATEGIES = ("uniform", "cumulative", "midpoint")
 MEMORY = 2 << 30  # bytes for the gradients of a batch
 _DEFINITION = 1  # of the features; a change that moves their values by more than rounding raises it
+_UNEVEN = 2  # likewise, of timesteps that are not equally far apart
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,10 @@ class FeatureMap:
         schedule: gives abar_t and T.
         loss: f, a :class:`~pyattr.diffusion.Loss` or its name.
         num_timesteps: K, 1 to T.
-        strategy: S: "uniform" is {0, T div K, 2 (T div K), ...}, "cumulative" is {0..K-1}, "midpoint" is uniform shifted by
-            half a step: with few timesteps, the first of a uniform choice, where there is next to no noise to predict, is a
-            large part of it.
+        strategy: S: "uniform" is {k T div K}, "midpoint" {(2 k + 1) T div 2 K}, "cumulative" {k}, with k = 0..K-1. Where K
+            divides T, uniform is the published {0, T / K, 2 T / K, ...}; where it does not, all of T is still covered. With few
+            timesteps, the first of a uniform choice, where there is next to no noise to predict, is a large part of it;
+            midpoint lies half a step later.
         num_noises: independent draws of eps at each timestep.
         proj_dim: D.
         kind: of the projection: "rademacher", "gaussian", "sparse" or "multisketch", see
@@ -91,15 +93,19 @@ class FeatureMap:
 
     def timesteps(self) -> Tensor:
         """S, [K] int64, rising."""
-        stride = 1 if self.strategy == "cumulative" else self.schedule.num_timesteps // self.num_timesteps
-        return torch.arange(self.num_timesteps) * stride + (stride // 2 if self.strategy == "midpoint" else 0)
+        steps, total = torch.arange(self.num_timesteps), self.schedule.num_timesteps
+        if self.strategy == "cumulative":
+            return steps
+        return (2 * steps + (self.strategy == "midpoint")) * total // (2 * self.num_timesteps)
 
     def settings(self) -> dict:
         """All fields, as they go into the manifest of a directory.
 
-        ``normalize`` only where it is set: directories from before it existed are found again.
+        ``normalize`` only where it is set: directories from before it existed are found again. Those of timesteps that are not
+        equally far apart are not, since they once were others.
         """
-        fields = {**dataclasses.asdict(self), "definition": _DEFINITION}
+        uneven = self.strategy != "cumulative" and self.schedule.num_timesteps % self.num_timesteps != 0
+        fields = {**dataclasses.asdict(self), "definition": _UNEVEN if uneven else _DEFINITION}
         return fields if self.normalize else {name: value for name, value in fields.items() if name != "normalize"}
 
     def batch(

@@ -23,7 +23,8 @@ class Progress(Protocol):
                 (pairs of a query and a training image), "counterfactual", "jacobian", "last_step" and "members" (steps of
                 images), "classifier" (epochs), "image features" (images), "image distances" (pairs of images), "ground truth",
                 "original" and "retraining" (passes of an image through a model; a training step makes three with each of its
-                images), "tail patch" (training images).
+                images), "tail patch" (training images), "phi"
+                (queries), "replay", "retrain" and "metasmoothness" (optimiser steps).
         """
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import safetensors
@@ -40,6 +40,21 @@ class Features:
     def from_tensor(cls, features: Tensor, ids: Tensor) -> "Features":
         """Features [N, D] that lie in memory."""
         return cls(ids, features.shape[1], features.dtype, lambda start: features, [0])
+
+    @classmethod
+    def joined(cls, parts: Sequence["Features"], scale: float) -> "Features":
+        """The rows of several, one after the other and times a number, read as they are asked for; numbered anew."""
+        firsts = [sum(map(len, parts[:number])) for number in range(len(parts))]
+        places = {
+            first + start: (part, start) for first, part in zip(firsts, parts, strict=True) for start in part._starts
+        }
+
+        def read(start: int) -> Tensor:
+            part, own = places[start]
+            return part._read_block(own) * scale
+
+        count = sum(map(len, parts))
+        return cls(torch.arange(count), parts[0].dim, parts[0].dtype, read, [*places])
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, [R, D]) until all rows have come; one block is in memory at a time.

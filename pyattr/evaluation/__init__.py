@@ -1,5 +1,6 @@
 """Scores of methods and of samples, with their uncertainty."""
 
+from ..diffusion.likelihood import bits_per_dimension
 from .ablation import ClassAblation, Share, class_ablation, share
 from .agreement import Agreement, Comparison, PairedComparison, agreement, compare, compare_paired
 from .classifier import Classifier
@@ -41,6 +42,7 @@ __all__ = [
     "TailPatch",
     "Tuned",
     "agreement",
+    "bits_per_dimension",
     "build_ground_truth",
     "change_sizes",
     "class_ablation",

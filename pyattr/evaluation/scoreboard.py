@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from .ground_truth import GroundTruth
 from .lds import LDS, lds
 from .scores import Scores
-from .tuning import tune_on_split, two_folds
+from .tuning import Tuned, tune_on_split
 
 
 @dataclass(frozen=True)
@@ -20,20 +20,26 @@ class Row:
 
     Attributes:
         name: of the file, or what stands for several.
-        method, settings: of the scores.
+        method, settings: of the scores; without a setting whose value was chosen.
         readout: its name.
-        tuned: how the value of a setting was chosen, see :attr:`pyattr.evaluation.Tuned.label`; empty: nothing was chosen.
         groups: the score over each group of queries; without those of which the scores have not all queries.
-        curve: the mean LDS of each value that there was to choose from.
+        tuned: how the value of a setting was chosen, see :attr:`pyattr.evaluation.Tuned.label`; empty: nothing was chosen.
+        chosen: the setting with its value, or several in the order of the folds, for each group.
+        curves: for each group the mean LDS of each value that there was to choose from.
     """
 
     name: str
     method: str
     settings: dict
     readout: str
-    tuned: str
     groups: dict[str, LDS]
-    curve: dict
+    tuned: str = ""
+    chosen: dict[str, dict] = field(default_factory=dict)
+    curves: dict[str, dict] = field(default_factory=dict)
+
+    def settings_in(self, group: str) -> dict:
+        """The settings of the scores of a group, with what was chosen for it."""
+        return {**self.settings, **self.chosen.get(group, {})}
 
 
 @dataclass(frozen=True)
@@ -62,88 +68,104 @@ class Scoreboard:
 
         Extra memory: 32 M Q bytes for each readout stay.
         """
-        columns, outputs = self._judged(scores)
-        return [
-            Row(
-                name,
-                scores.method,
-                scores.settings,
-                readout,
-                "",
-                self._grouped(lds(function(scores.matrix), self.truth.masks, outputs, level=self.level), columns),
-                {},
-            )
-            for readout, function in self.readouts.items()
-        ]
+        columns = scores.rows_in(self.truth)
+        outputs = self.truth.outputs(self.target)[:, columns]
+        found = []
+        for readout, function in self.readouts.items():
+            score = lds(function(scores.matrix), self.truth.masks, outputs, level=self.level)
+            score.standard_error, score.bootstrap  # noqa: B018  the groups share what these compute
+            groups = {group: score.take(rows) for group, rows in self._rows_of_groups(columns).items()}
+            found.append(Row(name, scores.method, scores.settings, readout, groups))
+        return found
 
     def tuned_rows(
         self, name: str, setting: str, grid: Sequence[Callable[[], Scores]], *, on_benchmark: bool = False
     ) -> list[Row]:
-        """Of scores that differ in one setting, whose value is chosen for each readout; see :func:`tune_on_split`.
+        """Of scores that differ in one setting, whose value is chosen for each readout and group; see :func:`tune_on_split`.
+
+        Each group is tuned on its own queries, as published tables are for validation images and for generated ones.
 
         Args:
             name: of the rows.
             setting: the name of the setting.
-            grid: what gives the scores of each value; called once for each readout.
-            on_benchmark: tune on the benchmark; else on one half of all queries of the ground truth for the other, the same
-                halves for all methods.
+            grid: what gives the scores of each value; called once for each readout and group.
+            on_benchmark: tune on the benchmark; else on one half of the group's queries for the other, the same halves for
+                all methods.
 
         Raises:
-            ValueError: the scores are of other training images or queries, or their queries differ.
+            ValueError: the scores are of other training images or queries, or their queries differ, or a group has but one.
         """
+        first = grid[0]()
+        columns = first.rows_in(self.truth)
+        outputs = self.truth.outputs(self.target)[:, columns]
+        settings = {key: value for key, value in first.settings.items() if key != setting}
         rows = []
         for readout, function in self.readouts.items():
-            first = grid[0]()
-            columns, outputs = self._judged(first)
+            found: dict[str, Tuned] = {}
+            for group, which in self._rows_of_groups(columns).items():
+                if len(which) < 2 and not on_benchmark:
+                    raise ValueError(
+                        f"Scoreboard: to tune {setting}, {group} must have two queries, one for each half, got one"
+                    )
 
-            def values(function=function, queries=first.queries) -> Iterable[tuple[object, np.ndarray]]:
-                for give in grid:
-                    scores = give()
-                    if scores.queries != queries:
-                        raise ValueError(f"Scoreboard: {scores.method} has other queries for some values of {setting}")
-                    value = scores.settings[setting]
-                    yield tuple(value) if isinstance(value, list) else value, function(scores.matrix)
+                def values(function=function, which=which) -> Iterator[tuple[object, np.ndarray]]:
+                    for give in grid:
+                        scores = give()
+                        scores.rows_in(self.truth)  # of its training images too
+                        if scores.queries != first.queries:
+                            raise ValueError(
+                                f"Scoreboard: {scores.method} has other queries for some values of {setting}"
+                            )
+                        value = scores.settings[setting]
+                        yield tuple(value) if isinstance(value, list) else value, function(scores.matrix[which])
 
-            tuned = tune_on_split(
-                values(),
-                self.truth.masks,
-                outputs,
-                folds=None if on_benchmark else two_folds(len(self.truth.query_ids))[columns],
-                tune_on_benchmark=on_benchmark,
-                level=self.level,
+                found[group] = tune_on_split(
+                    values(), self.truth.masks, outputs[:, which], tune_on_benchmark=on_benchmark, level=self.level
+                )
+            rows.append(
+                Row(
+                    name,
+                    first.method,
+                    settings,
+                    readout,
+                    {group: tuned.score for group, tuned in found.items()},
+                    next((tuned.label for tuned in found.values()), ""),
+                    {
+                        group: {setting: tuned.chosen[0] if len(set(tuned.chosen)) == 1 else list(tuned.chosen)}
+                        for group, tuned in found.items()
+                    },
+                    {group: tuned.curve for group, tuned in found.items()},
+                )
             )
-            settings = {
-                **first.settings,
-                setting: tuned.chosen[0] if len(set(tuned.chosen)) == 1 else list(tuned.chosen),
-            }
-            groups = self._grouped(tuned.score, columns)
-            rows.append(Row(name, first.method, settings, readout, tuned.label, groups, tuned.curve))
         return rows
 
-    def _judged(self, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
-        columns = scores.rows_in(self.truth)
-        return columns, self.truth.outputs(self.target)[:, columns]
-
-    def _grouped(self, score: LDS, columns: np.ndarray) -> dict[str, LDS]:
-        score.standard_error, score.bootstrap  # noqa: B018  the groups share what these compute
+    def _rows_of_groups(self, columns: np.ndarray) -> dict[str, np.ndarray]:
+        """By group the rows of scores for these columns; of the groups that are among them as a whole."""
         place = {int(column): row for row, column in enumerate(columns)}
         return {
-            name: score.take(np.array([place[int(column)] for column in group]))
+            name: np.array([place[int(column)] for column in group])
             for name, group in self.groups.items()
             if all(int(column) in place for column in group)
         }
 
 
-def distinguishing(rows: Sequence[Row], *, but: str | None = None) -> dict[tuple[str, str], str]:
+def distinguishing(
+    rows: Sequence[Row], *, group: str | None = None, but: str | None = None
+) -> dict[tuple[str, str], str]:
     """By name and readout, the settings in which the rows that have them are not all alike, in words; and how one was tuned.
 
     Args:
         rows: any.
+        group: of queries, for which values may have been chosen.
         but: a setting that is left out.
     """
     # A value that was tuned may be another for each readout.
     told = {
-        (row.name, row.readout): {key: _word(value) for key, value in row.settings.items() if key != but}
+        (row.name, row.readout): {
+            key: _word(value)
+            for key, value in (row.settings if group is None else row.settings_in(group)).items()
+            if key != but
+        }
         for row in rows
     }
     values: dict[str, set[str]] = {}

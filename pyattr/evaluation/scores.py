@@ -1,5 +1,6 @@
 """Scores of a method as a small file, with what they are the scores of."""
 
+import dataclasses
 import os
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..diffusion.conditioned import as_examples, examples_hash
 from ..diffusion.storage import load_tensors, save_tensors
-from .ground_truth import GroundTruth, query_hashes
+from .ground_truth import GroundTruth, query_hashes, subset_hashes
 
 _LARGEST = 15  # a row's largest entry lies in [2^14, 2^15) in the file: half of what float16 holds
 _LEAST = -126  # exponents of float32 that are not denormal
@@ -26,6 +27,7 @@ class Scores:
         settings: what else decided the scores, JSON-serialisable.
         images: what identifies the training images and their order, as in :class:`~pyattr.evaluation.GroundTruth`.
         queries: [Q] what identifies each query.
+        asked: what identifies the subsets whose models the method asked; a ground truth with one of them is no judge of it.
 
     Raises:
         ValueError: the shapes do not go together.
@@ -37,6 +39,7 @@ class Scores:
     settings: dict
     images: str
     queries: tuple[str, ...]
+    asked: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.matrix.ndim != 2 or self.matrix.dtype != np.float32:
@@ -47,7 +50,17 @@ class Scores:
             raise ValueError(f"Scores: queries must be as many as rows, {len(self.matrix)}, got {len(self.queries)}")
 
     @classmethod
-    def of(cls, method: str, scores, images, queries, *, signed: bool, settings: dict) -> "Scores":
+    def of(
+        cls,
+        method: str,
+        scores,
+        images,
+        queries,
+        *,
+        signed: bool,
+        settings: dict,
+        pool: GroundTruth | None = None,
+    ) -> "Scores":
         """The scores of a method with what identifies their rows and columns.
 
         Args:
@@ -56,6 +69,8 @@ class Scores:
             images: the training images in the order of the columns, [N, C, H, W] in the dtype that the ground truth saw.
             queries: likewise in the order of the rows, [Q, C, H, W] or :class:`~pyattr.diffusion.Samples`.
             signed, settings: see :class:`Scores`.
+            pool: of :class:`~pyattr.attribution.EmpiricalInfluence` and :class:`~pyattr.attribution.Datamodel`, and of nothing
+                else: whose subsets' models they asked.
 
         Raises:
             TypeError, ValueError: images or queries are no images, or not as many as columns and rows.
@@ -67,7 +82,9 @@ class Scores:
             raise ValueError(
                 f"Scores: scores must have a column for each of {len(images)} images, got {matrix.shape[1]}"
             )
-        return cls(matrix, method, signed, settings, examples_hash(images), tuple(query_hashes(queries, "Scores")))
+        asked = () if pool is None else tuple(subset_hashes(pool.masks))
+        hashes = tuple(query_hashes(queries, "Scores"))
+        return cls(matrix, method, signed, settings, examples_hash(images), hashes, asked)
 
     def take(self, rows) -> "Scores":
         """Those of some queries.
@@ -77,7 +94,7 @@ class Scores:
         """
         which = np.arange(len(self.matrix))[rows]
         queries = tuple(self.queries[row] for row in which)
-        return Scores(self.matrix[which], self.method, self.signed, self.settings, self.images, queries)
+        return dataclasses.replace(self, matrix=self.matrix[which], queries=queries)
 
     def rows_in(self, truth: GroundTruth) -> np.ndarray:
         """Which columns of a ground truth's outputs belong to the rows of these scores, [Q] int64.
@@ -85,8 +102,14 @@ class Scores:
         Where the ground truth does not say what its queries are, they are taken to be those of the scores, in their order.
 
         Raises:
-            ValueError: the training images are others, or in another order, or a query is not among those of the truth.
+            ValueError: the training images are others, or in another order, a query is not among those of the truth, or the
+                method asked models of its subsets.
         """
+        if self.asked and set(self.asked) & set(subset_hashes(truth.masks)):
+            raise ValueError(
+                f"Scores: {self.method} has asked models of this ground truth's subsets and knows their losses: judge it by "
+                "others"
+            )
         if (truth.images is not None and truth.images != self.images) or truth.masks.shape[1] != self.matrix.shape[1]:
             raise ValueError(
                 f"Scores: {self.method} scored other training images than those of the ground truth, or in another order"
@@ -134,9 +157,9 @@ class Scores:
         if record.get("kind") != "scores":
             raise ValueError(f"Scores: {path} does not hold scores")
         matrix = (tensors["scores"].float() * tensors["factors"][:, None]).numpy()  # exact
-        return cls(
-            matrix, **{name: record[name] for name in _RECORDED if name != "queries"}, queries=tuple(record["queries"])
-        )
+        told = {name: record[name] for name in _RECORDED if name in record}
+        return cls(matrix, **{name: tuple(value) if name in _TUPLES else value for name, value in told.items()})
 
 
-_RECORDED = ("method", "signed", "settings", "images", "queries")
+_TUPLES = ("queries", "asked")
+_RECORDED = ("method", "signed", "settings", "images", *_TUPLES)

@@ -112,6 +112,8 @@ def tail_patch(
         raise ValueError(
             f"{_OP}: query_ids must be {len(queries)} distinct integers, got shape {list(query_ids.shape)}"
         )
+    if (query_ids < 0).any():
+        raise ValueError(f"{_OP}: query_ids must lie in [0, 2^63), got {int(query_ids.min())}")
     if len(queries) == 0 or queries.shape[1:] != images.shape[1:]:
         raise ValueError(
             f"{_OP}: queries must be at least one image of shape {list(images.shape[1:])}, got {list(queries.shape)}"

@@ -21,11 +21,14 @@ LOGARITHMIC = 8.0  # the ratio of largest to smallest value from which an axis i
 
 @dataclass(frozen=True)
 class Line:
-    """How a method's score depends on one setting: its values, and the score at each."""
+    """How a method's score depends on one setting: its values, and the score at each.
+
+    Scores may also be given as (mean, low, high) in percent; NaN for low and high where there is no interval.
+    """
 
     label: str
     values: Sequence[float]
-    scores: Sequence[LDS]
+    scores: Sequence[LDS | tuple[float, float, float]]
 
 
 def lds_bars(
@@ -76,20 +79,22 @@ def lds_lines(path: str | os.PathLike, panels: Mapping[str, Sequence[Line]], set
     boxes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     labels = list(dict.fromkeys(line.label for lines in panels.values() for line in lines))
     values = [value for lines in panels.values() for line in lines for value in line.values]
+    banded = False
     for axes, (group, lines) in zip(boxes, panels.items(), strict=True):
         for line in lines:
             colour = f"C{labels.index(line.label) % 10}"
             means, low, high = np.array([_percent(score) for score in line.scores]).T
             axes.plot(line.values, means, marker=".", color=colour, label=line.label)
-            if len(labels) <= BANDS:
+            if len(labels) <= BANDS and not np.isnan(low).all():
                 axes.fill_between(line.values, low, high, color=colour, alpha=0.12, linewidth=0)
+                banded = True
         if min(values) > 0 and max(values) >= LOGARITHMIC * min(values):
             axes.set_xscale("log")
         axes.axhline(0, color="0.2", linewidth=0.8)
         axes.set_title(group, fontsize=9)
         axes.set_xlabel(setting, fontsize=8)
         _plain(axes)
-    bands = "; bands: 95% over subsets" if len(labels) <= BANDS else ""
+    bands = "; bands: 95% over subsets" if banded else ""
     boxes[0].set_ylabel(f"LDS, percent{bands}", fontsize=8)
     figure.legend(
         *_handles(boxes),
@@ -185,8 +190,10 @@ def _height(scores: Mapping[str, LDS]) -> float:
     return np.inf if np.isnan(mean) else -float(mean)
 
 
-def _percent(score: LDS | None) -> tuple[float, float, float]:
-    return (np.nan,) * 3 if score is None else tuple(100 * number for number in (score.mean, *score.interval))
+def _percent(score: LDS | tuple[float, float, float] | None) -> tuple[float, float, float]:
+    if isinstance(score, LDS):
+        return (100 * score.mean, *(100 * end for end in score.interval))
+    return (np.nan,) * 3 if score is None else score
 
 
 def _handles(boxes: Sequence[Any]) -> tuple[list, list]:

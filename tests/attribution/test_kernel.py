@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from pyattr.attribution.float32_kernel import Float32Kernel
 from pyattr.attribution.kernel import DampedKernel, balanced_lambda, choose_lambda, effective_dimension
+from pyattr.attribution.probed_das import CrossKernel
 from pyattr.diffusion.features import Features
 
 
@@ -116,13 +117,48 @@ def test_no_positive_eigenvalue():
 
 
 @pytest.mark.parametrize("count", [4, 30])  # dual, primal
-def test_leverages_are_the_diagonal_of_the_hat_matrix(count):
+def test_remainders_are_what_the_hat_matrix_leaves_of_one(count):
     phi = torch.randn(count, 9, dtype=torch.float64)
     made = kernel(phi)
     for lambda_ in (0.1, 5.0):
         hat = by_definition(phi, phi, lambda_)
-        torch.testing.assert_close(made.leverages(lambda_), hat.diagonal(), rtol=1e-10, atol=1e-12)
-        assert float(made.leverages(lambda_).sum()) == pytest.approx(effective_dimension(made.eigenvalues, lambda_))
+        torch.testing.assert_close(1 - made.remainders(lambda_), hat.diagonal(), rtol=1e-10, atol=1e-12)
+        told = float((1 - made.remainders(lambda_)).sum())
+        assert told == pytest.approx(effective_dimension(made.eigenvalues, lambda_))
+
+
+def test_remainders_keep_their_digits_at_small_lambda():
+    """Fewer samples than columns: lambda (K + lambda)^-1 with lambda 10^-18 times the largest eigenvalue."""
+    phi = torch.randn(12, 40, dtype=torch.float64)
+    made = kernel(phi)
+    lambda_ = 1e-18 * float(made.eigenvalues[0])
+    expected = lambda_ * torch.linalg.inv(phi @ phi.T).diagonal()
+    torch.testing.assert_close(made.remainders(lambda_), expected, rtol=1e-10, atol=0)
+    # By hand: K = diag(1, 4), and at lambda = 1e-20 they are 1e-20 / (w + 1e-20).
+    found = kernel(torch.tensor([[1.0, 0, 0], [0, 0, 2]])).remainders(1e-20)
+    torch.testing.assert_close(found, torch.tensor([1e-20, 2.5e-21], dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_a_sample_alone_in_its_direction_has_a_remainder_above_rounding():
+    """More samples than columns, where h is taken from 1: the first sample alone has the first column."""
+    phi = torch.randn(30, 4, dtype=torch.float64)
+    phi[:, 0] = 0
+    phi[0] = torch.tensor([3.0, 0, 0, 0])
+    for lambda_ in (1e-3, 1e-12, 1e-17):
+        found = kernel(phi).remainders(lambda_)
+        assert float(found[0]) == pytest.approx(lambda_ / (9 + lambda_), rel=1e-3 if lambda_ == 1e-12 else 1e-9)
+        assert (found > 0).all() and (found <= 1).all()
+
+
+@pytest.mark.parametrize("count", [4, 30])
+def test_eigenvalues_that_are_rounding_have_no_leverages(count):
+    phi = torch.randn(count, 9, dtype=torch.float64)
+    phi[1:, :] = phi[1, :]  # of rank two
+    made = kernel(phi)
+    largest = float(made.eigenvalues[0])
+    assert torch.isfinite(made.remainders(1e-10 * largest)).all()
+    with pytest.raises(ValueError, match=r"attribution: lambda_ must be at least .* for leverages, .* got 1e-20"):
+        made.remainders(1e-20)
 
 
 # The published arithmetic
@@ -135,7 +171,7 @@ def test_float32_inverses_agree_where_float32_resolves_them(count):
     for lambda_ in (0.5, 20.0):
         expected = by_definition(queries, phi, lambda_)
         torch.testing.assert_close(single.scores(queries, lambda_).double(), expected, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(single.leverages(lambda_), double.leverages(lambda_), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(single.remainders(lambda_), double.remainders(lambda_), rtol=1e-3, atol=1e-4)
     norms = double.solution_norms([0.5, 20.0])
     torch.testing.assert_close(single.solution_norms([0.5, 20.0]), norms, rtol=1e-3, atol=1e-4)
     divided = torch.stack([*single.grid(queries, [0.5, 20.0], norms)])
@@ -157,6 +193,53 @@ def test_float32_inverses_are_the_published_expression_and_collapse_below_its_re
         torch.testing.assert_close(kernel(phi).scores(queries, lambda_).double(), exact, rtol=1e-3, atol=1e-3)
         errors.append(float((scores - exact).norm() / exact.norm()))
     assert errors[0] > 1 and errors[1] < 0.05
+
+
+class Streamed(Features):
+    """Features that nobody may have in memory as a whole."""
+
+    def tensor(self):
+        raise AssertionError("all rows are asked for at once")
+
+
+def streamed(phi, size):
+    pieces = phi.split(size)
+    return Streamed(
+        torch.arange(len(phi)),
+        phi.shape[1],
+        phi.dtype,
+        lambda start: pieces[start // size],
+        [*range(0, len(phi), size)],
+    )
+
+
+def test_float32_inverses_read_blocks():
+    phi, queries = torch.randn(100, 9), torch.randn(3, 9)
+    whole, blocks = Float32Kernel(Features.from_tensor(phi, torch.arange(100))), Float32Kernel(streamed(phi, 33))
+    norms = whole.solution_norms([0.5, 20.0])
+    torch.testing.assert_close(blocks.solution_norms([0.5, 20.0]), norms, rtol=1e-4, atol=0)
+    torch.testing.assert_close(blocks.remainders(0.5), whole.remainders(0.5), rtol=1e-4, atol=1e-5)
+    for one, other in zip(
+        blocks.grid(queries, [0.5, 20.0], norms), whole.grid(queries, [0.5, 20.0], norms), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [6, 60])  # of the matrix: fewer than its rows, and more
+def test_samples_apart_from_the_matrix_are_read_in_blocks(dim):
+    generator = torch.Generator().manual_seed(3)
+    rows, phi = (torch.randn(count, dim, generator=generator, dtype=torch.float64) for count in (20, 100))
+    queries = torch.randn(2, 5, dim, generator=generator, dtype=torch.float64)
+    halves = [Features.from_tensor(part, torch.arange(10)) for part in (2 * rows[:10], 2 * rows[10:])]
+    joined = Features.joined(halves, 0.5)
+    assert torch.equal(joined.tensor(), rows) and joined.ids.tolist() == [*range(20)]
+    made = CrossKernel(joined if dim > 20 else streamed(rows, 7), streamed(phi, 33))
+    assert made.dual == (dim > 20)
+    lambdas = [0.3, 20.0]
+    for lambda_, found in zip(lambdas, made.mean_squares(queries, lambdas), strict=True):
+        inverse = torch.linalg.inv(rows.T @ rows + lambda_ * torch.eye(dim, dtype=torch.float64))
+        expected = (queries @ inverse @ phi.T).square().mean(0)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
 
 
 def test_a_matrix_that_float32_finds_singular_has_no_scores():

@@ -1,22 +1,22 @@
 """The benchmark of the linear datamodeling score: what is drawn, trained and committed."""
 
 import dataclasses
+import json
 import pickle
 
 import numpy as np
 import pytest
 import torch
 
-from bench.lds import build, problem, scores, tables
+from bench.lds import ablations, build, costs, deletion, methods, problem, scores, tables
 from bench.lds.problem import PROBLEMS
 from pyattr.diffusion import load_model
 from pyattr.diffusion.progress import silent
 from pyattr.diffusion.storage import data_hash
-from pyattr.evaluation import GroundTruth, Scores, lds, two_folds
+from pyattr.evaluation import Counterfactuals, GroundTruth, Scores, lds, two_folds
 from pyattr.evaluation.ground_truth import image_hashes
 
 NAMES = sorted(PROBLEMS)
-JUDGED = ["cifar2"]  # whose ground truth and scores are committed
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_networks_are_known_to_the_processes_that_train_them(name):
     assert build()(x, torch.tensor([0, 999])).shape == x.shape
 
 
-@pytest.mark.parametrize("name", JUDGED)
+@pytest.mark.parametrize("name", NAMES)
 def test_committed_ground_truth_belongs_to_the_committed_images(name):
     found = build.images(PROBLEMS[name])
     truth = GroundTruth.open(PROBLEMS[name].folder / "evaluation.safetensors")
@@ -78,8 +78,10 @@ def test_generated_queries_come_from_the_committed_network(name):
 
 
 def test_everything_is_made_and_goes_on(digits, tmp_path, monkeypatch):
-    """The whole of it in small: few images, few steps."""
+    """The whole of it in small: few images, few steps, few dimensions."""
     monkeypatch.setattr(problem, "HERE", tmp_path)
+    for module in (methods, ablations):
+        monkeypatch.setattr(module, "DIM", 64)
     for name, value in (
         ("IMAGES", 20),
         ("VALIDATION", 10),
@@ -115,8 +117,96 @@ def test_everything_is_made_and_goes_on(digits, tmp_path, monkeypatch):
         generated = name.startswith("journey")
         assert given.rows_in(truth).tolist() == list(range(10 * generated, 13))
         assert given.matrix.shape == (3 if generated else 13, 20) and np.isfinite(given.matrix).all()
-    assert found["trak-2"].settings == {"timesteps": 2, "D": 4096, "lambda": found["trak-2"].settings["lambda"]}
+    assert found["trak-2"].settings == {"timesteps": 2, "D": 64, "lambda": found["trak-2"].settings["lambda"]}
     assert found["trak-2-tuned"].settings["lambda"] == scores.TUNED
+
+    for module, name, value in (
+        (ablations, "TIMESTEPS", (1, 2)),
+        (ablations, "PUBLISHED", (2,)),
+        (ablations, "DIMS", (16, 64)),
+        (deletion, "SIGNED", {"TRAK": "trak-2", "D-TRAK": "d-trak-2"}),
+        (deletion, "QUERIES", 2),
+        (deletion, "REMOVED", 5),
+    ):
+        monkeypatch.setattr(module, name, value)
+    materials = methods.Materials(small, tmp_path / "work", silent)
+    results = {group: ablations.judged(materials, group) for group in ("sizes", "ensembles", "cells")}
+    assert {result["truth"] for result in results.values()} == {scores.truth_hash(truth)}
+    sizes, ensembles, cells = (result["variants"] for result in results.values())
+    told: list[dict] = [{"timesteps": 1, "D": 64}, {"timesteps": 2, "D": 16}, {"timesteps": 2, "D": 64}]
+    told.append({"timesteps": 2, "D": 64, "solve": "float32"})
+    assert [entry["settings"] for entry in sizes] == 2 * told
+    assert [entry["method"] for entry in sizes] == ["TRAK"] * 4 + ["D-TRAK"] * 4
+    assert [entry["settings"]["half models"] for entry in ensembles] == 2 * [1, 2, 4]
+    # The cells of single pixels are the pixels; what is left without them would be nothing, and is not asked.
+    pixels = list(ablations.cells(materials))
+    assert [variant.settings for variant in pixels] == [entry["settings"] for entry in cells]
+    assert pixels[4].settings == {"means of": "16 x 16 cells"} and len(pixels) == 5 + 4 + 1
+    ((_, alone),) = pixels[4].grid
+    assert np.allclose(alone, found["raw-pixel-cosine"].matrix, atol=1e-3)  # kept in float16
+    # The mean of the scores of the first two models, each at the same share of its own largest eigenvalue.
+    variants = {variant.settings["half models"]: list(variant.grid) for variant in ablations.ensembles(materials)}
+    second = load_model(small.folder / "models" / "half-1.safetensors").eval()
+    other = list(ablations.grid(ablations.pair(materials, 10, "square", second, network="half-1")))
+    for one, two, (_, more) in zip(variants[1], variants[2], other, strict=True):
+        assert one[0] == two[0] and torch.allclose(two[1], (one[1] + more) / 2, atol=1e-6 * float(more.abs().max()))
+
+    for _ in range(2):  # the second time all of it is there
+        deletion.remove(small, tmp_path / "work", 1, silent)
+    outcome = Counterfactuals.open(small.folder / deletion.RESULT)
+    assert outcome.methods == ("TRAK", "D-TRAK", "D-TRAK, squared", "random")
+    squares = found["d-trak-2"].matrix[10:12] ** 2
+    taken = outcome.removed[2, 0].numpy()
+    assert taken.sum(1).tolist() == [5, 5]
+    assert all(squares[q][taken[q]].min() >= squares[q][~taken[q]].max() for q in range(2))
+    deletion.pictures(small, tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"deletion-mnist.png", "deletion-mnist-images.png"}
+    assert deletion.table(small).count("\n") == 5
+
+
+def test_reliability_is_the_rank_correlation_of_models_of_the_same_subsets(monkeypatch):
+    monkeypatch.setattr(problem, "VALIDATION", 2)
+    monkeypatch.setattr(problem, "GENERATED", 1)
+    # Four subsets, two models of each: the same order, the opposite order, and one exchange of neighbours.
+    first = np.array([[1.0, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
+    second = np.array([[10.0, 20, 30, 40], [4, 3, 2, 1], [2, 1, 3, 4]])
+    losses = np.stack([first.T, second.T], 1)[None, :, :, None]  # [1, 4, 2, 1, 3]
+    truth = GroundTruth(
+        masks=np.eye(4, dtype=bool),
+        losses=losses,
+        targets=("simple",),
+        query_ids=np.arange(3),
+        images=None,
+        queries=None,
+        settings={},
+    )
+    monkeypatch.setattr(tables.GroundTruth, "open", lambda path: truth)
+    lines = tables.reliability(PROBLEMS["mnist"]).splitlines()
+    assert lines[2].endswith("| 0.0 | 80.0 |")
+    # 2 * 0.8 / 1.8 = 0.889, whose root is 0.943.
+    assert lines[3].endswith("| 0.0 | 88.9 |") and lines[4].endswith("| 0.0 | 94.3 |")
+    monkeypatch.setattr(tables.GroundTruth, "open", lambda path: dataclasses.replace(truth, losses=losses[:, :, :1]))
+    assert tables.reliability(PROBLEMS["mnist"]) == ""
+
+
+def test_costs_are_counted_and_measured(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar2"
+    folder.mkdir()
+    for name in ("images.npz", "models"):
+        (folder / name).symlink_to(PROBLEMS["cifar2"].folder / name)
+    monkeypatch.setattr(problem, "HERE", tmp_path)
+    for name, value in (("TRAIN", 6), ("QUERIES", 2), ("TIMESTEPS", 2), ("SOME", 4), ("MANY", 3), ("STEPS", 1)):
+        monkeypatch.setattr(costs, name, value)
+    monkeypatch.setattr(costs, "METHODS", {name: costs.METHODS[name] for name in ("RawPixel", "TRAK")})
+    (tmp_path / "work").mkdir()
+    # Times of so few images say nothing, and are refused where they contradict themselves.
+    monkeypatch.setattr(costs, "_units", lambda materials: costs.Units(0.5, 2.0, 0.25, 8.0))
+    costs.measure(PROBLEMS["cifar2"], tmp_path / "work")
+    rows = costs.table(PROBLEMS["cifar2"]).splitlines()
+    assert [row.split(" | ")[0] for row in rows[4:]] == ["| RawPixel", "| TRAK", "| Datamodel, 64 models of 500 images"]
+    units = costs.Units(gradient=0.5, projection=2.0, forward=0.25, step=8.0)
+    # 8 images: 2 timesteps and a projection each.
+    assert costs.METHODS["TRAK"][0](units) == 8 * 3.0
 
 
 def test_each_half_of_the_queries_is_scored_at_the_lambda_that_is_best_for_the_other(monkeypatch):
@@ -145,7 +235,7 @@ def test_each_half_of_the_queries_is_scored_at_the_lambda_that_is_best_for_the_o
     assert np.array_equal(tuned.numpy(), -right)
 
 
-@pytest.mark.parametrize("name", JUDGED)
+@pytest.mark.parametrize("name", NAMES)
 def test_committed_scores_are_of_the_committed_queries(name):
     truth = GroundTruth.open(PROBLEMS[name].folder / "evaluation.safetensors")
     found = {path.stem: Scores.open(path) for path in (PROBLEMS[name].folder / "scores").iterdir()}
@@ -154,14 +244,21 @@ def test_committed_scores_are_of_the_committed_queries(name):
         rows = given.rows_in(truth)
         assert rows.tolist() in (list(range(200)), list(range(100, 200)))
         assert np.isfinite(given.matrix).all()
+        # Nothing rests on an older ground truth, and similarities have no sign.
+        assert given.settings.get("truth", scores.truth_hash(truth)) == scores.truth_hash(truth)
+        assert ("truth" in given.settings) == given.method.endswith(", tuned")
+        assert given.signed == (not given.method.startswith(("raw pixel", "classifier", "NDA", "DAS, probed")))
+    for path in (PROBLEMS[name].folder / "ablations").glob("*.json"):
+        assert json.loads(path.read_text())["truth"] == scores.truth_hash(truth), path.name
     # What the page of the benchmark says of the published order.
     first, second = (lds(found[key].matrix, truth.masks, truth.outputs()) for key in ("d-trak-10", "trak-10"))
     assert first.minus(second).interval.low > 0 and second.interval.low > 0
 
 
-@pytest.mark.parametrize("name", JUDGED)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_documents_hold_the_tables_of_the_committed_scores(name):
     rows = tables.judged(PROBLEMS[name])
     for page in tables.PAGES:
         text = page.read_text()
-        assert f"<!-- lds:{name}" in text and tables.fill(text, PROBLEMS[name], rows) == text
+        assert tables.fill(text, PROBLEMS[name], rows) == text
+    assert f"<!-- lds:{name} -->\n| method" in (tables.ROOT / "docs" / "lds-benchmark.md").read_text()

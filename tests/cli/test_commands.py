@@ -202,7 +202,10 @@ def test_nda_is_that_of_the_library(out, images, succeeds, arrays):
     np.testing.assert_allclose(scores["scores"], method.scores(scores["queries"]), rtol=1e-6)
     assert scores["opponents"].shape == (3, 0)
     settings = json.loads(str(scores["settings"]))["methods"]
-    assert settings == [{"name": "NDA", "method": "nda", "num_timesteps": 2, "k": 7, "num_noises": 2, "seed": 3}]
+    assert settings == [
+        {"name": "NDA", "method": "nda", "readout": {"name": "signed", "percent": None}}
+        | {"num_timesteps": 2, "k": 7, "num_noises": 2, "seed": 3}
+    ]
     # The page shows the regions that explain its three strongest images.
     page = (out / "report.html").read_text()
     for q, article in enumerate(re.findall(r"<article.*?</article>", page, re.S)):

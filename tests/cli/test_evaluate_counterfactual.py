@@ -70,7 +70,7 @@ def test_one_set_for_all_queries_by_default_a_fifth(out, succeeds):
 def test_refusals(out, images, tmp_path, fails, succeeds):
     command = ["evaluate", "counterfactual", "--out", out]
     fails(
-        "Invalid value for --readout: must be one of signed, squared, signed_squared, got cubed",
+        "Invalid value for --readout: must be one of signed, squared, signed-squared, got cubed",
         *command,
         "--readout",
         "cubed",
@@ -97,7 +97,10 @@ def test_refusals(out, images, tmp_path, fails, succeeds):
     with np.load(out / "scores.npz") as archive:
         found = dict(archive)
     settings = json.loads(found["settings"].item())
-    squared = {**settings, "readout": {"name": "squared", "percent": None}}
+    squared = {
+        **settings,
+        "methods": [{**each, "readout": {"name": "squared", "percent": None}} for each in settings["methods"]],
+    }
     np.savez(out / "scores.npz", **{**found, "settings": json.dumps(squared)})
     fails(
         f"{out}/scores.npz holds squared scores, and images are removed by scores as they are or by a readout of these: "

@@ -136,14 +136,18 @@ def test_a_setting_is_chosen_on_other_queries(problem, tmp_path, succeeds):
         MATRICES[name][2]["lambda"]: Scores.open(problem / "scores" / f"{name}.safetensors").matrix
         for name in ("dtrak/1", "dtrak/2")
     }
-    expected = tune_on_split(grid.items(), truth.masks, truth.outputs(), folds=two_folds(QUERIES))
-    row = numbers(tmp_path / "x.json")["validation", "dtrak/1", "signed"]
-    assert row["lds"] == pytest.approx(100 * expected.per_query[:4].mean(), rel=1e-4)
-    assert row["tuned"] == "tuned on other queries" and "tuned on other queries" in told
-    assert row["curve"] == [
-        [0.1, pytest.approx(100 * expected.curve[0.1], rel=1e-4)],
-        [1.0, pytest.approx(100 * expected.curve[1.0], rel=1e-4)],
-    ]
+    for group, (start, end) in GROUPS.items():  # each on its own queries
+        some = {value: matrix[start:end] for value, matrix in grid.items()}
+        expected = tune_on_split(some.items(), truth.masks, truth.outputs()[:, start:end])
+        assert (expected.folds == two_folds(end - start)).all()
+        row = numbers(tmp_path / "x.json")[group, "dtrak/1", "signed"]
+        assert row["lds"] == pytest.approx(100 * expected.mean, rel=1e-4)
+        assert row["interval"] == pytest.approx([100 * end for end in expected.interval], rel=1e-4)
+        assert row["tuned"] == "tuned on other queries" and "tuned on other queries" in told
+        assert row["curve"] == [
+            [0.1, pytest.approx(100 * expected.curve[0.1], rel=1e-4)],
+            [1.0, pytest.approx(100 * expected.curve[1.0], rel=1e-4)],
+        ]
     assert numbers(tmp_path / "y.json")["validation", "dtrak/1", "signed"]["tuned"] == "tuned on the benchmark"
     assert "tuned on the benchmark" in published
 
@@ -167,6 +171,38 @@ def test_each_readout_has_a_value_of_its_own(problem, tmp_path, succeeds):
     assert "steps=[3], tuned on other queries / steps=[1, 2], tuned on other" in " ".join(told.split())
 
 
+def test_each_group_has_a_value_of_its_own(problem, tmp_path, succeeds):
+    # The one file knows the validation queries, the other the generated ones.
+    (tmp_path / "scores").mkdir()
+    for name in ("evaluation.safetensors", "queries.json"):
+        (tmp_path / name).write_bytes((problem / name).read_bytes())
+    for name, known, value in (("a", slice(0, 4), 1), ("b", slice(4, 6), 2)):
+        matrix = noisy(7, 5.0) - noisy(0, 0)
+        matrix[known] = noisy(0, 0)[known]
+        Scores.of("X", matrix, TRAIN, ASKED, signed=True, settings={"steps": value}).save(
+            tmp_path / "scores" / f"{name}.safetensors"
+        )
+    succeeds("evaluate", "lds", tmp_path, "--tune", "steps", "--json", tmp_path / "x.json")
+    found = {group: row["settings"]["steps"] for (group, _, _), row in numbers(tmp_path / "x.json").items()}
+    assert found == {"validation": 1, "generated": 2}
+
+
+def test_all_values_of_a_setting_are_of_these_training_images(problem, pyattr, tmp_path):
+    places = [problem / "scores" / "dtrak" / "1.safetensors", tmp_path / "2.safetensors"]
+    method, matrix, settings = MATRICES["dtrak/2"]
+    Scores.of(method, matrix, TRAIN.flip(0), ASKED, signed=True, settings=settings).save(places[1])
+    result = pyattr("evaluate", "lds", "--truth", problem / "evaluation.safetensors", *places, "--tune", "lambda")
+    told = "Scores: D-TRAK scored other training images than those of the ground truth, or in another order"
+    assert (result.exit_code, result.stderr) == (1, f"pyattr: {told}\n")
+
+
+def test_one_query_has_no_halves(problem, pyattr, tmp_path):
+    (tmp_path / "queries.json").write_text('{"alone": [0, 1]}')
+    result = pyattr("evaluate", "lds", problem, "--queries", tmp_path / "queries.json", "--tune", "lambda")
+    told = "Scoreboard: to tune lambda, alone must have two queries, one for each half, got one"
+    assert (result.exit_code, result.stderr) == (1, f"pyattr: {told}\n")
+
+
 def test_scores_without_a_whole_group_are_told_of(problem, tmp_path, succeeds):
     path = tmp_path / "half.safetensors"
     method, matrix, _ = MATRICES["pixel"]
@@ -187,6 +223,44 @@ def test_pictures(problem, tmp_path, succeeds):
     }  # fmt: skip
     assert all((tmp_path / "plots" / name).read_bytes()[:4] == b"\x89PNG" for name in made)
     assert all(f"picture  {tmp_path / 'plots' / name}" in told for name in made)
+
+
+def test_pictures_of_every_target(problem, tmp_path, succeeds):
+    told = succeeds("evaluate", "lds", problem, "--plots", tmp_path / "plots", "-t", "simple", "-t", "elbo")
+    made = {path.name for path in (tmp_path / "plots").iterdir()}
+    each = {f"{name}{ending}.png" for name in ("lds", "lds-against-lambda", "predictions") for ending in ("", "-elbo")}
+    # Of each method the best file by each target.
+    assert made == each | {"images-dtrak-1.png", "images-dtrak-2.png", "images-pixel.png"}
+    assert all(told.count(f"{tmp_path / 'plots' / name}\n") == 1 for name in made)
+    for name in ("lds", "predictions"):
+        one, other = ((tmp_path / "plots" / f"{name}{ending}.png").read_bytes() for ending in ("", "-elbo"))
+        assert one != other
+    # The second target alone has the same name.
+    succeeds("evaluate", "lds", problem, "--plots", tmp_path / "again", "-t", "elbo")
+    assert (tmp_path / "again" / "lds-elbo.png").exists() and not (tmp_path / "again" / "lds.png").exists()
+
+
+def test_both_spellings_of_a_readout(problem, tmp_path, succeeds):
+    told = [
+        succeeds("evaluate", "lds", problem, "-r", "signed", "-r", name, "--json", tmp_path / f"{name}.json")
+        for name in ("signed-squared", "signed_squared")
+    ]
+    assert "signed-squared" in told[0] and "signed_squared" not in told[1].replace("signed_squared.json", "")
+    one, other = (json.loads((tmp_path / f"signed{_}squared.json").read_text()) for _ in "-_")
+    assert one == other and {row["readout"] for row in one["targets"]["simple"]["validation"]} == {
+        "signed", "signed_squared"
+    }  # fmt: skip
+
+
+def test_a_pool_is_no_judge_of_what_it_taught(problem, tmp_path, fails):
+    truth = GroundTruth.open(problem / "evaluation.safetensors")
+    path = tmp_path / "taught.safetensors"
+    Scores.of("Datamodel", noisy(2, 1), TRAIN, ASKED, signed=True, settings={}, pool=truth).save(path)
+    fails(
+        "taught: Datamodel has asked models of this ground truth's subsets and knows their losses: score by a pool of its own, "
+        "of `pyattr evaluate lds build --pool retraining`",
+        "evaluate", "lds", "--truth", problem / "evaluation.safetensors", path,
+    )  # fmt: skip
 
 
 NOTHING = (
@@ -217,7 +291,9 @@ def test_refusals(problem, pyattr, arguments, line):
     ("arguments", "line"),
     [
         (["x", "--target", "l3"], "--target: must be one of simple, elbo, square, l1, linf, got l3"),
-        (["x", "--readout", "mean"], "--readout: must be one of signed, squared, signed_squared, head, got mean"),
+        (["x", "--readout", "mean"], "--readout: must be one of signed, squared, signed-squared, head, got mean"),
+        (["x", "--percent", "3"], "--percent: goes with --readout head, got 3 alone"),
+        (["x", "--percent", "3", "-r", "squared"], "--percent: goes with --readout head, got 3 alone"),
         (["x", "--tune-on-benchmark"], "--tune-on-benchmark: say which setting is chosen: give --tune"),
     ],
 )

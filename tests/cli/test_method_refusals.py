@@ -28,6 +28,8 @@ from pyattr.cli.workspace import Workspace
         (["-m", "gas", "--lambda", 1], f"--lambda: goes with {', '.join(DAMPED)}, got gas"),
         (["-m", "nda", "--strategy", "midpoint"], f"--strategy: goes with {', '.join(GRADIENTS)}, got nda"),
         (["-m", "dtrak", "--no-centre"], "--centre: goes with pixels, got dtrak"),
+        (["-m", "pixels", "--batch-size", 8], f"--batch-size: goes with {', '.join(GRADIENTS)}, got pixels"),
+        (["-m", "datamodel", "--seed", 1], f"--seed: goes with {', '.join(GRADIENTS)}, nda, got datamodel"),
         (["--clip", "x"], "--clip: goes with clip-similarity, got dtrak"),
         (["--similarity", "dot"], "--similarity: goes with pixels, clip-similarity, got dtrak"),
         (["--pool", "x"], "--pool: goes with empirical-influence, datamodel, got dtrak"),

@@ -173,6 +173,38 @@ def test_das(attributed, train):
         assert words in page, words
 
 
+def test_das_is_squared_once(attributed, train):
+    """Its own score is a square; by --readout the number before it, or another readout of that."""
+    given = ("-m", "das", "--lambda", 0.1)
+    out, _, own = attributed(*given)
+    samples = samples_of(out)
+    queries, ids = samples.uint8(), attribution.QUERY_IDS + samples.ids
+    options = {**SETTINGS, "lambda_": 0.1}
+    signed, squared = (
+        attribution.DAS(model_of(out), SCHEDULE, squared=value, **options).fit(train).scores(queries, ids=ids)
+        for value in (False, True)
+    )
+    np.testing.assert_array_equal(own["scores"], squared)
+    for name, expected, has_sign in (
+        ("squared", squared, False),
+        ("signed", signed, True),
+        ("signed_squared", Readout("signed_squared")(signed), True),
+    ):
+        _, told, found = attributed(*given, "--readout", name)
+        assert "to do" not in told
+        np.testing.assert_array_equal(found["scores"], expected)
+        assert found["signed"].tolist() == [has_sign] and found["opponents"].shape == (2, 4 if has_sign else 0)
+        assert json.loads(str(found["settings"]))["methods"][0]["readout"]["name"] == name
+        page = (out / "report.html").read_text()
+        assert ("The score is the square of that" in page) == (name == "squared")
+        assert ("positive where its gradient points the same way" in page) == has_sign
+    assert found["methods"].tolist() == ["DAS, signed square"] and own["methods"].tolist() == ["DAS"]
+    # With others each has its own.
+    _, _, found = attributed(*given, "-m", "gradient-dot")
+    np.testing.assert_array_equal(found["scores"], squared)
+    assert found["signed"].tolist() == [False, True]
+
+
 def test_one_function_has_one_set_of_features(attributed):
     """TRAK of D-TRAK's function is D-TRAK, and computes nothing twice."""
     out, _, dtrak = attributed("-m", "dtrak", "--no-report")
@@ -198,7 +230,8 @@ def test_readouts(attributed):
         assert "to do" not in told and set(out.iterdir()) == folders  # nothing is computed again
         np.testing.assert_array_equal(found["scores"], kind(scores))
         assert found["methods"].tolist() == [f"Gradient dot, {name}"]
-        assert json.loads(str(found["settings"]))["readout"] == {"name": kind.name, "percent": kind.percent}
+        told = json.loads(str(found["settings"]))["methods"][0]["readout"]
+        assert told == {"name": kind.name, "percent": kind.percent}
         page = (out / "report.html").read_text()
         assert words in page and re.search(rf"<th scope=\"row\">readout</th><td>{name}", page)
         signed = kind.name != "squared"

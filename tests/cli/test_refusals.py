@@ -206,7 +206,7 @@ def test_damaged_scores_are_named(out, fails):
     [
         (
             ["attribute", "--method", "magic"],
-            "Invalid value for --method: must be one of dtrak, das, trak, journey-trak, relative-influence, "
+            "Invalid value for --method: must be one of dtrak, das, probed-das, trak, journey-trak, relative-influence, "
             "renormalized-influence, gradient-dot, gradient-cosine, tracincp, gas, nda, pixels, clip-similarity, "
             "empirical-influence, datamodel, got magic",
         ),

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from pyattr.attribution import readout
+from pyattr.diffusion import checkpoints
 from pyattr.diffusion.storage import data_hash
 from pyattr.evaluation import GroundTruth, lds, subsets
 from pyattr.evaluation.ground_truth import image_hashes
@@ -73,12 +74,27 @@ def test_a_setting_is_chosen_among_archives(out, truth, tmp_path, succeeds):
     assert [value for value, _ in row["curve"]] == [0.1, 10]
 
 
+def test_scores_of_other_models_are_no_values_of_a_setting(out, truth, tmp_path, arrays, fails, succeeds):
+    np.savez(tmp_path / "queries.npz", images=arrays(out / "scores.npz")["queries"][:, 0])
+    archives = []
+    files = checkpoints(next(out.glob("train-*"))).values()
+    for file, value in zip(files, ("0.1", "10"), strict=True):
+        given = ["--checkpoint", file, "--queries", tmp_path / "queries.npz", "--lambda", value]
+        succeeds("attribute", "--out", out, "-m", "dtrak", "--no-report", *given, *SCORE)
+        archives.append((out / "scores.npz").rename(tmp_path / f"{file.stem}.npz"))
+    command = ["evaluate", "lds", "--truth", truth[1], *archives]
+    fails("--tune lambda: no two files of scores differ in that setting alone", *command, "--tune", "lambda")
+    succeeds(*command, "--json", tmp_path / "x.json", "--plots", tmp_path / "plots")
+    assert len({row["settings"]["model"] for row in rows(tmp_path / "x.json").values()}) == 2
+    assert not (tmp_path / "plots" / "lds-against-lambda.png").exists()
+
+
 def test_scores_are_not_read_out_twice(out, truth, tmp_path, arrays, fails, succeeds):
     succeeds("attribute", "--out", out, "--readout", "squared", *ALONE)
     command = ["evaluate", "lds", "--truth", truth[1], out]
     fails(
-        "out holds squared scores already, of which --readout would read out again: leave --readout away, or score without a "
-        "readout first",
+        "out holds squared scores already, of which --readout would read out again: leave --readout away, or score by "
+        "--readout signed first",
         *command, "--readout", "squared",
     )  # fmt: skip
     succeeds(*command, "--json", tmp_path / "x.json")

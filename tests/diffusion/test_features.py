@@ -2,6 +2,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyattr.diffusion import DamagedFileError, Loss, Schedule, features, noise
 from pyattr.diffusion.features import FeatureMap
@@ -75,6 +77,28 @@ def test_timesteps():
     assert feature_map(num_timesteps=4, strategy="midpoint").timesteps().tolist() == [125, 375, 625, 875]
     assert feature_map(num_timesteps=1000, strategy="midpoint").timesteps().tolist() == list(range(1000))
     assert feature_map(num_timesteps=1000).timesteps().tolist() == list(range(1000))
+    # Where they cannot be equally far apart they still reach over the whole schedule.
+    short = Schedule(num_timesteps=7)
+    assert feature_map(schedule=short, num_timesteps=4).timesteps().tolist() == [0, 1, 3, 5]
+    assert feature_map(schedule=short, num_timesteps=4, strategy="midpoint").timesteps().tolist() == [0, 2, 4, 6]
+
+
+@given(st.integers(1, 300), st.data())
+def test_timesteps_reach_over_the_whole_schedule(total, data):
+    count = data.draw(st.integers(1, total))
+    schedule = Schedule(num_timesteps=total)
+    uniform, midpoint = (
+        feature_map(schedule=schedule, num_timesteps=count, strategy=name).timesteps()
+        for name in ("uniform", "midpoint")
+    )
+    if total % count == 0:
+        assert torch.equal(uniform, torch.arange(0, total, total // count))
+        assert torch.equal(midpoint, uniform + total // count // 2)
+    for times in (uniform, midpoint):
+        gaps = times.diff()
+        assert times.min() >= 0 and times.max() < total and (gaps > 0).all()
+        assert count == 1 or gaps.max() - gaps.min() <= 1
+    assert uniform[0] == 0 and total - uniform[-1] <= -(-total // count)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +263,8 @@ def test_finished_features_are_opened_without_the_model(tmp_path, tiny_unet, ima
         ({"kind": "gaussian"}, 'kind was "rademacher", now "gaussian"'),
         ({"num_noises": 2}, "num_noises was 1, now 2"),
         ({"normalize": True}, "normalize was null, now true"),
+        # The definition of timesteps that are not equally far apart is another.
+        ({"num_timesteps": 3}, "definition was 1, now 2; num_timesteps was 4, now 3"),
     ],
 )
 def test_other_settings_are_refused_by_name(tmp_path, tiny_net, images, change, named):

@@ -337,9 +337,11 @@ def test_bad_options(folder, options, error, message):
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "got betas of its own"),
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "must not be rescaled to zero signal"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "epsilon, v_prediction, got sample"),
+        ("scheduler/scheduler_config.json", {"beta_end": None},
+         "read_schedule: the scheduler of .* must say num_train_timesteps, beta_start, beta_end, got beta_end None"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
+)  # fmt: skip
 def test_folders_of_another_kind(altered, file, changes, message):
     edit(altered / file, **changes)
     with pytest.raises(ValueError, match=message):

@@ -117,6 +117,28 @@ def test_scores_of_something_else():
         scores().take([0, 1]).rows_in(truth(queries=None))
 
 
+def test_a_method_is_not_judged_by_models_that_it_asked(tmp_path):
+    pool = truth(masks=subsets(4, 2, pool="retraining"), losses=np.zeros((1, 2, 1, 1, 3)))
+    made = Scores.of("Datamodel", MATRIX, IMAGES, QUERIES, signed=True, settings={}, pool=pool)
+    masks = subsets(4, 5)
+    masks[3] = pool.masks[1]
+    for found in (made, made.take([1]), saved(made, tmp_path / "scores.safetensors")):
+        with pytest.raises(ValueError, match="Scores: Datamodel has asked models of this ground truth's subsets"):
+            found.rows_in(truth(masks=masks))
+    others = ~pool.masks[:1].repeat(3, 0)
+    assert made.rows_in(truth(masks=others, losses=np.zeros((1, 3, 1, 1, 3)))).tolist() == [0, 1, 2]
+    alike = Scores.of("TRAK", MATRIX, IMAGES, QUERIES, signed=True, settings={})
+    assert alike.rows_in(truth(masks=masks)).tolist() == [0, 1, 2]
+
+
+def test_files_from_before_pools_were_told(tmp_path):
+    path = tmp_path / "scores.safetensors"
+    scores().save(path)
+    tensors, record = load_tensors(path)
+    save_tensors(path, tensors, {name: value for name, value in record.items() if name != "asked"})
+    assert Scores.open(path).asked == () and Scores.open(path).queries == scores().queries
+
+
 def test_files_that_are_damaged_or_something_else(tmp_path):
     path = tmp_path / "scores.safetensors"
     scores().save(path)

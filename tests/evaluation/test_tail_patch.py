@@ -98,6 +98,7 @@ def test_weights_come_back_when_it_is_interrupted():
         ({"step_timesteps": 9}, r"step_timesteps must lie in \[1, 8\], got 9"),
         ({"timesteps": 9}, r"timesteps must lie in \[1, 8\], got 9"),
         ({"query_ids": [1, 1]}, r"query_ids must be 2 distinct integers, got shape \[2\]"),
+        ({"query_ids": [3, -1]}, r"query_ids must lie in \[0, 2\^63\), got -1"),
         ({"queries": QUERIES[:0]}, r"queries must be at least one image of shape \[1, 2, 2\], got \[0, 1, 2, 2\]"),
         ({"scores": {"random": SCORES["one"]}}, "scores must be of at least one method, and none of the name 'random'"),
     ],

@@ -8,13 +8,15 @@ from ...datasets import ImageDataset
 from ..options import HISTORY, MethodOptions, PatchOptions, PixelOptions, PoolOptions, ScoreOptions
 from ..stages import SCHEDULE, Checkpoint
 from ..workspace import Workspace
-from .base import PLAIN, Scoring, listed
+from .base import Scoring, listed
+from .ensembles import EnsembleScoring
 from .gradients import ChangeScoring, GradientScoring, HistoryScoring, JourneyScoring, evenly_spaced
 from .patches import PatchScoring
+from .probes import ProbedScoring
 from .retraining import RetrainingScoring
 from .similarity import EncoderScoring, PixelScoring
 
-__all__ = ["PatchScoring", "Scoring", "listed", "scoring_of"]
+__all__ = ["EnsembleScoring", "PatchScoring", "Scoring", "listed", "scoring_of"]
 
 
 def scoring_of(
@@ -25,14 +27,14 @@ def scoring_of(
     schedule: diffusion.Schedule = SCHEDULE,
     *,
     model: Checkpoint | None = None,
-    readout: Readout = PLAIN,
+    readout: Readout | None = None,
 ) -> Scoring:
     """The scoring of a method's options.
 
     Args:
         model_key: what tells the model from others; None where the method needs none.
         model: where the model lies, for the methods that ask several checkpoints of its training.
-        readout: what is read out of the scores.
+        readout: what is read out of the scores; None: what the method has for its own.
 
     Raises:
         WorkspaceError, ValueError, ImportError, RuntimeError: an option is not possible, or what it names cannot be had.
@@ -42,7 +44,8 @@ def scoring_of(
         history = evenly_spaced(options.method, model, options.checkpoints)
         return HistoryScoring(*common, history=history, readout=readout)
     if isinstance(options, ScoreOptions):
-        kind = {"das": ChangeScoring, "journey-trak": JourneyScoring}.get(options.method, GradientScoring)
+        kinds = {"das": ChangeScoring, "probed-das": ProbedScoring, "journey-trak": JourneyScoring}
+        kind = kinds.get(options.method, GradientScoring)
     else:
         kinds = {PatchOptions: PatchScoring, PixelOptions: PixelScoring, PoolOptions: RetrainingScoring}
         kind = kinds.get(type(options), EncoderScoring)

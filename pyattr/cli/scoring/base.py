@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ... import diffusion
@@ -23,6 +24,7 @@ INFLUENCE = (
 PLAIN = Readout("signed")
 # readout -> its name, and what it does to a score, for people
 _READOUTS = {
+    "signed": ("signed", "the score itself, where the method alone would take its square"),
     "squared": ("squared", "its square, in which what is positive and what is negative cannot be told apart any more"),
     "signed_squared": ("signed square", "its square with its own sign"),
     "head": ("head of {percent:g}%", "itself if among the {percent:g}% of largest size for that image, else 0"),
@@ -36,6 +38,9 @@ class Scoring:
         name: for people.
         steps: of the plan, once :meth:`plan` was called.
         schedule: of the diffusion.
+        own: the readout that is the method's.
+        holds: the readout that is in the scores as they are computed.
+        examples: the training images as the model takes them, where that is not the images.
 
     Raises:
         ValueError: an option is not possible.
@@ -44,6 +49,8 @@ class Scoring:
     summary: str
     meaning: str
     signed = True
+    own = PLAIN
+    holds = PLAIN
     title = "made"  # what the report asks: which training images did so
 
     def __init__(
@@ -54,18 +61,28 @@ class Scoring:
         options: MethodOptions,
         schedule: diffusion.Schedule = SCHEDULE,
         *,
-        readout: Readout = PLAIN,
+        readout: Readout | None = None,
     ):
         self.workspace, self.model_key, self.data = workspace, model_key, data
-        self.options, self.schedule, self.readout = options, schedule, readout
+        self.options, self.schedule, self.readout = options, schedule, readout or self.own
         self.method_name = METHODS[options.method]
         self.steps: list[Step] = []
+        self.examples: diffusion.Conditioned | None = None
+
+    @property
+    def train(self) -> torch.Tensor | diffusion.Conditioned:
+        """What methods that ask the model are fitted to."""
+        return torch.from_numpy(self.data.images) if self.examples is None else self.examples
 
     @property
     def name(self) -> str:
         """The method's name, with its readout where that is not the score itself."""
         told = self._readout_in_words()
         return f"{self.method_name}, {told[0]}" if told else self.method_name
+
+    def take(self, examples: diffusion.Conditioned) -> None:
+        """Take what stands for the training images, in the order of the images."""
+        self.examples = examples
 
     def check(self, queries: Queries) -> None:
         """Refuse queries that the method cannot take, before any work."""
@@ -82,7 +99,8 @@ class Scoring:
 
     def attribution(self, scores: np.ndarray, matches: Sequence[Sequence[Matched]] = ()) -> Attribution:
         """What is read out of the scores [Q, N], as the report takes it."""
-        read, summary, meaning, told = self.readout(scores), self.summary, self.meaning, self._readout_in_words()
+        read = scores if self.readout == self.holds else self.readout(scores)
+        summary, meaning, told = self.summary, self.meaning, self._readout_in_words()
         if told:
             summary += f" Of each score s stands here {told[1]}."
             meaning += f". What is shown of it is {told[1]}"
@@ -103,7 +121,7 @@ class Scoring:
     def caveats(self) -> list[str]:
         """What the settings mean for how far the scores can be trusted."""
         told = self._caveats()
-        if self.signed and not self.readout.signed:
+        if self.readout != self.own and self.signed and not self.readout.signed:
             told.append(
                 f"{self.name}, has no sign: images that made a query likelier and images that made it less likely stand in "
                 "one list, by size alone."
@@ -117,7 +135,7 @@ class Scoring:
         raise NotImplementedError
 
     def _readout_in_words(self) -> tuple[str, str] | None:
-        if self.readout == PLAIN:
+        if self.readout == self.own:
             return None
         name, does = (text.format(percent=self.readout.percent) for text in _READOUTS[self.readout.name])
         return name, does

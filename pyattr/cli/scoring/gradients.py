@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ... import attribution
+from ...attribution import Readout
 from ...attribution.gradient_method import GradientMethod
 from ...attribution.kernel import FRACTION, effective_dimension
 from ...diffusion import Loss
@@ -16,7 +19,7 @@ from ...diffusion.features import FeatureMap
 from ...diffusion.images import reference_parameter
 from ...report import Attribution
 from ..display import Display
-from ..options import DAMPED, METHODS, ScoreOptions
+from ..options import DAMPED, METHODS, SOLVED, ScoreOptions
 from ..stages import SCHEDULE, Checkpoint, Queries, Step, read_npz, write_npz
 from ..workspace import WorkspaceError
 from .base import INFLUENCE, Scoring, draws, listed
@@ -33,6 +36,9 @@ _FUNCTIONS = {
     "interpolate": "a mixture ({eta:g} : {rest:g}) of the squared norm of the model’s noise prediction and of what it lacks to "
     "the training loss",
 }
+ESTIMATES = (
+    "Scores are estimates for {models}; no model was retrained without these images to confirm them."  # the last caveat
+)
 _TRAK = (
     "Compares gradients of {f}, averaged over timesteps, projected at random, and weighed by the damped inverse of their Gram "
     "matrix over all training images."
@@ -43,7 +49,13 @@ _KINDS = {
     "das": (
         attribution.DAS,
         "Estimates how much the model’s prediction for an image would change without a training image: TRAK’s scores from "
-        "gradients of {f}, squared.",
+        "gradients of {f}.",
+    ),
+    "probed-das": (
+        attribution.ProbedDAS,
+        "Estimates how much the model’s prediction for an image would change without a training image, over all its numbers: "
+        "gradients of the prediction along random directions, against gradients of {f}, weighed by the damped inverse of the "
+        "curvature, squared, and the mean over directions.",
     ),
     "trak": (attribution.TRAK, _TRAK),
     "journey-trak": (
@@ -109,6 +121,8 @@ class GradientScoring(Scoring):
         self.normalize = self.normalised if options.normalize is None else options.normalize
         if self.normalize != self.normalised:
             self.method_name += ", normalised" if self.normalize else ", not normalised"
+        if options.method in SOLVED and options.solve_dtype == "float32":
+            self.method_name += ", float32 inverse"
         if self.normalize:
             self.summary += " The gradient at each timestep counts by its direction alone."
         chosen = {name: getattr(options, name) for name in ("num_timesteps", "strategy", "kind", "proj_dim", "seed")}
@@ -142,7 +156,7 @@ class GradientScoring(Scoring):
     def plan(self, queries_key: str, count: int) -> list[Step]:
         settings = {
             "model": self.model_key,
-            **({"lambda": self.options.lambda_} if self.damped else {}),
+            **({"lambda": self.options.lambda_, "solve": self.options.solve_dtype} if self.damped else {}),
             **self._weights(),
         }
         return self._plan([self.features], settings, queries_key, count)
@@ -155,14 +169,16 @@ class GradientScoring(Scoring):
         return self.steps
 
     def run(self, model, queries, display, begin) -> Attribution:
+        return self.attribution(self.matrix(model, queries, display, begin))
+
+    def matrix(
+        self, model: nn.Module, queries: Queries, display: Display, begin: Callable[[Step], None]
+    ) -> np.ndarray:  # [Q, N]
+        """The scores that are read out, computed or found."""
         step = self.steps[-1]
         path = step.stage.folder / "scores.npz"
         if not step.stage.finished:
-            fitted = None
-            if not self.features.stage.finished:
-                begin(self.features)
-                with self.features.stage.work():
-                    fitted = self._fit(model, self.features.stage.folder, display)
+            fitted = self._fitted(model, display, begin)
             begin(step)
             with step.stage.work() as notes:
                 # Features that were found still have to be decomposed.
@@ -172,27 +188,48 @@ class GradientScoring(Scoring):
                     notes["lambda"] = fitted.lambda_
                     notes["effective dimension"] = effective_dimension(fitted.eigenvalues, fitted.lambda_)
                 write_npz(path, {"scores": scores})
-        return self.attribution(read_npz(path)["scores"])
+        return read_npz(path)["scores"]
+
+    def _fitted(self, model: nn.Module, display: Display, begin: Callable[[Step], None]) -> GradientMethod | None:
+        """Compute what features are still to be computed; the method, if that has fitted it."""
+        if self.features.stage.finished:
+            return None
+        begin(self.features)
+        with self.features.stage.work():
+            return self._fit(model, self.features.stage.folder, display)
 
     def _fit(self, model: nn.Module, directory: Path, display: Display) -> GradientMethod:
-        left_out = {"method", "eta", "checkpoints", "lambda_", "residuals", "leverage"}
-        options = {name: value for name, value in dataclasses.asdict(self.options).items() if name not in left_out}
+        options = {**self._of_features(directory, display), **self._weights()}
         if self.damped:
             options["lambda_"] = self.options.lambda_
-        options |= {"feature": self.loss, "normalize": self.normalize, **self._weights()}
-        method = self.kind(model, self.schedule, directory=directory, progress=display.progress, **options)
-        return method.fit(torch.from_numpy(self.data.images))
+        if self.options.method in SOLVED:
+            options["solve_dtype"] = getattr(torch, self.options.solve_dtype)
+        return self.kind(model, self.schedule, **options).fit(self.train)
 
-    def _weights(self) -> dict[str, bool]:
-        """Options of the method alone that weigh training images."""
+    def _of_features(self, directory: Path, display: Display) -> dict:
+        """The arguments that all methods of gradients have."""
+        names = (
+            "num_timesteps", "strategy", "num_noises", "query_noises", "kind", "proj_dim", "seed", "batch_size", "memory"
+        )  # fmt: skip
+        return {
+            **{name: getattr(self.options, name) for name in names},
+            "feature": self.loss,
+            "normalize": self.normalize,
+            "directory": directory,
+            "progress": display.progress,
+        }
+
+    def _weights(self) -> dict[str, bool | int]:
+        """Options of the method alone."""
         return {}
 
     def _scores(self, fitted: GradientMethod, queries: Queries) -> Tensor:  # -> [Q, N]
-        return fitted.scores(torch.from_numpy(queries.images), ids=queries.ids)
+        return fitted.scores(queries.asked, ids=queries.ids)
 
-    def found(self) -> dict[str, float]:
+    def found(self) -> dict[str, str | float]:
         record = self.steps[-1].stage.record
-        return {name: record[name] for name in ("lambda", "effective dimension")} if self.damped else {}
+        damping = {name: record[name] for name in ("lambda", "effective dimension")} if self.damped else {}
+        return {"model": self.model_key, **damping}
 
     def _settings(self) -> list[tuple[str, str]]:
         o, found = self.options, self.found()
@@ -208,9 +245,13 @@ class GradientScoring(Scoring):
         if self.damped:
             told += [
                 ("lambda", f"{found['lambda']:.4g}, {self._how_lambda()}"),
-                ("effective dimension", f"{found['effective dimension']:.0f} of {min(o.proj_dim, len(self.data)):,}"),
+                ("effective dimension", f"{found['effective dimension']:.0f} of {min(o.proj_dim, self._rows()):,}"),
             ]
         return told
+
+    def _rows(self) -> int:
+        """Of the matrix whose eigenvalues lambda is added to, before it is squared."""
+        return len(self.data)
 
     def _how_lambda(self) -> str:
         asked = self.options.lambda_
@@ -234,21 +275,26 @@ class GradientScoring(Scoring):
                 f"effective dimension of {FRACTION:.0%} of the number of eigenvalues{among}. No retrained model was there to "
                 "tune it on, so it is a reasonable value, not the best."
             )
+        if self.options.method in SOLVED and o.solve_dtype == "float32":
+            told.append(
+                "The inverse was taken in float32, as the published code does, to show what that does: at small lambda these "
+                "scores are noise."
+            )
         return [
             *told,
             f"The gradients of all parameters are compressed to {o.proj_dim:,} random combinations, "
             "which adds noise to every score.",
-            "Scores are estimates for one trained model; no model was retrained without these images to confirm them.",
+            ESTIMATES.format(models="one trained model"),
         ]
 
 
 class ChangeScoring(GradientScoring):
-    """DAS: how much the prediction changes, in whatever direction."""
+    """DAS: how much the prediction changes, in whatever direction; or, by another readout, the number before the square."""
 
     meaning = (
         "an estimate of how much the model’s prediction for that image would change without it, for better or worse"
     )
-    signed = False
+    own = Readout("squared")
     normalised = True
 
     def __init__(self, workspace, model_key, data, options, schedule=SCHEDULE, **rest):
@@ -259,9 +305,16 @@ class ChangeScoring(GradientScoring):
         ):
             if used:
                 self.summary += f" Each training image is weighed by {words}."
+        if self.readout == self.own:
+            self.summary += " The score is the square of that."
+        else:
+            self.meaning = (
+                "an estimate of how the model’s prediction for that image would change without it, positive where its gradient "
+                "points the same way"
+            )
 
     def _weights(self) -> dict[str, bool]:
-        return {"residuals": self.options.residuals, "leverage": self.options.leverage}
+        return {"residuals": self.options.residuals, "leverage": self.options.leverage, "squared": False}
 
     def _settings(self) -> list[tuple[str, str]]:
         used = [name for name, value in self._weights().items() if value]
@@ -312,7 +365,7 @@ class HistoryScoring(GradientScoring):
         keys = [checkpoint.key for checkpoint, _ in self.parts]
         return self._plan([step for _, step in self.parts], {"models": keys}, queries_key, count)
 
-    def run(self, model, queries, display, begin) -> Attribution:
+    def matrix(self, model, queries, display, begin) -> np.ndarray:
         step = self.steps[-1]
         path = step.stage.folder / "scores.npz"
         if not step.stage.finished:
@@ -330,7 +383,7 @@ class HistoryScoring(GradientScoring):
                     part = self._scores(fitted, queries)
                     total = part if total is None else total.add_(part)
                 write_npz(path, {"scores": total.div_(len(self.parts)).numpy()})
-        return self.attribution(read_npz(path)["scores"])
+        return read_npz(path)["scores"]
 
     def _settings(self) -> list[tuple[str, str]]:
         return [*super()._settings(), ("checkpoints", f"{len(self.history)}, after steps {listed([*self.history])}")]

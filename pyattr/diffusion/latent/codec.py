@@ -42,6 +42,30 @@ class Codec:
         self._factor = 2 ** (len(config.block_out_channels) - 1)
         self._scale, self._shift = config.scaling_factor, config.get("shift_factor") or 0.0
 
+    def identity(self) -> dict:
+        """What decides the latents of an image."""
+        return {
+            "vae": model_hash(self._vae),
+            "scale": self._scale,
+            "shift": self._shift,
+            "definition": _DEFINITION,
+        }
+
+    def latent_shape(self, images: Tensor) -> torch.Size:
+        """The shape [c, H / 8, W / 8] of the latents of images [N, C, H, W].
+
+        Raises:
+            ValueError: images that the autoencoder does not take.
+        """
+        channels, factor = self._vae.config.in_channels, self._factor
+        _, given, height, width = images.shape
+        if given != channels or height % factor or width % factor or 0 in images.shape:
+            raise ValueError(
+                f"Codec: images must be at least one of {channels} channels with sides that are multiples of {factor}, "
+                f"got shape {list(images.shape)}"
+            )
+        return torch.Size([self._vae.config.latent_channels, height // factor, width // factor])
+
     def encode(
         self,
         images,
@@ -71,14 +95,7 @@ class Codec:
         Extra memory: the autoencoder's for a batch; the latents twice.
         """
         images = as_images(images, "Codec", "images")
-        channels, factor = self._vae.config.in_channels, self._factor
-        _, given, height, width = images.shape
-        if given != channels or height % factor or width % factor or 0 in images.shape:
-            raise ValueError(
-                f"Codec: images must be at least one of {channels} channels with sides that are multiples of {factor}, "
-                f"got shape {list(images.shape)}"
-            )
-        shape = (1 + mirrored, self._vae.config.latent_channels, height // factor, width // factor)
+        shape = (1 + mirrored, *self.latent_shape(images))
         # What is wrong with the conditions is said before the work.
         found = Conditioned(torch.empty(len(images), *shape[1:], device="cpu"), conditions)
         total, done = len(images), 0
@@ -100,13 +117,7 @@ class Codec:
         else:
             store = FeatureDirectory(
                 directory,
-                settings={
-                    "vae": model_hash(self._vae),
-                    "scale": self._scale,
-                    "shift": self._shift,
-                    "mirrored": bool(mirrored),
-                    "definition": _DEFINITION,
-                },
+                settings={**self.identity(), "mirrored": bool(mirrored)},
                 data={"images": data_hash(images)},
                 rows=total,
                 shard_rows=_SHARD_ROWS,

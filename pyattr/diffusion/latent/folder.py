@@ -20,6 +20,7 @@ PARTS = {
     "unet": "UNet2DConditionModel",
 }
 _SCHEDULES = {"linear": Schedule, "scaled_linear": ScaledLinearSchedule}
+_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end")
 PREDICTIONS = ("epsilon", "v_prediction")
 # Settings of a U-Net under which it asks for more than an image, a time and a prompt.
 _FURTHER_INPUTS = ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
@@ -72,7 +73,7 @@ def read_schedule(folder: str | os.PathLike) -> tuple[Schedule, str]:
 
     Raises:
         FileNotFoundError: there is no such configuration.
-        ValueError: betas that are neither linear nor scaled-linear, or another kind of prediction.
+        ValueError: betas that are neither linear nor scaled-linear, or not told, or another kind of prediction.
     """
     path = Path(folder) / "scheduler" / "scheduler_config.json"
     config = _read(path, "read_schedule", f"{folder} has no configuration of a scheduler")
@@ -88,8 +89,12 @@ def read_schedule(folder: str | os.PathLike) -> tuple[Schedule, str]:
         raise ValueError(
             f"read_schedule: the network of {folder} must predict one of {', '.join(PREDICTIONS)}, got {prediction}"
         )
-    betas = config["beta_start"], config["beta_end"]
-    return _SCHEDULES[kind](config["num_train_timesteps"], *betas), prediction
+    for name in _SETTINGS:
+        if not isinstance(config.get(name), int | float):
+            raise ValueError(
+                f"read_schedule: the scheduler of {folder} must say {', '.join(_SETTINGS)}, got {name} {config.get(name)!r}"
+            )
+    return _SCHEDULES[kind](*(config[name] for name in _SETTINGS)), prediction
 
 
 def load_unet(folder: Path, op: str) -> nn.Module:
