@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyattr.attribution import QUERY_IDS, RawPixel
+from pyattr.attribution import DAS, QUERY_IDS, RawPixel
 from pyattr.attribution.float32_kernel import Float32Kernel
 from pyattr.attribution.kernel import DampedKernel
 from pyattr.diffusion import features, load_model
@@ -165,12 +165,23 @@ def choices(materials: Materials) -> Iterator[Variant]:
     changes: tuple[dict, ...] = (
         {"strategy": "cumulative"},
         {"strategy": "midpoint"},
+        {"num_noises": 2},
         {"num_noises": 4},
         {"normalize": True},
     )
     for method, loss in METHODS.items():
         for change in changes:
             yield Variant(method, {"timesteps": 10, "D": DIM, **change}, grid(pair(materials, 10, loss, **change)))
+
+
+def das(materials: Materials) -> Iterator[Variant]:
+    """What DAS adds to normalised gradients of the prediction's mean, one at a time."""
+    for change in ({}, {"squared": True}, {"residuals": True}, {"leverage": True}):
+        options = {"squared": False, **materials.options(10, "avg", normalize=True), **change}
+        method = DAS(materials.model, SCHEDULE, **options).fit(materials.images)
+        lambdas = [float(method.eigenvalues[0]) * value for value in LAMBDAS]
+        told = {"timesteps": 10, "D": DIM, **change}
+        yield Variant("DAS, before its square", told, method.scores_grid(materials.queries, lambdas))
 
 
 def checkpoints(materials: Materials) -> Iterator[Variant]:
@@ -184,7 +195,7 @@ def checkpoints(materials: Materials) -> Iterator[Variant]:
 
 GROUPS: dict[str, Callable[[Materials], Iterator[Variant]]] = {
     function.__name__: function
-    for function in (sizes, large, interpolations, functions, choices, checkpoints, ensembles, cells)
+    for function in (sizes, large, interpolations, functions, choices, das, checkpoints, ensembles, cells)
 }
 
 

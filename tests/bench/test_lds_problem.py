@@ -150,6 +150,16 @@ def test_everything_is_made_and_goes_on(digits, tmp_path, monkeypatch):
     other = list(ablations.grid(ablations.pair(materials, 10, "square", second, network="half-1")))
     for one, two, (_, more) in zip(variants[1], variants[2], other, strict=True):
         assert one[0] == two[0] and torch.allclose(two[1], (one[1] + more) / 2, atol=1e-6 * float(more.abs().max()))
+    # Of what DAS adds, the square is taken of the same numbers, and weights are one for each column.
+    plain, *added = (list(variant.grid) for variant in ablations.das(materials))
+    for (value, base), *others in zip(plain, *added, strict=True):
+        assert [other[0] for other in others] == [value] * 3
+        squares, residuals, leverage = (other[1] for other in others)
+        assert torch.equal(squares, base.square())
+        for weighed in (residuals, leverage):
+            weights = weighed.double() / base
+            assert (weights > 0).all() and torch.allclose(weights, weights[:1].expand_as(weights), rtol=1e-4)
+            assert not torch.equal(weighed, base)
 
     for _ in range(2):  # the second time all of it is there
         deletion.remove(small, tmp_path / "work", 1, silent)
