@@ -2,25 +2,21 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import Tensor, nn
 
-from pyattr.attribution import readout
-from pyattr.diffusion import Progress, checkpoints, load_model, sample
-from pyattr.evaluation import Counterfactuals, Scores, counterfactual
+from pyattr.attribution import DTRAK, TRAK, RawPixel, readout
+from pyattr.diffusion import Progress, Samples, checkpoints, load_model, sample
+from pyattr.evaluation import Counterfactuals, counterfactual
 from pyattr.report.counterfactual import effects_plot, images_grid
 
 from . import build
 from . import problem as settings
+from .methods import DIM, FEW
 from .problem import SCHEDULE, Problem
 
+METHODS = {"TRAK": TRAK, "D-TRAK": DTRAK}
 QUERIES, REMOVED = 6, 200
-# By file of scores: a query's largest are removed.
-SIGNED = {
-    "TRAK": "trak-10-tuned",
-    "D-TRAK": "d-trak-10-tuned",
-    "raw pixel, cosine": "raw-pixel-cosine",
-}
 SQUARED = ("D-TRAK",)
 RESULT = "deletion.safetensors"
 
@@ -28,17 +24,18 @@ RESULT = "deletion.safetensors"
 def remove(problem: Problem, work: Path, workers: int, progress: Progress) -> None:
     """Retrain and keep the outcome; made again, it goes on where it was interrupted.
 
-    The queries are the first generated ones, made again by the model in full precision, whose float16 weights gave the scores.
+    Reference, queries and scores are of a model of all images that the stage "main" trained on this machine, in full precision:
+    the same training on another machine ends at other weights, from which no single removal could be told.
     """
     images = torch.from_numpy(build.images(problem)["train_images"])
-    model = load_model(checkpoints(work / "main")[settings.FULL_STEPS])
+    model = load_model(checkpoints(work / "main")[settings.FULL_STEPS]).eval()
     queries = sample(model, SCHEDULE, num_images=QUERIES, seed=settings.SEED, progress=progress)
     found = counterfactual(
         work / "deletion",
         problem.network,
         images,
         queries,
-        scores(problem),
+        scores(model, images, queries, work / "features", progress),
         schedule=SCHEDULE,
         remove=REMOVED,
         seed=settings.SEED,
@@ -53,16 +50,20 @@ def remove(problem: Problem, work: Path, workers: int, progress: Progress) -> No
     found.save(problem.folder / RESULT)
 
 
-def scores(problem: Problem) -> dict[str, np.ndarray]:
-    """By method, [QUERIES, N], from the committed files."""
-    found = {}
-    for name, stem in SIGNED.items():
-        kept = Scores.open(problem.folder / "scores" / f"{stem}.safetensors").matrix
-        first = len(kept) - settings.GENERATED  # generated queries come last
-        found[name] = kept[first : first + QUERIES]
-        if name in SQUARED:
-            found[f"{name}, squared"] = readout(torch.from_numpy(found[name]), "squared").numpy()
-    return found
+def scores(
+    model: nn.Module, images: Tensor, queries: Samples, features: Path, progress: Progress
+) -> dict[str, Tensor]:  # [Q, N] each
+    """By method, at 10 timesteps and the automatic lambda, which no retrained model has chosen."""
+    options = {"num_timesteps": FEW, "proj_dim": DIM, "batch_size": 32, "progress": progress}
+    found = {
+        name: kind(model, SCHEDULE, directory=features / f"deletion-{name}", **options)
+        .fit(images)
+        .scores(queries.images)
+        for name, kind in METHODS.items()
+    }
+    for name in SQUARED:
+        found[f"{name}, squared"] = readout(found[name], "squared")
+    return {**found, "raw pixel, cosine": RawPixel("cosine").fit(images).scores(queries.images)}
 
 
 def table(problem: Problem) -> str:

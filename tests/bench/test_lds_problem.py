@@ -10,7 +10,8 @@ import torch
 
 from bench.lds import ablations, build, costs, deletion, methods, problem, scores, tables
 from bench.lds.problem import PROBLEMS
-from pyattr.diffusion import load_model
+from pyattr.attribution import DTRAK
+from pyattr.diffusion import checkpoints, load_model
 from pyattr.diffusion.progress import silent
 from pyattr.diffusion.storage import data_hash
 from pyattr.evaluation import Counterfactuals, GroundTruth, Scores, lds, two_folds
@@ -124,7 +125,8 @@ def test_everything_is_made_and_goes_on(digits, tmp_path, monkeypatch):
         (ablations, "TIMESTEPS", (1, 2)),
         (ablations, "PUBLISHED", (2,)),
         (ablations, "DIMS", (16, 64)),
-        (deletion, "SIGNED", {"TRAK": "trak-2", "D-TRAK": "d-trak-2"}),
+        (deletion, "DIM", 64),
+        (deletion, "FEW", 2),
         (deletion, "QUERIES", 2),
         (deletion, "REMOVED", 5),
     ):
@@ -164,14 +166,17 @@ def test_everything_is_made_and_goes_on(digits, tmp_path, monkeypatch):
     for _ in range(2):  # the second time all of it is there
         deletion.remove(small, tmp_path / "work", 1, silent)
     outcome = Counterfactuals.open(small.folder / deletion.RESULT)
-    assert outcome.methods == ("TRAK", "D-TRAK", "D-TRAK, squared", "random")
-    squares = found["d-trak-2"].matrix[10:12] ** 2
-    taken = outcome.removed[2, 0].numpy()
-    assert taken.sum(1).tolist() == [5, 5]
-    assert all(squares[q][taken[q]].min() >= squares[q][~taken[q]].max() for q in range(2))
+    assert outcome.methods == ("TRAK", "D-TRAK", "D-TRAK, squared", "raw pixel, cosine", "random")
+    trained = load_model(checkpoints(tmp_path / "work" / "main")[problem.FULL_STEPS]).eval()
+    given = DTRAK(trained, problem.SCHEDULE, num_timesteps=2, proj_dim=64, batch_size=32).fit(materials.images)
+    values = given.scores(outcome.originals)
+    for number, matrix in ((1, values), (2, values.square())):
+        taken = outcome.removed[number, 0]
+        assert taken.sum(1).tolist() == [5, 5]
+        assert all(matrix[q][taken[q]].min() >= matrix[q][~taken[q]].max() for q in range(2))
     deletion.pictures(small, tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"deletion-mnist.png", "deletion-mnist-images.png"}
-    assert deletion.table(small).count("\n") == 5
+    assert deletion.table(small).count("\n") == 6
 
 
 def test_reliability_is_the_rank_correlation_of_models_of_the_same_subsets(monkeypatch):
