@@ -181,6 +181,8 @@ def _chosen(settings: dict) -> dict:
 def distinguishing(rows: Sequence[Row], *, group: str | None = None) -> dict[tuple[str, str], str]:
     """By name and readout, the settings in which the rows that have them are not all alike, in words; and how one was tuned.
 
+    How a value was chosen is told where that is not alike either.
+
     Args:
         rows: any.
         group: of queries, for which values may have been chosen.
@@ -188,20 +190,28 @@ def distinguishing(rows: Sequence[Row], *, group: str | None = None) -> dict[tup
     # A value that was tuned may be another for each readout.
     told = {(row.name, row.readout): _words(row.settings if group is None else row.settings_in(group)) for row in rows}
     values: dict[str, set[str]] = {}
+    ways: dict[str, set[str]] = {}
     for settings in told.values():
-        for key, word in settings.items():
+        for key, (word, way) in settings.items():
             values.setdefault(key, set()).add(word)
+            ways.setdefault(key, set()).add(way)
     tuned = {(row.name, row.readout): [row.tuned] if row.tuned else [] for row in rows}
-    return {
-        row: ", ".join([*(f"{key}={word}" for key, word in settings.items() if len(values[key]) > 1), *tuned[row]])
-        for row, settings in told.items()
-    }
+    found = {}
+    for row, settings in told.items():
+        words = [
+            f"{key}={word}{way if len(ways[key]) > 1 else ''}"
+            for key, (word, way) in settings.items()
+            if len(values[key]) > 1
+        ]
+        found[row] = ", ".join([*words, *tuned[row]])
+    return found
 
 
-def _words(settings: dict) -> dict[str, str]:
+def _words(settings: dict) -> dict[str, tuple[str, str]]:
+    """Of each setting its value, and in parentheses how it was chosen, if it was."""
     chosen = _chosen(settings)
     return {
-        name: f"{_word(value)} ({CHOSEN} {chosen[name]})" if name in chosen else _word(value)
+        name: (_word(value), f" ({CHOSEN} {chosen[name]})" if name in chosen else "")
         for name, value in settings.items()
         if not (chosen and name == CHOSEN)
     }

@@ -163,6 +163,8 @@ def test_what_was_chosen_in_words():
     scores = Scores(matrix(1), "TRAK", True, settings, "images", tuple("abc"))
     rows = BOARD.rows("a", scores) + BOARD.rows("b", dataclasses.replace(scores, settings={"K": 10, "lambda": 2.0}))
     assert distinguishing(rows) == {("a", "signed"): "lambda=0.5 (chosen automatically)", ("b", "signed"): "lambda=2"}
+    rows = rows[:1] + BOARD.rows("b", dataclasses.replace(scores, settings={**settings, "lambda": 2.0}))
+    assert distinguishing(rows) == {("a", "signed"): "lambda=0.5", ("b", "signed"): "lambda=2"}
 
 
 def test_options_of_other_methods_are_no_settings():
