@@ -147,6 +147,9 @@ def test_the_mean_over_models(copied, images, train, tmp_path, succeeds, arrays,
     expected = Readout("squared")(expected) if name == "das" else expected
     found = arrays(tmp_path / "out" / "scores.npz")
     np.testing.assert_array_equal(found["scores"], expected)
+    if name == "das":  # of the mean, which is not the mean of the squares
+        squares = (methods[0].scores(train[:3]) ** 2 + methods[1].scores(train[:3]) ** 2) / 2
+        assert (found["scores"] <= squares.numpy() * (1 + 1e-5)).all() and not np.allclose(found["scores"], squares)
     assert found["methods"][0].endswith(", mean of 2 models") and ", model 2" in said
     if name == "dtrak":
         assert told(found)["lambda"] == [method.lambda_ for method in methods] and told(found)["models"] == 2
