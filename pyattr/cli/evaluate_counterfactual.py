@@ -47,7 +47,7 @@ def counterfactual(
     readout: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"What is removed by: {', '.join(READOUTS)} scores, where they have a sign; several to compare; default: signed."
+            help=f"What is removed by: {', '.join(READOUTS)} scores, of those with a sign; several; default: signed."
         ),
     ] = None,
     remove: Annotated[
