@@ -103,7 +103,7 @@ class Materials:
             method.scores(asked),
             lambda: method.scores_grid(asked, lambdas),
             signed=method.signed,
-            settings={"lambda": method.lambda_, **told},
+            settings={"lambda": method.lambda_, "chosen": {"lambda": "automatically"}, **told},
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyattr.diffusion import Progress
 from pyattr.diffusion.storage import tensors_hash
 from pyattr.evaluation import GroundTruth, Scores, tune_on_split
+from pyattr.evaluation.scoreboard import other_settings
 
 from . import methods
 from . import problem as settings
@@ -44,7 +45,11 @@ def write(problem: Problem, work: Path, groups: list[str], progress: Progress) -
             if found.grid is None:
                 kinds = {"": (found.scores, told)}
             else:
-                kinds = {"": (found.scores, told), "-tuned": (tuned_scores(found, truth), {**told, **tuned_by(truth)})}
+                others = other_settings(told, "lambda")
+                kinds = {
+                    "": (found.scores, told),
+                    "-tuned": (tuned_scores(found, truth), {**others, **tuned_by(truth)}),
+                }
             for ending, (scores, record) in kinds.items():
                 name = found.name + (", tuned" if ending else "")
                 more = {"signed": found.signed, "settings": record, "pool": found.pool}

@@ -18,6 +18,9 @@ class Ensemble:
     ``directory`` of its own, if any. Models that were trained on half of the images, as the published ensembles are, still
     take the features of all images.
 
+    What is averaged is what each method's ``scores`` gives: of :class:`DAS` the squares. Of ``DAS(squared=False)`` it is the
+    numbers before them; the square of that mean is less than the mean of the squares by the variance over the models.
+
     Args:
         methods: S of them, at least one, with ``fit`` and ``scores``: :class:`TRAK`, :class:`DTRAK` or any other.
 

@@ -17,14 +17,16 @@ from .. import diffusion
 from ..attribution import readout
 from ..evaluation import Counterfactuals, Effects, Extractor, clip
 from ..evaluation import counterfactual as retrain
+from ..evaluation.scoreboard import AS_THEY_ARE
 from ..report.counterfactual import effects_plot, images_grid
 from ..report.grid import matplotlib
 from ..report.numbers import numbers, write_results
 from .classifying import Classifying
 from .display import Display
 from .evaluate_counterfactual import CounterfactualOptions
-from .options import SQUARES, DataOptions, Machine, SampleOptions, TrainOptions, readout_word
+from .options import SQUARES, DataOptions, Machine, SampleOptions, TrainOptions
 from .run import Session, session
+from .score_files import without_readout
 from .stages import SCHEDULE, Checkpoint, Sampling, Step, read_npz
 from .workspace import Stage, Workspace, WorkspaceError
 
@@ -179,10 +181,7 @@ class _Job:
                 "without --queries and --data"
             )
         keys = [f"scores_{number}" if number > 1 else "scores" for number in range(1, len(arrays["methods"]) + 1)]
-        there = {
-            each["method"]: (str(title), arrays[key])
-            for each, title, key in zip(settings["methods"], arrays["methods"], keys, strict=True)
-        }
+        there = {each["method"]: number for number, each in enumerate(settings["methods"])}
         asked = self.options.methods or tuple(there)
         for name in asked:
             if name not in there:
@@ -190,25 +189,26 @@ class _Job:
                     f"no scores by {name} in {out / 'scores.npz'}, which has {', '.join(there)}: "
                     f"run `pyattr attribute --out {out} --method {name}` first"
                 )
-            self._check_readout(name, next(each for each in settings["methods"] if each["method"] == name))
+        read = {name: settings["methods"][there[name]]["readout"]["name"] for name in asked}
+        if "head" in read.values():
+            raise WorkspaceError(
+                f"{out / 'scores.npz'} holds heads of scores, which leave most images at 0 and in no order: run "
+                f"`pyattr attribute --out {out}` again, without --readout head"
+            )
+        readable = {name: bool(arrays["signed"][there[name]]) and read[name] == "signed" for name in asked}
+        apart = without_readout(readable, self.options.readouts)
+        if apart and read.get("das") == "squared":
+            apart += "; `pyattr attribute --readout signed` keeps the number of which das is the square"
+        if apart:
+            self.work.display.say(apart)
         return {
-            _title(there[name][0], kind): readout(there[name][1][: self.queries], kind)
+            _title(name, str(arrays["methods"][there[name]]), kind): readout(
+                arrays[keys[there[name]]][: self.queries], kind
+            )
             for name in asked
             for kind in self.options.readouts
+            if readable[name] or kind == AS_THEY_ARE
         }
-
-    def _check_readout(self, name: str, made: dict) -> None:
-        """Refuse scores that are not the method's own, and to read out again of those that are a readout."""
-        out, read = self.work.workspace.folder, made["readout"]["name"]
-        if read != ("squared" if name in SQUARES else "signed"):
-            raise WorkspaceError(
-                f"{out / 'scores.npz'} holds {readout_word(read)} scores, and images are removed by scores as they are or by a "
-                f"readout of these: run `pyattr attribute --out {out}` again, without --readout"
-            )
-        if read != "signed" and self.options.readouts != ("signed",):
-            raise WorkspaceError(
-                f"{name} is a square already, of which --readout would read out again: leave --readout away"
-            )
 
     def _features(self) -> tuple[Extractor | None, Classifying | None]:
         """What features come from: a network that is there, or a classifier that is to be trained."""
@@ -259,8 +259,12 @@ class _Job:
         }
 
 
-def _title(method: str, kind: str) -> str:
-    return method if kind == "signed" else f"{method}, {kind.replace('_', ' ')}"
+def _title(method: str, title: str, kind: str) -> str:
+    """Of a readout of the scores of this title; the square of the number before a square is the method itself."""
+    if kind == AS_THEY_ARE:
+        return title
+    own = title.removesuffix(", signed")
+    return own if kind == "squared" and method in SQUARES else f"{own}, {kind.replace('_', ' ')}"
 
 
 def _figures(effects: list[Effects]) -> dict:

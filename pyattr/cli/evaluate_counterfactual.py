@@ -46,7 +46,9 @@ def counterfactual(
     ] = None,
     readout: Annotated[
         list[str] | None,
-        typer.Option(help=f"What is removed by: {', '.join(READOUTS)} scores; several to compare; default: signed."),
+        typer.Option(
+            help=f"What is removed by: {', '.join(READOUTS)} scores, of those with a sign; several; default: signed."
+        ),
     ] = None,
     remove: Annotated[
         list[int] | None,

@@ -55,7 +55,11 @@ def table(
     ] = None,
     readout: Annotated[
         list[str] | None,
-        typer.Option("--readout", "-r", help=f"{', '.join(READOUTS)}; several: columns side by side; default: signed."),
+        typer.Option(
+            "--readout",
+            "-r",
+            help=f"Of scores that have a sign: {', '.join(READOUTS)}; several: columns side by side; default: signed.",
+        ),
     ] = None,
     percent: Annotated[
         float | None,

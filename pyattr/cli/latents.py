@@ -66,6 +66,7 @@ class LatentCheckpoint:
         path: of the LoRA weights.
         schedule: the one of the pipeline.
         key: what tells this model from others.
+        training: empty: LoRA weights say nothing of theirs.
 
     Raises:
         FileNotFoundError, ValueError, DamagedFileError, ImportError: see :func:`pyattr.diffusion.latent.load`.
@@ -76,6 +77,7 @@ class LatentCheckpoint:
         model = self._load()
         self.schedule = model.schedule
         self.key = _hash(identity(model))
+        self.training: dict[str, str | int] = {}
 
     def _load(self) -> latent.LatentModel:
         # Its bar for the weights, on stderr, would run into ours.

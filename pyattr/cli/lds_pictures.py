@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,13 +12,14 @@ from ..diffusion.storage import data_hash
 from ..evaluation import LDS, Scores
 from ..evaluation.ground_truth import image_hashes
 from ..evaluation.scoreboard import Row, Scoreboard, distinguishing
-from ..report.lds import Line, lds_bars, lds_lines, prediction_plot, top_and_bottom
+from ..report.lds import lds_bars, lds_lines, prediction_plot, top_and_bottom
+from .lds_lines import mean, panels
 from .options import readout_word
 from .score_files import ScoreFile
 from .stages import read_npz
 from .workspace import WorkspaceError
 
-BARS, LINES = 36, 10  # in a picture, at most
+BARS = 36  # in a picture, at most
 METHODS, QUERIES = 4, 4  # whose strongest images are shown, and queries of each group
 
 
@@ -43,9 +43,9 @@ def draw(
         made.append(folder / f"lds{ending}")
         bars, note = _bars(board, rows)
         lds_bars(made[-1], bars, list(board.groups), note)
-        for setting, panels in _panels(board, rows).items():
+        for setting, lines in panels(board, rows, files).items():
             made.append(folder / f"lds-against-{setting}{ending}")
-            lds_lines(made[-1], panels, setting)
+            lds_lines(made[-1], lines, setting)
         best = _best([row for row in rows if not row.tuned])
         if best:
             made.append(folder / f"predictions{ending}")
@@ -58,16 +58,10 @@ def draw(
     return made
 
 
-def _mean(row: Row) -> float:
-    """Over its groups; what is NaN comes last."""
-    mean = np.mean([score.mean for score in row.groups.values()]) if row.groups else np.nan
-    return -np.inf if np.isnan(mean) else float(mean)
-
-
 def _best(rows: Sequence[Row]) -> list[Row]:
     """The best row of each method, the best method first; those that lack a group of queries come last."""
     best: dict[str, Row] = {}
-    for row in sorted(rows, key=_mean, reverse=True):
+    for row in sorted(rows, key=mean, reverse=True):
         best.setdefault(row.method, row)
     return sorted((row for row in best.values() if row.groups), key=lambda row: -len(row.groups))
 
@@ -83,46 +77,11 @@ def _bars(board: Scoreboard, rows: Sequence[Row]) -> tuple[dict[str, Mapping[str
         told |= distinguishing([row for row in rows if row.method == method])
     bars: dict[str, Mapping[str, LDS]] = {}
     for row in rows:
-        words = [readout_word(row.readout)] if several else []
+        words = [readout_word(row.readout)] if several and row.plain else []
         words += [told[row.name, row.readout]] if told[row.name, row.readout] else []
         name = f"{row.method} ({', '.join(words)})" if words else row.method
         bars[name if name not in bars else f"{name}, {row.name}"] = row.groups
     return bars, note
-
-
-def _panels(board: Scoreboard, rows: Sequence[Row]) -> dict[str, dict[str, list[Line]]]:
-    """By setting and group: lines of rows that differ in a setting which is a number, and in nothing else."""
-    settings = dict.fromkeys(
-        name for row in rows for name, value in row.settings.items() if isinstance(value, (int, float))
-    )
-    panels: dict[str, dict[str, list[Line]]] = {}
-    for setting in settings:
-        families: dict[str, list[Row]] = {}
-        for row in rows:
-            value = row.settings.get(setting)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                others = {name: value for name, value in row.settings.items() if name != setting}
-                families.setdefault(json.dumps([row.method, row.readout, others], sort_keys=True), []).append(row)
-        some = [family for family in families.values() if len({row.settings[setting] for row in family}) > 1]
-        some = sorted(some, key=lambda family: -max(map(_mean, family)))[:LINES]
-        told = distinguishing([row for family in some for row in family], but=setting)
-        for group in board.groups:
-            lines = []
-            for family in some:
-                here = sorted((row for row in family if group in row.groups), key=lambda row: row.settings[setting])
-                if len(here) > 1:
-                    words = [
-                        here[0].method,
-                        *([readout_word(here[0].readout)] if len(board.readouts) > 1 else []),
-                        told[here[0].name, here[0].readout],
-                    ]
-                    label = ", ".join(word for word in words if word)
-                    lines.append(
-                        Line(label, [row.settings[setting] for row in here], [row.groups[group] for row in here])
-                    )
-            if lines:
-                panels.setdefault(setting, {})[group] = lines
-    return panels
 
 
 def _predictions(path: Path, board: Scoreboard, row: Row, scores: Scores) -> None:

@@ -16,13 +16,13 @@ from rich.text import Text
 
 from ..attribution.readouts import Readout
 from ..evaluation import GroundTruth
-from ..evaluation.scoreboard import Row, Scoreboard, distinguishing
+from ..evaluation.scoreboard import Row, Scoreboard, distinguishing, other_settings
 from ..report.grid import matplotlib
 from ..report.numbers import write_results
 from .display import Display
 from .lds_pictures import draw
 from .options import readout_word
-from .score_files import ARCHIVE, ScoreFile, score_files
+from .score_files import ARCHIVE, ScoreFile, score_files, without_readout
 from .workspace import WorkspaceError, read_json
 
 TRUTH, SCORES, QUERIES, IMAGES = "evaluation.safetensors", "scores", "queries.json", "images.npz"
@@ -129,7 +129,8 @@ def table(there_is: Found, asked: Asked, threads: int | None) -> None:
     groups = _groups(there_is.queries, len(truth.query_ids))
     results: dict[str, Any] = {"subsets": len(truth.masks), "images": truth.masks.shape[1], "targets": {}}
     for name, file in there_is.files.items():
-        file.check(name, truth, asked.readouts)
+        file.check(name, truth)
+    apart = without_readout({name: file.plain for name, file in there_is.files.items()}, asked.readouts)
     with Display(console) as display:
         boards = []
         for target in asked.targets:
@@ -143,11 +144,12 @@ def table(there_is: Found, asked: Asked, threads: int | None) -> None:
             if any(name in row.groups for row in rows):
                 console.print(_table(board, name, rows, references[name]))
             results["targets"][board.target][name] = _numbers(name, rows, references[name])
-    rows = boards[0][1]
-    for row in rows:
-        if not row.groups and row.readout == asked.readouts[0]:
+    for row in _first(boards[0][1]):
+        if not row.groups:
             told = f"{row.name} is in no table: its queries are not all of {' or '.join(groups)}"
             console.print(told, highlight=False, soft_wrap=True)
+    if apart:
+        console.print(apart, highlight=False, soft_wrap=True)
     console.print(
         "LDS in percent, 95% interval by the jackknife over subsets; published: mean and standard deviation of 64 resamples.",
         highlight=False,
@@ -197,12 +199,20 @@ def _families(files: dict[str, ScoreFile], setting: str | None) -> dict[str, lis
         return {name: [file] for name, file in files.items()}
     families: dict[str, list[tuple[str, ScoreFile]]] = {}
     for name, file in files.items():
-        others = {other: value for other, value in file.settings.items() if other != setting}
-        key = json.dumps([file.method, others], sort_keys=True) if setting in file.settings else name
+        others = [file.method, file.plain, other_settings(file.settings, setting)]
+        key = json.dumps(others, sort_keys=True) if setting in file.settings else name
         families.setdefault(key, []).append((name, file))
     if not any(len(members) > 1 for members in families.values()):
         raise WorkspaceError(f"--tune {setting}: no two files of scores differ in that setting alone")
     return {members[0][0]: [file for _, file in members] for members in families.values()}
+
+
+def _first(rows: Sequence[Row]) -> list[Row]:
+    """Of each file, or what stands for several, the row of the readout that was asked for first."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(row.name, row)
+    return list(first.values())
 
 
 def _reference(group: str, rows: Sequence[Row], asked: Asked) -> Row | None:
@@ -212,9 +222,7 @@ def _reference(group: str, rows: Sequence[Row], asked: Asked) -> Row | None:
         known = [row for row in rows if not np.isnan(row.groups[group].mean)]
         return max(known, key=lambda row: row.groups[group].mean, default=None)
     wanted = asked.against.lower()
-    named = [
-        row for row in rows if wanted in (row.name.lower(), row.method.lower()) and row.readout == asked.readouts[0]
-    ]
+    named = [row for row in _first(rows) if wanted in (row.name.lower(), row.method.lower())]
     exact = [row for row in named if row.name.lower() == wanted]
     if len(exact or named) != 1:
         names = ", ".join(sorted({row.name for row in (named or rows)}))
@@ -242,16 +250,18 @@ def _table(board: Scoreboard, group: str, rows: Sequence[Row], reference: Row | 
         if group in row.groups:
             by_name.setdefault(row.name, {})[row.readout] = row
     told = distinguishing([row for row in rows if group in row.groups], group=group)
-    first = next(iter(board.readouts))
 
     def order(found: dict[str, Row]) -> float:
-        mean = found[first].groups[group].mean
+        mean = next(iter(found.values())).groups[group].mean
         return np.inf if np.isnan(mean) else -mean
 
     for found in sorted(by_name.values(), key=order):
-        row = found[first]
+        row = next(iter(found.values()))
         cells = []
         for readout in board.readouts:
+            if readout not in found:
+                cells += ["–", "", "", ""]
+                continue
             score = found[readout].groups[group]
             low, high = score.interval
             cells += [
@@ -260,7 +270,7 @@ def _table(board: Scoreboard, group: str, rows: Sequence[Row], reference: Row | 
                 f"{100 * score.bootstrap_mean:.1f} ± {100 * score.bootstrap_std:.1f}",
                 _difference_text(found[readout], reference, group),
             ]
-        settings = dict.fromkeys(told[row.name, readout] for readout in board.readouts)
+        settings = dict.fromkeys(told[row.name, readout] for readout in found)
         shown.add_row(Text(row.method), Text(" / ".join(settings)), *cells)
     return shown
 
@@ -285,6 +295,7 @@ def _numbers(group: str, rows: Sequence[Row], reference: Row | None) -> list[dic
             "method": row.method,
             "settings": row.settings_in(group),
             "readout": row.readout,
+            "plain": row.plain,
             "queries": len(score.per_query),
             "lds": 100 * score.mean,
             "interval": [100 * end for end in score.interval],

@@ -1,5 +1,6 @@
 """What can be chosen, and what is chosen when nobody does; free of torch, so that --help is instant."""
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -247,6 +248,15 @@ class ScoreOptions:
     seed: int = 0
     batch_size: int = 16
     memory: int = 2 << 30  # bytes for the gradients of a batch; moves scores by rounding only
+
+
+def own_options(options: ScoreOptions) -> dict[str, object]:
+    """The options that the method has; what stands beside them is of other methods."""
+    return {
+        name: value
+        for name, value in dataclasses.asdict(options).items()
+        if options.method in GOES_WITH.get("--" + name.rstrip("_").replace("_", "-"), GRADIENTS)
+    }
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def settings_dict(data: ImageDataset, steps: Sequence[Step], scorings: Sequence[
         "methods": [
             {
                 "name": scoring.name,
-                **dataclasses.asdict(scoring.options),
+                **scoring.chosen(),
                 "readout": dataclasses.asdict(scoring.readout),
                 **scoring.found(),
             }

@@ -38,6 +38,7 @@ from .stages import (
     Sampling,
     Step,
     Training,
+    image_shape,
     load_data,
     queries_of_data,
     queries_of_samples,
@@ -201,7 +202,7 @@ def generate(out: Path, checkpoint: Path | None, options: SampleOptions, machine
     with session(out, machine) as work:
         model_at, _ = _model(work.workspace, checkpoint)
         model = model_at.run(work.device)
-        sampling = Sampling(work.workspace, model_at.key, _shape_of(model), options, model_at.schedule)
+        sampling = Sampling(work.workspace, model_at.key, image_shape(model), options, model_at.schedule)
         work.plan([sampling])
         work.generate(sampling, model)
         work.display.say(f"done; images  {sampling.stage.folder}")
@@ -308,6 +309,7 @@ def _job(
     found = [_model(work.workspace, place) for place in models or (None,)]
     places, trained = [model_at for model_at, _ in found], found[0][1]
     _check_alike(places)
+    shape = _shape_of(places)
     model_at = places[0]
     generated = work.workspace.existing(work.workspace.recall("generate").get("stage", "."))
     if queries is None and (generated is None or generated.settings["model"] != model_at.key):
@@ -316,8 +318,6 @@ def _job(
             f"no images of this model in {out} to attribute: give --queries, or run `pyattr generate --out {out}` first"
         )
     images, caveats = _training_images(work, data, places)
-    model = model_at.run(work.device)
-    shape = _shape_of(model)
     if images.shape != shape:
         fits = images.shape[0] == shape[0] and shape[1] == shape[2]
         raise DataError(
@@ -325,6 +325,7 @@ def _job(
             + (f"give --size {shape[1]}, or " if fits else "give ")
             + "the images that it was trained on"
         )
+    model = model_at.run(work.device)
     scorings = [_scoring(work, places, images, each, readout) for each in options]
     earlier = [Step("Training", "", trained, 0)] if trained is not None else []
     if queries is None:
@@ -396,6 +397,27 @@ def _check_alike(places: Sequence[Checkpoint | LatentCheckpoint]) -> None:
                 )
 
 
+def _shape_of(places: Sequence[Checkpoint]) -> tuple[int, int, int]:
+    """Of the images that the models take, from what their files say.
+
+    Raises:
+        WorkspaceError: one does not say how its network is built, or takes images of another size or other channels.
+    """
+    shapes = [place.shape for place in places]
+    for place, shape in zip(places, shapes, strict=True):
+        if shape is None:
+            raise WorkspaceError(
+                f"{place.file} does not say how its network is built: write it again by pyattr.diffusion.save_model, of a "
+                "diffusers UNet2DModel or a preset"
+            )
+        if shape != shapes[0]:
+            raise WorkspaceError(
+                f"{place.file} is a model of images of {shape_text(shape)}, and {places[0].file} of {shape_text(shapes[0])}: "
+                "score by one after the other"
+            )
+    return shapes[0]
+
+
 def _trained(workspace: Workspace) -> Stage | None:
     """The stage that trained the folder's model."""
     return workspace.existing(workspace.recall("train").get("stage", "."))
@@ -441,9 +463,3 @@ def _training_images(
             "train again, put the images back, or give --data to score the images as they are now"
         )
     return images, []
-
-
-def _shape_of(model: torch.nn.Module) -> tuple[int, int, int]:
-    size = model.config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return model.config["in_channels"], height, width

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import zipfile
 from collections.abc import Container
@@ -19,10 +20,10 @@ from torch import nn
 
 from .. import attribution, diffusion
 from ..datasets import DataError, ImageDataset, load
-from ..diffusion.checkpoint import trained_with
+from ..diffusion.checkpoint import build, trained_with
 from ..diffusion.sampling import check_options as check_sampling
 from ..diffusion.sampling import num_noises
-from ..diffusion.storage import data_hash
+from ..diffusion.storage import data_hash, load_record
 from ..diffusion.train import check_options as check_training
 from ..files import whole_file
 from ..report import Timing
@@ -188,6 +189,23 @@ class Checkpoint:
                 "write it again by pyattr.diffusion.save_model(path, model, schedule=...)"
             )
         self.key = key or sha256(self.file)
+        self._record = load_record(self.file)
+
+    @property
+    def training(self) -> dict[str, str | int]:
+        """Of a checkpoint of a training its "step", and what tells this "training" from others; nothing of other files."""
+        if "step" not in self._record:
+            return {}
+        told = json.dumps(self._record["settings"], sort_keys=True)
+        return {"step": self._record["step"], "training": hashlib.sha256(told.encode()).hexdigest()}
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """Of the images that the model takes; None where the file does not say how its network is built."""
+        if self._record["model"] is None:
+            return None
+        with torch.device("meta"):
+            return image_shape(build(self._record["model"]))
 
     def trained_on(self, data: ImageDataset) -> bool | None:
         """Whether the model was trained on just these images; None when the file does not say."""
@@ -214,6 +232,13 @@ class Checkpoint:
                     f"{checkpoint.file} is not of the training of {self.file}: its noise schedule is another"
                 )
         return history
+
+
+def image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """Of the images that a model takes."""
+    size = model.config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return model.config["in_channels"], height, width
 
 
 class Sampling(Step):

@@ -13,6 +13,9 @@ from .lds import LDS, lds
 from .scores import Scores
 from .tuning import Tuned, tune_on_split
 
+AS_THEY_ARE = "signed"  # the readout that leaves scores so
+CHOSEN = "chosen"  # the setting that says how values of others were found, which follow from the settings
+
 
 @dataclass(frozen=True)
 class Row:
@@ -21,11 +24,12 @@ class Row:
     Attributes:
         name: of the file, or what stands for several.
         method, settings: of the scores; without a setting whose value was chosen.
-        readout: its name.
+        readout: its name; "signed" of scores that are not plain, which are judged as they are.
         groups: the score over each group of queries; without those of which the scores have not all queries.
         tuned: how the value of a setting was chosen, see :attr:`pyattr.evaluation.Tuned.label`; empty: nothing was chosen.
         chosen: the setting with its value, or several in the order of the folds, for each group.
         curves: for each group the mean LDS of each value that there was to choose from.
+        plain: whether readouts are of these scores, see :attr:`pyattr.evaluation.Scores.plain`.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Row:
     tuned: str = ""
     chosen: dict[str, dict] = field(default_factory=dict)
     curves: dict[str, dict] = field(default_factory=dict)
+    plain: bool = True
 
     def settings_in(self, group: str) -> dict:
         """The settings of the scores of a group, with what was chosen for it."""
@@ -46,10 +51,14 @@ class Row:
 class Scoreboard:
     """How scores are judged.
 
+    A readout is of plain scores. Those without a sign, and those that were read out already, are judged once, as they are,
+    where "signed" is among the readouts: their squares would be squares of squares.
+
     Attributes:
         truth: the ground truth.
         target: which of its losses.
-        readouts: functions of scores [Q, N] by name; see :class:`pyattr.attribution.readouts.Readout`.
+        readouts: functions of scores [Q, N] by name; see :class:`pyattr.attribution.readouts.Readout`. "signed" is the scores
+            as they are.
         groups: columns of the ground truth's queries by name.
         level: of the intervals.
     """
@@ -61,7 +70,7 @@ class Scoreboard:
     level: float = 0.95
 
     def rows(self, name: str, scores: Scores) -> list[Row]:
-        """Of one method's scores, a row for each readout.
+        """Of one method's scores, a row for each readout; of scores that are not plain one, or none.
 
         Raises:
             ValueError: the scores are of other training images or queries.
@@ -71,11 +80,11 @@ class Scoreboard:
         columns = scores.rows_in(self.truth)
         outputs = self.truth.outputs(self.target)[:, columns]
         found = []
-        for readout, function in self.readouts.items():
+        for readout, function in self._readouts_of(scores).items():
             score = lds(function(scores.matrix), self.truth.masks, outputs, level=self.level)
             score.standard_error, score.bootstrap  # noqa: B018  the groups share what these compute
             groups = {group: score.take(rows) for group, rows in self._rows_of_groups(columns).items()}
-            found.append(Row(name, scores.method, scores.settings, readout, groups))
+            found.append(Row(name, scores.method, scores.settings, readout, groups, plain=scores.plain))
         return found
 
     def tuned_rows(
@@ -98,9 +107,9 @@ class Scoreboard:
         first = grid[0]()
         columns = first.rows_in(self.truth)
         outputs = self.truth.outputs(self.target)[:, columns]
-        settings = {key: value for key, value in first.settings.items() if key != setting}
+        settings = other_settings(first.settings, setting)
         rows = []
-        for readout, function in self.readouts.items():
+        for readout, function in self._readouts_of(first).items():
             found: dict[str, Tuned] = {}
             for group, which in self._rows_of_groups(columns).items():
                 if len(which) < 2 and not on_benchmark:
@@ -135,9 +144,13 @@ class Scoreboard:
                         for group, tuned in found.items()
                     },
                     {group: tuned.curve for group, tuned in found.items()},
+                    first.plain,
                 )
             )
         return rows
+
+    def _readouts_of(self, scores: Scores) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+        return {name: function for name, function in self.readouts.items() if scores.plain or name == AS_THEY_ARE}
 
     def _rows_of_groups(self, columns: np.ndarray) -> dict[str, np.ndarray]:
         """By group the rows of scores for these columns; of the groups that are among them as a whole."""
@@ -149,33 +162,58 @@ class Scoreboard:
         }
 
 
-def distinguishing(
-    rows: Sequence[Row], *, group: str | None = None, but: str | None = None
-) -> dict[tuple[str, str], str]:
+def other_settings(settings: dict, setting: str) -> dict:
+    """What decides scores besides a setting: values that follow from the settings do not count for themselves."""
+    chosen = _chosen(settings)
+    return {
+        name: f"{CHOSEN} {chosen[name]}" if name in chosen else value
+        for name, value in settings.items()
+        if name != setting and not (chosen and name == CHOSEN)
+    }
+
+
+def _chosen(settings: dict) -> dict:
+    """How values of settings were found, by their names."""
+    told = settings.get(CHOSEN)
+    return told if isinstance(told, dict) else {}
+
+
+def distinguishing(rows: Sequence[Row], *, group: str | None = None) -> dict[tuple[str, str], str]:
     """By name and readout, the settings in which the rows that have them are not all alike, in words; and how one was tuned.
+
+    How a value was chosen is told where that is not alike either.
 
     Args:
         rows: any.
         group: of queries, for which values may have been chosen.
-        but: a setting that is left out.
     """
     # A value that was tuned may be another for each readout.
-    told = {
-        (row.name, row.readout): {
-            key: _word(value)
-            for key, value in (row.settings if group is None else row.settings_in(group)).items()
-            if key != but
-        }
-        for row in rows
-    }
+    told = {(row.name, row.readout): _words(row.settings if group is None else row.settings_in(group)) for row in rows}
     values: dict[str, set[str]] = {}
+    ways: dict[str, set[str]] = {}
     for settings in told.values():
-        for key, word in settings.items():
+        for key, (word, way) in settings.items():
             values.setdefault(key, set()).add(word)
+            ways.setdefault(key, set()).add(way)
     tuned = {(row.name, row.readout): [row.tuned] if row.tuned else [] for row in rows}
+    found = {}
+    for row, settings in told.items():
+        words = [
+            f"{key}={word}{way if len(ways[key]) > 1 else ''}"
+            for key, (word, way) in settings.items()
+            if len(values[key]) > 1
+        ]
+        found[row] = ", ".join([*words, *tuned[row]])
+    return found
+
+
+def _words(settings: dict) -> dict[str, tuple[str, str]]:
+    """Of each setting its value, and in parentheses how it was chosen, if it was."""
+    chosen = _chosen(settings)
     return {
-        row: ", ".join([*(f"{key}={word}" for key, word in settings.items() if len(values[key]) > 1), *tuned[row]])
-        for row, settings in told.items()
+        name: (_word(value), f" ({CHOSEN} {chosen[name]})" if name in chosen else "")
+        for name, value in settings.items()
+        if not (chosen and name == CHOSEN)
     }
 
 

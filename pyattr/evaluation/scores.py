@@ -16,6 +16,11 @@ _LARGEST = 15  # a row's largest entry lies in [2^14, 2^15) in the file: half of
 _LEAST = -126  # exponents of float32 that are not denormal
 
 
+def plain(signed: bool, settings: dict) -> bool:
+    """:attr:`Scores.plain`, from what a file says of its scores."""
+    return signed and settings.get("readout", "signed") == "signed"
+
+
 @dataclass(frozen=True, eq=False)
 class Scores:
     """What a method says of every training image for every query.
@@ -24,7 +29,9 @@ class Scores:
         matrix: [Q, N] float32, positive = proponent.
         method: its name, for people.
         signed: whether negative scores mean opponents; else scores are magnitudes.
-        settings: what else decided the scores, JSON-serialisable.
+        settings: what else decided the scores, JSON-serialisable. A setting "readout" says what was read out of them already,
+            "chosen" how the values of settings were found that were not given but follow from the others: TRAK's own lambda is
+            ``{"lambda": "automatically"}``.
         images: what identifies the training images and their order, as in :class:`~pyattr.evaluation.GroundTruth`.
         queries: [Q] what identifies each query.
         asked: what identifies the subsets whose models the method asked; a ground truth with one of them is no judge of it.
@@ -48,6 +55,11 @@ class Scores:
             )
         if len(self.queries) != len(self.matrix):
             raise ValueError(f"Scores: queries must be as many as rows, {len(self.matrix)}, got {len(self.queries)}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether readouts are of these scores: they have a sign, and are no readout already."""
+        return plain(self.signed, self.settings)
 
     @classmethod
     def of(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyattr.attribution import DTRAK, QUERY_IDS, TRAK, Ensemble, GradientDot, RawPixel
+from pyattr.attribution import DAS, DTRAK, QUERY_IDS, TRAK, Ensemble, GradientDot, RawPixel, readout
 
 SETTINGS = {"proj_dim": 16, "num_timesteps": 3, "seed": 5, "noise_seed": 2}
 LAMBDAS = (0.7, 30.0, 4.0)
@@ -64,6 +64,23 @@ def test_a_grid_of_choices_is_each_choice_for_itself(build, images, queries):
 def test_one_method_is_itself(linear_net, schedule, images, queries):
     alone = TRAK(linear_net(4), schedule, **SETTINGS).fit(images)
     assert torch.equal(Ensemble([alone]).scores(queries), alone.scores(queries))
+
+
+def test_das_is_a_mean_of_squares_or_the_square_of_a_mean(linear_net, schedule, images, queries):
+    networks = [linear_net(4, seed=seed) for seed in (1, 2)]
+
+    def of(squared):
+        options = {"feature": "simple", "squared": squared, **SETTINGS}
+        return Ensemble([DAS(network, schedule, **options) for network in networks]).fit(images)
+
+    one, other = (method.scores(queries) for method in of(False).methods)
+    squares, mean = of(True), of(False)
+    assert squares.signed is False and mean.signed is True
+    exact = {"rtol": 1e-5, "atol": 1e-12}
+    found, square = squares.scores(queries), readout(mean.scores(queries), "squared")
+    torch.testing.assert_close(found, (one**2 + other**2) / 2, **exact)
+    torch.testing.assert_close(square, ((one + other) / 2) ** 2, **exact)
+    assert (found > 1.01 * square).any()  # by the variance over the models
 
 
 def test_methods_of_other_kinds(linear_net, schedule, images, queries):

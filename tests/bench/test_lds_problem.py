@@ -118,8 +118,9 @@ def test_everything_is_made_and_goes_on(digits, tmp_path, monkeypatch):
         generated = name.startswith("journey")
         assert given.rows_in(truth).tolist() == list(range(10 * generated, 13))
         assert given.matrix.shape == (3 if generated else 13, 20) and np.isfinite(given.matrix).all()
-    assert found["trak-2"].settings == {"timesteps": 2, "D": 64, "lambda": found["trak-2"].settings["lambda"]}
-    assert found["trak-2-tuned"].settings["lambda"] == scores.TUNED
+    chosen = {"lambda": found["trak-2"].settings["lambda"], "chosen": {"lambda": "automatically"}}
+    assert found["trak-2"].settings == {"timesteps": 2, "D": 64, **chosen}
+    assert found["trak-2-tuned"].settings["lambda"] == scores.TUNED and "chosen" not in found["trak-2-tuned"].settings
 
     for module, name, value in (
         (ablations, "TIMESTEPS", (1, 2)),

@@ -52,10 +52,38 @@ def test_a_folder_is_evaluated_and_added_to(out, succeeds, arrays):
     told = succeeds(*first, "-m", "pixels", "--readout", "signed", "--readout", "squared", "--features", "none")
     assert {path: models(out)[path] for path in kept} == kept
     more = json.loads((out / "counterfactual.json").read_text())["4 removed"]
-    names = ["D-TRAK", "D-TRAK, squared", "Pixel cosine", "Pixel cosine, squared", "random"]
+    names = ["D-TRAK", "D-TRAK, squared", "Pixel cosine", "random"]
+    assert "no readout of pixels: such scores have no sign, or were read out already; they stand once" in told
     assert list(more) == ["L2", "change of the loss (simple)"] and list(more["L2"]["methods"]) == names
     for name in ("D-TRAK", "random"):
         assert more["L2"]["methods"][name] == figures["L2"]["methods"][name]
+
+
+def test_das_beside_the_number_before_its_square(out, succeeds, fails, arrays):
+    score = ["attribute", "--out", out, "-m", "das", "-m", "pixels", "--no-report", "--num-timesteps", 2, "--proj-dim", 16,
+             "--threads", 1, "--device", "cpu"]  # fmt: skip
+    command = ["evaluate", "counterfactual", "--out", out, "-m", "das", "--remove", 4, "--queries", 1, "--features", "none",
+               *FAST]  # fmt: skip
+    succeeds(*score)
+    squares = arrays(out / "scores.npz")["scores"]
+    why = "no readout of das: such scores have no sign, or were read out already"
+    fails(f"{why}: leave --readout away, or give --readout signed as well", *command, "--readout", "squared")
+    told = " ".join(succeeds(*command, "--readout", "signed", "--readout", "squared").split())
+    assert f"{why}; they stand once, as they are, under signed; `pyattr attribute --readout signed` keeps the" in told
+    assert list(json.loads((out / "counterfactual.json").read_text())["4 removed"]["L2"]["methods"]) == [
+        "DAS",
+        "random",
+    ]
+    succeeds(*score, "--readout", "signed")
+    found = arrays(out / "scores.npz")["scores"]
+    assert (found.min() < 0) and np.array_equal(found**2, squares)
+    succeeds(*command, *(each for name in ("signed", "squared", "signed-squared") for each in ("--readout", name)))
+    figures = json.loads((out / "counterfactual.json").read_text())["4 removed"]["L2"]
+    names = ["DAS, signed", "DAS", "DAS, signed squared", "random"]
+    assert list(figures["methods"]) == names and "DAS, signed against DAS" in figures["paired by query"]
+    (made,) = [one for one in outcomes(out) if one.methods == tuple(names)]
+    for method, scores in enumerate((found, squares)):
+        assert set(made.removed[method, 0, 0].nonzero()[:, 0].tolist()) == set(np.argsort(-scores[0])[:4].tolist())
 
 
 def test_one_set_for_all_queries_by_default_a_fifth(out, succeeds):
@@ -97,14 +125,14 @@ def test_refusals(out, images, tmp_path, fails, succeeds):
     with np.load(out / "scores.npz") as archive:
         found = dict(archive)
     settings = json.loads(found["settings"].item())
-    squared = {
+    head = {
         **settings,
-        "methods": [{**each, "readout": {"name": "squared", "percent": None}} for each in settings["methods"]],
+        "methods": [{**each, "readout": {"name": "head", "percent": 5}} for each in settings["methods"]],
     }
-    np.savez(out / "scores.npz", **{**found, "settings": json.dumps(squared)})
+    np.savez(out / "scores.npz", **{**found, "settings": json.dumps(head)})
     fails(
-        f"{out}/scores.npz holds squared scores, and images are removed by scores as they are or by a readout of these: "
-        f"run `pyattr attribute --out {out}` again, without --readout",
+        f"{out}/scores.npz holds heads of scores, which leave most images at 0 and in no order: run "
+        f"`pyattr attribute --out {out}` again, without --readout head",
         *command,
     )
     (out / "scores.npz").write_bytes(b"PK")

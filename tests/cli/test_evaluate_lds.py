@@ -252,6 +252,56 @@ def test_both_spellings_of_a_readout(problem, tmp_path, succeeds):
     }  # fmt: skip
 
 
+def test_what_has_no_sign_is_not_read_out(problem, tmp_path, succeeds):
+    """The file of a method that is a square, as ProbedDAS, beside one of scores with a sign."""
+    truth, paths = problem / "evaluation.safetensors", [problem / "scores" / "pixel.safetensors"]
+    paths.append(tmp_path / "probed.safetensors")
+    sizes = noisy(8, 1.0) ** 2
+    Scores.of("ProbedDAS", sizes, TRAIN, ASKED, signed=False, settings={"D": 64}).save(paths[1])
+    command = ["evaluate", "lds", "--truth", truth, *paths, "--json", tmp_path / "x.json"]
+    told = succeeds(*command, "-r", "squared", "-r", "signed", "--plots", tmp_path / "plots", "--against", "probed")
+    found = numbers(tmp_path / "x.json")
+    assert set(found) == {("all", "pixel", "squared"), ("all", "pixel", "signed"), ("all", "probed", "signed")}
+    judge = GroundTruth.open(truth)
+    expected = lds(Scores.open(paths[1]).matrix, judge.masks, judge.outputs())
+    row = found["all", "probed", "signed"]
+    assert row["lds"] == pytest.approx(100 * expected.mean, rel=1e-4) and row["plain"] is False
+    assert found["all", "pixel", "squared"]["difference"]["from"] == "probed"
+    assert found["all", "pixel", "squared"]["plain"] is True
+    (line,) = [line for line in told.splitlines() if line.startswith("ProbedDAS")]
+    assert line.split()[1:3] == ["–", f"{100 * expected.mean:.1f}"]  # squared comes first
+    why = "no readout of probed: such scores have no sign, or were read out already; they "
+    assert why + "stand once, as they are, under signed" in told
+    assert (tmp_path / "plots" / "lds.png").exists()
+    # Under other readouts alone it is in no table, and said to be in none.
+    told = succeeds(*command, "-r", "signed-squared", "--plots", tmp_path / "plots")
+    assert why + "are left out without --readout signed" in told
+    assert set(numbers(tmp_path / "x.json")) == {("all", "pixel", "signed_squared")}
+    assert "no readout" not in succeeds(*command)
+
+
+def test_signed_and_unsigned_files_are_no_values_of_one_setting(problem, tmp_path, fails):
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for path, signed in zip(paths, (True, False), strict=True):
+        Scores.of("DAS", noisy(2, 1) ** 2, TRAIN, ASKED, signed=signed, settings={"K": int(signed)}).save(path)
+    fails(
+        "--tune K: no two files of scores differ in that setting alone",
+        "evaluate", "lds", "--truth", problem / "evaluation.safetensors", *paths, "--tune", "K",
+    )  # fmt: skip
+
+
+def test_a_setting_is_chosen_where_lambda_follows_from_it(problem, tmp_path, succeeds):
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for number, path in enumerate(paths):
+        settings = {"K": number, "lambda": 0.1 + number, "chosen": {"lambda": "automatically"}}
+        Scores.of("TRAK", noisy(number, 1), TRAIN, ASKED, signed=True, settings=settings).save(path)
+    command = ["evaluate", "lds", "--truth", problem / "evaluation.safetensors", *paths, "--tune", "K"]
+    succeeds(*command, "--tune-on-benchmark", "--json", tmp_path / "x.json")
+    (row,) = numbers(tmp_path / "x.json").values()
+    assert row["settings"] == {"lambda": "chosen automatically", "K": row["settings"]["K"]}
+    assert [value for value, _ in row["curve"]] == [0, 1]
+
+
 def test_a_pool_is_no_judge_of_what_it_taught(problem, tmp_path, fails):
     truth = GroundTruth.open(problem / "evaluation.safetensors")
     path = tmp_path / "taught.safetensors"

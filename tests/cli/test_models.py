@@ -147,6 +147,9 @@ def test_the_mean_over_models(copied, images, train, tmp_path, succeeds, arrays,
     expected = Readout("squared")(expected) if name == "das" else expected
     found = arrays(tmp_path / "out" / "scores.npz")
     np.testing.assert_array_equal(found["scores"], expected)
+    if name == "das":  # of the mean, which is not the mean of the squares
+        squares = (methods[0].scores(train[:3]) ** 2 + methods[1].scores(train[:3]) ** 2) / 2
+        assert (found["scores"] <= squares.numpy() * (1 + 1e-5)).all() and not np.allclose(found["scores"], squares)
     assert found["methods"][0].endswith(", mean of 2 models") and ", model 2" in said
     if name == "dtrak":
         assert told(found)["lambda"] == [method.lambda_ for method in methods] and told(found)["models"] == 2
@@ -175,6 +178,26 @@ def test_models_that_have_no_mean(copied, images, tmp_path, fails):
         f"{tmp_path / 'other.safetensors'} and {files[0]} were trained with different noise schedules: score by one after the "
         "other",
         *given, *several[:2], "--checkpoint", tmp_path / "other.safetensors",
+    )  # fmt: skip
+
+
+def test_models_of_other_images_are_refused_before_any_work(copied, images, tmp_path, succeeds, fails):
+    np.savez(tmp_path / "large.npz", images=np.random.default_rng(0).integers(0, 256, (8, 16, 16), np.uint8))
+    steps = ["--steps", 1, "--batch-size", 4, "--threads", 1, "--device", "cpu"]
+    succeeds("train", tmp_path / "large.npz", "--out", tmp_path / "large", *steps)
+    first, large = checkpoints(copied)[0], checkpoints(tmp_path / "large")[0]
+    given = ["attribute", "--out", tmp_path / "out", "--data", images, "--queries", images, *SCORE]
+    fails(
+        f"{large} is a model of images of 1×16×16, and {first} of 1×8×8: score by one after the other",
+        *given, "--checkpoint", first, "--checkpoint", large,
+    )  # fmt: skip
+    network = diffusion.load_model(first)
+    nameless = torch.nn.Sequential(network)  # of no kind that a file describes
+    diffusion.save_model(tmp_path / "nameless.safetensors", nameless, schedule=SCHEDULE)
+    fails(
+        f"{tmp_path}/nameless.safetensors does not say how its network is built: write it again by "
+        "pyattr.diffusion.save_model, of a diffusers UNet2DModel or a preset",
+        *given, "--checkpoint", first, "--checkpoint", tmp_path / "nameless.safetensors",
     )  # fmt: skip
 
 

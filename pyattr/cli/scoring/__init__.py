@@ -33,20 +33,19 @@ def scoring_of(
 
     Args:
         model_key: what tells the model from others; None where the method needs none.
-        model: where the model lies, for the methods that ask several checkpoints of its training.
+        model: where the model lies, which says of what training it is; for the methods of several checkpoints, of those too.
         readout: what is read out of the scores; None: what the method has for its own.
 
     Raises:
         WorkspaceError, ValueError, ImportError, RuntimeError: an option is not possible, or what it names cannot be had.
     """
     common = (workspace, model_key, data, options, schedule)
-    if options.method in HISTORY:
-        history = evenly_spaced(options.method, model, options.checkpoints)
-        return HistoryScoring(*common, history=history, readout=readout)
     if isinstance(options, ScoreOptions):
+        training = None if model is None else model.training
+        if options.method in HISTORY:
+            history = evenly_spaced(options.method, model, options.checkpoints)
+            return HistoryScoring(*common, history=history, training=training, readout=readout)
         kinds = {"das": ChangeScoring, "probed-das": ProbedScoring, "journey-trak": JourneyScoring}
-        kind = kinds.get(options.method, GradientScoring)
-    else:
-        kinds = {PatchOptions: PatchScoring, PixelOptions: PixelScoring, PoolOptions: RetrainingScoring}
-        kind = kinds.get(type(options), EncoderScoring)
-    return kind(*common, readout=readout)
+        return kinds.get(options.method, GradientScoring)(*common, training=training, readout=readout)
+    kinds = {PatchOptions: PatchScoring, PixelOptions: PixelScoring, PoolOptions: RetrainingScoring}
+    return kinds.get(type(options), EncoderScoring)(*common, readout=readout)

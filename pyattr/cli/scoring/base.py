@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,6 +109,10 @@ class Scoring:
                 tuple(matched for matched in row if read[q, matched.index] != 0) for q, row in enumerate(matches)
             )
         return Attribution(self.name, read, self.signed and self.readout.signed, summary, meaning, matches)
+
+    def chosen(self) -> dict[str, Any]:
+        """The options that decide the scores: those that the method has, with its own values where none were given."""
+        return dataclasses.asdict(self.options)
 
     def found(self) -> dict[str, Any]:
         """What the finished scores were computed with, beyond the options."""

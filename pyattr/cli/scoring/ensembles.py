@@ -59,10 +59,14 @@ class EnsembleScoring(Scoring):
             total += part.matrix(None if finished else place.run(self.device), queries, display, begin)
         return self.attribution((total / len(self.parts)).astype(np.float32))
 
+    def chosen(self) -> dict:
+        return self.parts[0].chosen()
+
     def found(self) -> dict:
-        """Lists, of a number for each model."""
+        """Lists, of a number for each model, of what there is to say of all."""
         each = [part.found() for part in self.parts]
-        return {"models": len(each), **{name: [one[name] for one in each] for name in each[0]}}
+        names = [name for name in each[0] if all(name in one for one in each)]
+        return {"models": len(each), **{name: [one[name] for one in each] for name in names}}
 
     def _settings(self) -> list[tuple[str, str]]:
         told: dict[str, dict[str, None]] = {}

@@ -19,7 +19,7 @@ from ...diffusion.features import FeatureMap
 from ...diffusion.images import reference_parameter
 from ...report import Attribution
 from ..display import Display
-from ..options import DAMPED, METHODS, SOLVED, ScoreOptions
+from ..options import DAMPED, METHODS, SOLVED, ScoreOptions, own_options
 from ..stages import SCHEDULE, Checkpoint, Queries, Step, read_npz, write_npz
 from ..workspace import WorkspaceError
 from .base import INFLUENCE, Scoring, draws, listed
@@ -97,6 +97,9 @@ _KINDS = {
 class GradientScoring(Scoring):
     """One network's gradients.
 
+    Args:
+        training: which checkpoint of which training the network is, see :attr:`pyattr.cli.stages.Checkpoint.training`.
+
     Attributes:
         timesteps: those that the gradients are averaged over.
         damped: whether the method has a lambda.
@@ -107,8 +110,9 @@ class GradientScoring(Scoring):
     normalised = False
     options: ScoreOptions
 
-    def __init__(self, workspace, model_key, data, options, schedule=SCHEDULE, **rest):
+    def __init__(self, workspace, model_key, data, options, schedule=SCHEDULE, *, training=None, **rest):
         super().__init__(workspace, model_key, data, options, schedule, **rest)
+        self.training = training or {}
         self.kind, summary = _KINDS[options.method]
         self.damped = options.method in DAMPED
         own = self.kind.default_feature
@@ -226,10 +230,15 @@ class GradientScoring(Scoring):
     def _scores(self, fitted: GradientMethod, queries: Queries) -> Tensor:  # -> [Q, N]
         return fitted.scores(queries.asked, ids=queries.ids)
 
+    def chosen(self) -> dict:
+        told = own_options(self.options) | dataclasses.asdict(self.loss) | {"normalize": self.normalize}
+        told["feature"] = told.pop("name")
+        return {name: value for name, value in told.items() if name != "eta" or value is not None}
+
     def found(self) -> dict[str, str | float]:
         record = self.steps[-1].stage.record
         damping = {name: record[name] for name in ("lambda", "effective dimension")} if self.damped else {}
-        return {"model": self.model_key, **damping}
+        return {"model": self.model_key, **self.training, **damping}
 
     def _settings(self) -> list[tuple[str, str]]:
         o, found = self.options, self.found()
@@ -384,6 +393,9 @@ class HistoryScoring(GradientScoring):
                     total = part if total is None else total.add_(part)
                 write_npz(path, {"scores": total.div_(len(self.parts)).numpy()})
         return read_npz(path)["scores"]
+
+    def chosen(self) -> dict:
+        return {**super().chosen(), "checkpoints": len(self.history)}
 
     def _settings(self) -> list[tuple[str, str]]:
         return [*super()._settings(), ("checkpoints", f"{len(self.history)}, after steps {listed([*self.history])}")]

@@ -129,6 +129,11 @@ class EncoderScoring(Scoring):
         self.steps = [*first, self.features, self._scores_step(settings, count, size)]
         return self.steps
 
+    def chosen(self) -> dict:
+        told = super().chosen()
+        del told["clip" if self.options.clip is None else "epochs"]  # the one stands in for the other
+        return told
+
     def run(self, model, queries, display, begin) -> Attribution:
         scored = self.steps[-1]
         path = scored.stage.folder / "scores.npz"
