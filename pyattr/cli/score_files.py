@@ -17,7 +17,20 @@ from .workspace import WorkspaceError
 ARCHIVE = "scores.npz"
 _REMEDY = "make it again by `pyattr attribute`"
 # Options that are another setting's name or move scores by rounding alone, and what follows from the others.
-_LEFT_OUT = ("name", "method", "readout", "lambda_", "batch_size", "memory", "effective dimension", "pool subsets")
+_LEFT_OUT = (
+    "name",
+    "method",
+    "readout",
+    "lambda_",
+    "batch_size",
+    "memory",
+    "effective dimension",
+    "pool subsets",
+    "checkpointing",
+    "check_smoothness",
+    "metasmoothness",
+    "linearity",
+)
 
 
 @dataclass(frozen=True)
