@@ -40,7 +40,7 @@ RECIPE = Recipe(600, 64, Adam(learning_rate=2e-3, eps_root=1e-6, warmup=0.1))
 GRID = {"learning_rate": [5e-4, 2e-3, 5e-3], "eps_root": [1e-8, 1e-6, 1e-4]}
 PHIS = {
     "loss": NegativeLoss(LOSS, draws=256),
-    "likelihood": LogLikelihood(SDE, solver="heun", steps=20, divergence="hutchinson", probes=16, bits=True),
+    "likelihood": LogLikelihood(SDE, solver="rk4", steps=10, divergence="hutchinson", probes=16, bits=True),
 }
 ITEMS, QUERIES, SUBSETS, SHARE = 5000, 4, 32, 0.01
 EXTREMES = 2  # of the most positive and of the most negative items of each query that are removed alone

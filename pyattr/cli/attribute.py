@@ -216,7 +216,7 @@ def attribute(
     ] = MAGIC.divergence,
     magic_probes: Annotated[int, typer.Option(min=1, help="magic: how many directions.")] = MAGIC.probes,
     magic_solver_steps: Annotated[
-        int, typer.Option(min=1, help="magic: steps of Heun's method from an image to noise, for the likelihood.")
+        int, typer.Option(min=1, help="magic: Runge-Kutta steps from an image to noise, for the likelihood.")
     ] = MAGIC.solver_steps,
     magic_checkpointing: Annotated[
         str, typer.Option(help=f"magic: which states are kept: {', '.join(MAGIC_CHECKPOINTING)}; moves no score.")

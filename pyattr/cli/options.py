@@ -331,7 +331,7 @@ class MagicOptions:
     draws: int = 256
     divergence: str = "hutchinson"
     probes: int = 16
-    solver_steps: int = 20
+    solver_steps: int = 10
     checkpointing: str = "auto"
     memory: int = 2 << 30
     check_smoothness: bool = False

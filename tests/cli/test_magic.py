@@ -159,7 +159,7 @@ def test_the_likelihood_of_the_score_net(arrays_of, tmp_path, succeeds, arrays):
     method = MAGIC(
         seeded(lambda: diffusion.ScoreNet(sde), 0),
         diffusion.ScoreLoss(sde, mean=True),
-        LogLikelihood(sde, solver="heun", steps=1, divergence="hutchinson", probes=2, bits=True),
+        LogLikelihood(sde, solver="rk4", steps=1, divergence="hutchinson", probes=2, bits=True),
         steps=2,
         batch_size=3,
         optimiser=ADAM,
@@ -168,7 +168,7 @@ def test_the_likelihood_of_the_score_net(arrays_of, tmp_path, succeeds, arrays):
     page = (out / "report.html").read_text()
     for words in (
         "minus bits per dimension",
-        "1 steps of Heun’s method, divergence along 2 random directions",
+        "1 steps of Runge and Kutta’s method, divergence along 2 random directions",
         "training saw 6 of the 10 training images; the others have score 0",
         "not to a model in the output folder, nor to one that made the queries",
     ):

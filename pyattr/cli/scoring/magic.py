@@ -66,7 +66,7 @@ class MagicScoring(Scoring):
             self.phi_in_words = "minus the denoising loss"
             phi = {"draws": o.draws}
         else:
-            phi = {"solver": "heun", "steps": o.solver_steps, "divergence": o.divergence}
+            phi = {"solver": "rk4", "steps": o.solver_steps, "divergence": o.divergence}
             phi |= {"probes": o.probes} if o.divergence == "hutchinson" else {}
             self.phi = LogLikelihood(SDE, **phi, bits=True, seed=o.seed)
             self.phi_in_words = "the log-likelihood, as minus bits per dimension"
@@ -216,7 +216,7 @@ class MagicScoring(Scoring):
             phi = f"{self.phi_in_words}, the mean over {o.draws:,} draws of time and noise"
         else:
             how = "exact" if o.divergence == "exact" else f"along {o.probes} random directions"
-            phi = f"{self.phi_in_words}, {o.solver_steps} steps of Heun’s method, divergence {how}"
+            phi = f"{self.phi_in_words}, {o.solver_steps} steps of Runge and Kutta’s method, divergence {how}"
         told = [
             ("network", f"{o.network}, {self.parameters:,} parameters"),
             ("steps × batch", f"{o.steps:,} × {o.train_batch_size}"),
