@@ -9,7 +9,8 @@ estimate of it beside that.
     python -m bench.experiments.likelihood_mnist evaluate OUT --data mnist.npz --work FOLDER   all images of all kinds
     python -m bench.experiments.likelihood_mnist report   OUT --data mnist.npz --work FOLDER   numbers and a picture
 
-Each goes on from what lies in FOLDER, and ends at the same bits. The divergence in full takes 784 products for each image and
+Each goes on from what lies in FOLDER, and ends at the same bits. Two processes share the evaluation with ``--part 0/2`` and
+``--part 1/2``. The divergence in full takes 784 products for each image and
 evaluation, and a step of rk4 is four evaluations.
 """
 
@@ -22,6 +23,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from bench.experiments.magic_mnist import part
 from bench.machine import describe
 from pyattr.attribution import MAGIC
 from pyattr.attribution.magic import Adam, NegativeLoss
@@ -46,8 +48,8 @@ WIDTHS = (32, 64, 128, 256)
 TRAINING = {"steps": 5000, "batch_size": 64}
 ADAM = Adam(learning_rate=2e-3, betas=(0.9, 0.999), warmup=0.05)
 STATES = 64 << 20  # bytes: nothing is differentiated here, so none but the last is kept
-SOLVER = {"solver": "rk4", "steps": 4}
-TRIALS = (("rk4", 2), ("rk4", 4), ("rk4", 8), ("rk4", 16))
+SOLVER = {"solver": "rk4", "steps": 8}
+TRIALS = (("rk4", 4), ("rk4", 6), ("rk4", 8), ("rk4", 12), ("rk4", 24))
 TRIAL_PROBES = 4
 IMAGES, BATCH = 16, 4  # of each kind, and evaluated together
 PROBES = 16
@@ -144,9 +146,9 @@ def run_converge(args, display: Display) -> None:
 
 
 def run_evaluate(args, display: Display) -> None:
-    """Bits of all images, a file for each batch."""
+    """Bits of the images of this part, a file for each batch."""
     model, kinds = trained(args, display), images_of_kinds(digits(args.data)[1], IMAGES)
-    batches = [(kind, first) for first in range(0, IMAGES, BATCH) for kind in KINDS]
+    batches = [(kind, first) for first in range(0, IMAGES, BATCH) for kind in KINDS][args.part[0] :: args.part[1]]
     for done, (kind, first) in enumerate(batches):
         display.progress(done, len(batches), "batches")
         path = batch_file(args.work, kind, first)
@@ -232,6 +234,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the results: .json and .png files")
     parser.add_argument("--data", type=Path, required=True, help=f"an .npz of MNIST: {', '.join(ARRAYS)}")
     parser.add_argument("--work", type=Path, required=True, help="folder for the training's states and the batches")
+    parser.add_argument("--part", type=part, default=(0, 1), help="which of how many shares of the evaluation: 0/2")
     parser.add_argument("--threads", type=int, default=1, help="of torch; the same for all stages")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -226,7 +226,8 @@ def _readable(path: Path) -> bool:
         return False
 
 
-def _part(text: str) -> tuple[int, int]:
+def part(text: str) -> tuple[int, int]:
+    """A share from its text, 0/2."""
     number, of = (int(word) for word in text.split("/"))
     if not 0 <= number < of:
         raise argparse.ArgumentTypeError(f"must be like 0/2, got {text}")
@@ -243,7 +244,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for states, scores and networks")
     parser.add_argument("--phi", choices=list(PHIS), default="loss")
-    parser.add_argument("--part", type=_part, default=(0, 1), help="which of how many shares of the trainings: 0/2")
+    parser.add_argument("--part", type=part, default=(0, 1), help="which of how many shares of the trainings: 0/2")
     parser.add_argument("--threads", type=int, default=1, help="of torch; the same for all stages")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

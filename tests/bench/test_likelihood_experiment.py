@@ -34,8 +34,8 @@ def run(tmp_path, monkeypatch):
     arrays = {f"{part}_images": rng.integers(0, 256, (12, 28, 28), np.uint8) for part in ("train", "test")}
     np.savez(tmp_path / "digits.npz", **arrays)
 
-    def run(stage, data="digits.npz"):
-        folders = [str(tmp_path / "out"), "--data", str(tmp_path / data), "--work", str(tmp_path / "work")]
+    def run(stage, *more, data="digits.npz"):
+        folders = [str(tmp_path / "out"), "--data", str(tmp_path / data), "--work", str(tmp_path / "work"), *more]
         monkeypatch.setattr(sys, "argv", ["likelihood_mnist", stage, *folders])
         experiment.main()
 
@@ -61,6 +61,8 @@ def test_the_experiment(run, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "bits", bits)
     made = {path: path.stat().st_mtime_ns for path in work.glob("bits-*")}
     assert len(made) == 3
+    run("evaluate", "--part", "1/2")
+    assert len(list(work.glob("bits-*"))) == 6  # those of odd numbers, the second of which was there
     run("evaluate")
     assert len(list(work.glob("bits-*"))) == 8 and all(path.stat().st_mtime_ns == then for path, then in made.items())
     run("report")
