@@ -325,8 +325,8 @@ class MagicOptions:
     network: str = "mnist-small"
     steps: int = 600
     train_batch_size: int = 64
-    learning_rate: float = 2e-3
-    eps_root: float = 1e-6
+    learning_rate: float = 5e-4
+    eps_root: float = 1e-4
     phi: str = "loss"
     draws: int = 256
     divergence: str = "hutchinson"
