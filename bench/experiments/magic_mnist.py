@@ -40,7 +40,7 @@ RECIPE = Recipe(600, 64, Adam(learning_rate=2e-3, eps_root=1e-6, warmup=0.1))
 GRID = {"learning_rate": [5e-4, 2e-3, 5e-3], "eps_root": [1e-8, 1e-6, 1e-4]}
 PHIS = {
     "loss": NegativeLoss(LOSS, draws=256),
-    "likelihood": LogLikelihood(SDE, solver="heun", steps=20, divergence="hutchinson", probes=16, bits=True),
+    "likelihood": LogLikelihood(SDE, solver="rk4", steps=10, divergence="hutchinson", probes=16, bits=True),
 }
 ITEMS, QUERIES, SUBSETS, SHARE = 5000, 4, 32, 0.01
 EXTREMES = 2  # of the most positive and of the most negative items of each query that are removed alone
@@ -226,7 +226,8 @@ def _readable(path: Path) -> bool:
         return False
 
 
-def _part(text: str) -> tuple[int, int]:
+def part(text: str) -> tuple[int, int]:
+    """A share from its text, 0/2."""
     number, of = (int(word) for word in text.split("/"))
     if not 0 <= number < of:
         raise argparse.ArgumentTypeError(f"must be like 0/2, got {text}")
@@ -243,7 +244,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for states, scores and networks")
     parser.add_argument("--phi", choices=list(PHIS), default="loss")
-    parser.add_argument("--part", type=_part, default=(0, 1), help="which of how many shares of the trainings: 0/2")
+    parser.add_argument("--part", type=part, default=(0, 1), help="which of how many shares of the trainings: 0/2")
     parser.add_argument("--threads", type=int, default=1, help="of torch; the same for all stages")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

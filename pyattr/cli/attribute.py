@@ -15,6 +15,11 @@ from .options import (
     GOES_WITH,
     GRADIENTS,
     LATENT,
+    MAGIC_CHECKPOINTING,
+    MAGIC_DIVERGENCES,
+    MAGIC_NETWORKS,
+    MAGIC_PHI_OF,
+    MAGIC_PHIS,
     METHODS,
     READOUTS,
     RETRAINING,
@@ -24,6 +29,7 @@ from .options import (
     EncoderOptions,
     LatentOptions,
     Machine,
+    MagicOptions,
     MethodOptions,
     PatchOptions,
     PixelOptions,
@@ -36,7 +42,7 @@ from .options import (
     readout_word,
 )
 
-SCORE, PATCH, PIXEL, ENCODER = ScoreOptions(), PatchOptions(), PixelOptions(), EncoderOptions()
+SCORE, PATCH, PIXEL, ENCODER, MAGIC = ScoreOptions(), PatchOptions(), PixelOptions(), EncoderOptions(), MagicOptions()
 
 
 def attribute(
@@ -188,8 +194,44 @@ def attribute(
         typer.Option(metavar="FILE", help="empirical-influence, datamodel: losses of models trained on subsets."),
     ] = None,
     target: Annotated[str, typer.Option(help="empirical-influence, datamodel: which loss of the pool.")] = "simple",
+    magic_network: Annotated[
+        str, typer.Option(help=f"magic trains one of {', '.join(MAGIC_NETWORKS)}; score-net takes grey 28 x 28 images.")
+    ] = MAGIC.network,
+    magic_steps: Annotated[int, typer.Option(min=1, help="magic: steps of its training.")] = MAGIC.steps,
+    magic_batch_size: Annotated[int, typer.Option(min=1, help="magic: images in a step.")] = MAGIC.train_batch_size,
+    magic_learning_rate: Annotated[
+        float, typer.Option(help="magic: its peak, after a warmup over a tenth of the steps; then a cosine.")
+    ] = MAGIC.learning_rate,
+    magic_eps_root: Annotated[
+        float, typer.Option(help="magic: what Adam adds under its root; more makes training smoother.")
+    ] = MAGIC.eps_root,
+    magic_phi: Annotated[
+        str, typer.Option(help="magic: what is differentiated: loss, or likelihood (of score-net).")
+    ] = MAGIC.phi,
+    magic_draws: Annotated[
+        int, typer.Option(min=1, help="magic: draws of time and noise that the loss of a query averages over.")
+    ] = MAGIC.draws,
+    magic_divergence: Annotated[
+        str, typer.Option(help="magic: the likelihood's, hutchinson along random directions, or exact.")
+    ] = MAGIC.divergence,
+    magic_probes: Annotated[int, typer.Option(min=1, help="magic: how many directions.")] = MAGIC.probes,
+    magic_solver_steps: Annotated[
+        int, typer.Option(min=1, help="magic: Runge-Kutta steps from an image to noise, for the likelihood.")
+    ] = MAGIC.solver_steps,
+    magic_checkpointing: Annotated[
+        str, typer.Option(help=f"magic: which states are kept: {', '.join(MAGIC_CHECKPOINTING)}; moves no score.")
+    ] = MAGIC.checkpointing,
+    check_smoothness: Annotated[
+        bool,
+        typer.Option(
+            "--check-smoothness", help="magic: measure by three more trainings how far scores can be trusted."
+        ),
+    ] = MAGIC.check_smoothness,
     memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="For the gradients of a batch: GiB, or with a unit, as in 512MiB.")
+        str,
+        typer.Option(
+            metavar="SIZE", help="For the gradients of a batch, or magic's states: GiB, or with a unit, as in 512MiB."
+        ),
     ] = f"{SCORE.memory >> 30}GiB",
     top: Annotated[int, typer.Option(min=1, help="Proponents and opponents shown for each query.")] = 10,
     page: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")] = True,
@@ -218,6 +260,7 @@ def attribute(
         )
     _one_of("--similarity", similarity, SIMILARITIES)
     _one_of("--solve-dtype", solve_dtype, SOLVES)
+    _check_magic(context, magic_network, magic_phi, magic_divergence, magic_checkpointing)
     _check_models(method, checkpoint, pipeline, lora, prompts, data, queries)
     asking = [name for name in method if name in RETRAINING]
     if asking and pool is None:
@@ -234,6 +277,23 @@ def attribute(
             return EncoderOptions(similarity=similarity, clip=None if clip is None else str(clip), epochs=epochs)
         if name in RETRAINING:
             return PoolOptions(name, str(pool), target)
+        if name == "magic":
+            return MagicOptions(
+                network=magic_network,
+                steps=magic_steps,
+                train_batch_size=magic_batch_size,
+                learning_rate=magic_learning_rate,
+                eps_root=magic_eps_root,
+                phi=magic_phi,
+                draws=magic_draws,
+                divergence=magic_divergence,
+                probes=magic_probes,
+                solver_steps=magic_solver_steps,
+                checkpointing=magic_checkpointing,
+                memory=memory_bytes,
+                check_smoothness=check_smoothness,
+                seed=seed,
+            )
         return ScoreOptions(
             method=name,
             num_timesteps=num_timesteps,
@@ -276,11 +336,40 @@ def _check_options_of(methods: list[str], context: typer.Context) -> None:
     Raises:
         BadParameter: the message says which methods have it.
     """
-    names = {parameter.opts[0]: parameter.name for parameter in context.command.params}
+    given = _given(context)
     for option, having in GOES_WITH.items():
-        given = context.get_parameter_source(names[option])
-        if given is not None and given.name == "COMMANDLINE" and not set(having) & set(methods):
+        if option in given and not set(having) & set(methods):
             raise typer.BadParameter(f"goes with {', '.join(having)}, got {', '.join(methods)}", param_hint=option)
+
+
+def _given(context: typer.Context) -> set[str]:
+    """The options that stand on the command line."""
+    sources = {each.opts[0]: context.get_parameter_source(each.name) for each in context.command.params}
+    return {option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _check_magic(context: typer.Context, network: str, phi: str, divergence: str, checkpointing: str) -> None:
+    """Refuse a choice that there is not, and an option of another choice than the one that was made.
+
+    Raises:
+        BadParameter: the message says what it goes with.
+    """
+    _one_of("--magic-network", network, MAGIC_NETWORKS)
+    _one_of("--magic-phi", phi, MAGIC_PHIS)
+    _one_of("--magic-divergence", divergence, MAGIC_DIVERGENCES)
+    _one_of("--magic-checkpointing", checkpointing, MAGIC_CHECKPOINTING)
+    if phi == "likelihood" and network != "score-net":
+        raise typer.BadParameter(
+            f"likelihood goes with --magic-network score-net, got {network}", param_hint="--magic-phi"
+        )
+    given = _given(context)
+    for option, of in MAGIC_PHI_OF.items():
+        if option in given and phi != of:
+            raise typer.BadParameter(f"goes with --magic-phi {of}, got {phi}", param_hint=option)
+    if "--magic-probes" in given and divergence != "hutchinson":
+        raise typer.BadParameter(
+            f"goes with --magic-divergence hutchinson, got {divergence}", param_hint="--magic-probes"
+        )
 
 
 def _check_models(

@@ -23,10 +23,11 @@ METHODS = {
     "clip-similarity": "CLIP-feature similarity",
     "empirical-influence": "Empirical influence",
     "datamodel": "Datamodel",
+    "magic": "MAGIC",
 }
 RETRAINING = ("empirical-influence", "datamodel")
 HISTORY = ("tracincp", "gas")
-GRADIENTS = tuple(name for name in METHODS if name not in ("nda", "pixels", "clip-similarity", *RETRAINING))
+GRADIENTS = tuple(name for name in METHODS if name not in ("nda", "pixels", "clip-similarity", *RETRAINING, "magic"))
 DAMPED = tuple(name for name in GRADIENTS if name not in ("gradient-dot", "gradient-cosine", *HISTORY))
 SOLVED = tuple(name for name in DAMPED if name != "probed-das")  # by an inverse in either precision
 AVERAGED = tuple(
@@ -48,6 +49,17 @@ FEATURES = (
 )  # as pyattr.diffusion.losses names them
 SIMILARITIES = ("cosine", "dot")
 READOUTS = ("signed", "squared", "signed-squared", "head")  # as pyattr.attribution names them, but for the hyphen
+MAGIC_NETWORKS = ("score-net", "mnist-small", "cifar", "celeba")
+MAGIC_PHIS = ("loss", "likelihood")
+MAGIC_DIVERGENCES = ("hutchinson", "exact")
+MAGIC_CHECKPOINTING = ("auto", "all", "sqrt", "tree", "binomial")  # as pyattr.attribution.magic names them
+# option of one phi -> that phi
+MAGIC_PHI_OF = {
+    "--magic-draws": "loss",
+    "--magic-divergence": "likelihood",
+    "--magic-probes": "likelihood",
+    "--magic-solver-steps": "likelihood",
+}
 SQUARES = ("das", "probed-das")  # methods whose score is the square of a number that has a sign
 
 # option of `attribute` -> the methods that have it; the others are of the command as a whole
@@ -61,9 +73,9 @@ GOES_WITH = {
     "--feature": GRADIENTS,
     "--eta": GRADIENTS,
     "--normalize": GRADIENTS,
-    "--memory": GRADIENTS,
+    "--memory": (*GRADIENTS, "magic"),
     "--batch-size": GRADIENTS,
-    "--seed": (*GRADIENTS, "nda"),
+    "--seed": (*GRADIENTS, "nda", "magic"),
     "--lambda": DAMPED,
     "--residuals": ("das",),
     "--leverage": ("das",),
@@ -80,6 +92,15 @@ GOES_WITH = {
     "--epochs": ("clip-similarity",),
     "--pool": RETRAINING,
     "--target": RETRAINING,
+    "--magic-network": ("magic",),
+    "--magic-steps": ("magic",),
+    "--magic-batch-size": ("magic",),
+    "--magic-learning-rate": ("magic",),
+    "--magic-eps-root": ("magic",),
+    "--magic-phi": ("magic",),
+    **{option: ("magic",) for option in MAGIC_PHI_OF},
+    "--magic-checkpointing": ("magic",),
+    "--check-smoothness": ("magic",),
 }
 
 _UNITS = {"": 1 << 30, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -301,7 +322,33 @@ class PoolOptions:
     target: str = "simple"
 
 
-MethodOptions = ScoreOptions | PatchOptions | PixelOptions | EncoderOptions | PoolOptions
+@dataclass(frozen=True)
+class MagicOptions:
+    """A network that MAGIC trains, its recipe, and the function of the trained network that is differentiated.
+
+    `network` is "score-net" or a preset; `phi` is "loss", over `draws`, or "likelihood", in `solver_steps` and by
+    `divergence`, along `probes` directions where that is "hutchinson"; `checkpointing`, `memory` (bytes) say which states are
+    kept, which moves no score; `check_smoothness` measures the recipe beside it. See :class:`pyattr.attribution.MAGIC`.
+    """
+
+    method: str = "magic"
+    network: str = "mnist-small"
+    steps: int = 600
+    train_batch_size: int = 64
+    learning_rate: float = 5e-4
+    eps_root: float = 1e-4
+    phi: str = "loss"
+    draws: int = 256
+    divergence: str = "hutchinson"
+    probes: int = 16
+    solver_steps: int = 10
+    checkpointing: str = "auto"
+    memory: int = 2 << 30
+    check_smoothness: bool = False
+    seed: int = 0
+
+
+MethodOptions = ScoreOptions | PatchOptions | PixelOptions | EncoderOptions | PoolOptions | MagicOptions
 
 
 @dataclass(frozen=True)

@@ -293,7 +293,8 @@ def _job_without_model(
 ) -> _Job:
     images = work.load(data)
     asked = queries_of_data(work.load(queries), images)
-    return _Job(images, asked, [scoring_of(work.workspace, None, images, each, readout=readout) for each in options])
+    scorings = [scoring_of(work.workspace, None, images, each, readout=readout, device=work.device) for each in options]
+    return _Job(images, asked, scorings)
 
 
 def _job(
@@ -375,7 +376,16 @@ def _scoring(
     """Of a method and one model, or the mean over several where the method asks them; `told` names what images became."""
     asked = places if options.method in NEEDS_MODEL else places[:1]
     parts = [
-        scoring_of(work.workspace, place.key + told, images, options, place.schedule, model=place, readout=readout)
+        scoring_of(
+            work.workspace,
+            place.key + told,
+            images,
+            options,
+            place.schedule,
+            model=place,
+            readout=readout,
+            device=work.device,
+        )
         for place in asked
     ]
     return parts[0] if len(parts) == 1 else EnsembleScoring(parts, asked, work.device)

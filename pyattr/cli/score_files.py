@@ -20,8 +20,20 @@ ARCHIVE = "scores.npz"
 _REMEDY = "make it again by `pyattr attribute`"
 # Options that are another setting's name or move scores by rounding alone, and what follows from the others.
 _LEFT_OUT = (
-    "name", "method", "readout", "lambda_", "batch_size", "memory", "effective dimension", "pool subsets", "training"
-)  # fmt: skip
+    "name",
+    "method",
+    "readout",
+    "lambda_",
+    "batch_size",
+    "memory",
+    "effective dimension",
+    "pool subsets",
+    "training",
+    "checkpointing",
+    "check_smoothness",
+    "metasmoothness",
+    "linearity",
+)
 
 
 @dataclass(frozen=True)

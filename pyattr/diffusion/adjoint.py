@@ -85,7 +85,7 @@ class _Backwards:
 
         found = scipy.integrate.solve_ivp(
             right_side,
-            (1.0, solver.start),
+            solver.interval[::-1],
             state.double().cpu().numpy(),
             method="RK45",
             rtol=solver.rtol,

@@ -73,13 +73,19 @@ def build(described: dict) -> nn.Module:
 
 
 def save_model(
-    path: str | os.PathLike, model: nn.Module, *, schedule: Schedule | None = None, dtype: torch.dtype | None = None
+    path: str | os.PathLike,
+    model: nn.Module,
+    *,
+    schedule: Schedule | None = None,
+    images: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a model's weights and architecture into one safetensors file, whole or not at all.
 
     Args:
         path: the file; its folder must exist.
         schedule: the one that the model was trained with, kept for :func:`trained_with`.
+        images: the :func:`~pyattr.diffusion.storage.data_hash` of those that it was trained on, likewise.
         dtype: what weights are rounded to in the file, float16 to halve it; buffers, which may be tables that a network
             computes with, stay as they are, and :func:`load_model` makes the weights what they were but for the rounding.
             None: no rounding.
@@ -94,6 +100,8 @@ def save_model(
     record = {"kind": "model", "model": architecture(model)}
     if schedule is not None:
         record["schedule"] = dataclasses.asdict(schedule)
+    if images is not None:
+        record["images"] = images
     save_tensors(path, tensors, record)
 
 
@@ -111,7 +119,7 @@ def trained_with(path: str | os.PathLike) -> tuple[Schedule | None, str | None]:
     settings = record.get("settings", {})
     built_in = (record["model"] or {}).get("schedule")
     schedule = settings.get("schedule") or record.get("schedule") or built_in
-    return schedule and as_schedule(schedule), settings.get("images")
+    return schedule and as_schedule(schedule), settings.get("images") or record.get("images")
 
 
 def _newest(path: str | os.PathLike) -> Path:

@@ -22,6 +22,7 @@ STEPS = {
     "rk4": ((0.0, 0.5, 0.5, 1.0), ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
 }
 SOLVERS = (*STEPS, "rk45")
+SPACINGS = ("noise", "time")
 
 
 @dataclass(frozen=True)
@@ -32,44 +33,59 @@ class Solver:
     steps: int
     rtol: float
     atol: float
-    start: float
+    interval: tuple[float, float]  # in the flow's variable
 
 
 class Flow:
     """``dx/dt = f(t) x - g(t)^2 s(x, t) / 2``, and the divergence of its right side.
 
+    The variable u that it is solved in is t itself, or the noise level l = log(std / scale), for which
+    ``dl/dt = g^2 / (2 std^2)``, so that ``dx/dl = 2 std^2 f x / g^2 - std^2 s``.
+
     Args:
         score: s.
         sde: f and g.
         directions: of the divergence.
+        spacing: "time" or "noise": what u is.
 
     Attributes:
         evaluations: how often the right side was computed.
     """
 
-    def __init__(self, score: Score, sde: SDE, directions: Directions):
-        self.score, self.sde, self.directions = score, sde, directions
+    def __init__(self, score: Score, sde: SDE, directions: Directions, spacing: str = "time"):
+        self.score, self.sde, self.directions, self.spacing = score, sde, directions, spacing
         self.evaluations = 0
 
-    def velocity(self, x: Tensor, t: float) -> Tensor:  # [B, *shape] -> [B, *shape]
-        """The right side."""
-        time = torch.tensor(t, dtype=torch.float64)
-        drift, half = float(self.sde.drift(time)), float(self.sde.diffusion(time)) ** 2 / 2
-        return drift * x - half * self.score(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
+    def interval(self, start: float) -> tuple[float, float]:
+        """u at t = start and at t = 1."""
+        if self.spacing == "time":
+            return start, 1.0
+        return tuple(self.sde.noise_level(torch.tensor([start, 1.0], dtype=torch.float64)).tolist())
 
-    def rates(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    def velocity(self, x: Tensor, u: float) -> Tensor:  # [B, *shape] -> [B, *shape]
+        """The right side."""
+        time = torch.tensor(u, dtype=torch.float64)
+        if self.spacing == "noise":
+            time = self.sde.time_at(time)
+        drift, half = float(self.sde.drift(time)), float(self.sde.diffusion(time)) ** 2 / 2
+        if self.spacing == "noise":
+            variance = float(self.sde.std(time)) ** 2
+            drift, half = drift * variance / half, variance
+        return drift * x - half * self.score(x, torch.full((len(x),), float(time), dtype=x.dtype, device=x.device))
+
+    def rates(self, x: Tensor, u: float) -> tuple[Tensor, Tensor]:
         """The velocity, and its divergence [B] float64, without a graph."""
         self.evaluations += 1
-        return value_and_divergence(functools.partial(self.velocity, t=t), x, self.directions)
+        return value_and_divergence(functools.partial(self.velocity, u=u), x, self.directions)
 
-    def rates_with_graph(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    def rates_with_graph(self, x: Tensor, u: float) -> tuple[Tensor, Tensor]:
         """The same, differentiable."""
         self.evaluations += 1
-        field = functools.partial(self.velocity, t=t)
+        field = functools.partial(self.velocity, u=u)
         return field(x), divergence_with_graph(field, x, self.directions)
 
     def forward(self, x: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
-        """From ``solver.start`` to 1: the noise that x becomes, and the integral of the divergence, [B] float64."""
+        """Along the solver's interval: the noise that x becomes, and the integral of the divergence, [B] float64."""
         if solver.name == "rk45":
             return self._adaptive(x, solver)
         total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -111,7 +127,7 @@ class Flow:
 
             found = scipy.integrate.solve_ivp(
                 right_side,
-                (solver.start, 1.0),
+                solver.interval,
                 np.append(one.double().cpu().numpy().ravel(), 0.0),
                 method="RK45",
                 rtol=solver.rtol,
@@ -126,9 +142,10 @@ class Flow:
 
 
 def step_times(solver: Solver) -> list[tuple[float, float]]:
-    """Start and length of the equal steps from ``solver.start`` to 1."""
-    length = (1.0 - solver.start) / solver.steps
-    return [(solver.start + number * length, length) for number in range(solver.steps)]
+    """Start and length of the equal steps of its interval."""
+    first, last = solver.interval
+    length = (last - first) / solver.steps
+    return [(first + number * length, length) for number in range(solver.steps)]
 
 
 def runge_kutta(rates, method: str, x: Tensor, t: float, h: float) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .adjoint import integral_by_adjoint
 from .divergence import Directions, random_directions
-from .flow import SOLVERS, STEPS, Flow, Score, Solver
+from .flow import SOLVERS, SPACINGS, STEPS, Flow, Score, Solver
 from .noise import MAX_DRAWS, uniform
 from .sde import SDE
 
@@ -49,6 +49,7 @@ def log_likelihood(
     ids=None,
     solver: str = "rk4",
     steps: int = 50,
+    spacing: str = "noise",
     rtol: float = 1e-5,
     atol: float = 1e-5,
     start: float = 1e-5,
@@ -72,8 +73,11 @@ def log_likelihood(
         probes, probe: how many, and their distribution, "rademacher" or "gaussian".
         seed, ids: what the directions of an image are a function of; seed in [0, 2^32), ids [B] integers in [0, 2^63), 0..B-1
             if None.
-        solver: "euler", "heun" or "rk4", ``steps`` equal steps; or "rk45", Dormand and Prince's adaptive pair as scipy has it,
+        solver: "euler", "heun" or "rk4", in ``steps`` steps; or "rk45", Dormand and Prince's adaptive pair as scipy has it,
             for each image by itself.
+        spacing: what the steps are equal in, and the variable of the equation: "noise", log(std / scale) of the noise,
+            or "time". In time the velocity of a score that sees the noise in an image goes like 1 / sqrt(t) near 0 and its
+            divergence like 1 / t, which hundreds of equal steps do not resolve; along the noise both are bounded.
         rtol, atol: of "rk45".
         start: where the image stands in time, in (0, 1): at 0 itself some scores are infinite.
         at_a_time: directions that go through the score together.
@@ -97,7 +101,7 @@ def log_likelihood(
     and appendix D; Grathwohl et al., "FFJORD", ICLR 2019, for the estimate; Chen et al., "Neural Ordinary Differential
     Equations", NeurIPS 2018, for the adjoint.
     """
-    _check(images, divergence, probes, probe, seed, solver, steps, rtol, atol, start, at_a_time, gradient)
+    _check(images, divergence, probes, probe, seed, solver, steps, spacing, rtol, atol, start, at_a_time, gradient)
     if gradient != "adjoint" and parameters is not None:
         raise ValueError(f"{_OP}: parameters goes with gradient='adjoint' and with nothing else, got {gradient!r}")
     random = None
@@ -106,8 +110,8 @@ def log_likelihood(
         if ids.shape != images.shape[:1]:
             raise ValueError(f"{_OP}: ids must be {len(images)} integers, got shape {list(ids.shape)}")
         random = random_directions(probe, probes, images.shape[1:], seed, ids)
-    flow = Flow(score, sde, Directions(images.shape[1:], random, at_a_time))
-    how = Solver(solver, steps, rtol, atol, start)
+    flow = Flow(score, sde, Directions(images.shape[1:], random, at_a_time), spacing)
+    how = Solver(solver, steps, rtol, atol, flow.interval(start))
     if gradient is None:
         with torch.no_grad():
             end, integral = flow.forward(images.detach(), how)
@@ -177,7 +181,9 @@ def bits_per_dimension(log_prob: Tensor, dimensions: int, *, low: float = 0.0, h
     return -log_prob / (dimensions * math.log(2)) - math.log2((high - low) / 256)
 
 
-def _check(images, divergence, probes, probe, seed, solver, steps, rtol, atol, start, at_a_time, gradient) -> None:
+def _check(
+    images, divergence, probes, probe, seed, solver, steps, spacing, rtol, atol, start, at_a_time, gradient
+) -> None:
     if not isinstance(images, Tensor) or images.dtype not in (torch.float32, torch.float64):
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"{_OP}: images must be a float32 or float64 tensor, got {got}")
@@ -187,6 +193,7 @@ def _check(images, divergence, probes, probe, seed, solver, steps, rtol, atol, s
         ("divergence", divergence, ("exact", "hutchinson")),
         ("probe", probe, PROBES),
         ("solver", solver, SOLVERS),
+        ("spacing", spacing, SPACINGS),
         ("gradient", gradient, (None, *GRADIENTS)),
     ):
         if value not in options:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .flow import SPACINGS
 from .images import reference_parameter
 from .sde import SDE, VarianceExploding
 
@@ -81,7 +82,7 @@ class ScoreNet(nn.Module):
 
 @dataclass(frozen=True)
 class ScoreLoss:
-    """``sum over pixels of (std(t) s(x_t, t) + eps)^2``, ``x_t = scale(t) x + std(t) eps``, t uniform in [start, 1].
+    """``sum over pixels of (std(t) s(x_t, t) + eps)^2``, ``x_t = scale(t) x + std(t) eps``, t random in [start, 1].
 
     Of each image: ``loss(model, images [B, C, H, W], rng) -> [B]``, uint8 or floating point in the model's range.
 
@@ -90,8 +91,15 @@ class ScoreLoss:
         start: the least time.
         low, high: the range that 0 and 255 of uint8 images become.
         mean: over the pixels, in place of the sum.
+        spacing: what of the noise is uniform: "time", or "noise", log(std / scale), which weighs the error of the score by
+            g(t)^2 in place of std(t)^2, as the likelihood does: small times, where most of it is decided, are hardly met
+            otherwise.
 
-    Source: Song et al., ICLR 2021, equation 7 with the weight std(t)^2.
+    Raises:
+        ValueError: spacing is neither.
+
+    Source: Song et al., ICLR 2021, equation 7 with the weight std(t)^2; Song, Durkan, Murray, Ermon, "Maximum Likelihood
+    Training of Score-Based Diffusion Models", NeurIPS 2021, for the other.
     """
 
     sde: SDE
@@ -99,13 +107,22 @@ class ScoreLoss:
     low: float = 0.0
     high: float = 1.0
     mean: bool = False
+    spacing: str = "time"
+
+    def __post_init__(self):
+        if self.spacing not in SPACINGS:
+            raise ValueError(f"ScoreLoss: spacing must be one of {', '.join(SPACINGS)}, got {self.spacing!r}")
 
     def __call__(self, model: nn.Module, images: Tensor, rng: np.random.Generator) -> Tensor:
         like = reference_parameter(model, "ScoreLoss")
         x = images.to(like)
         if images.dtype == torch.uint8:
             x = self.low + x * ((self.high - self.low) / 255)
-        t = torch.from_numpy(self.start + (1 - self.start) * rng.random(len(x))).to(x)
+        if self.spacing == "time":
+            t = torch.from_numpy(self.start + (1 - self.start) * rng.random(len(x))).to(x)
+        else:
+            first, last = self.sde.noise_level(torch.tensor([self.start, 1.0], dtype=torch.float64))
+            t = self.sde.time_at(first + (last - first) * torch.from_numpy(rng.random(len(x)))).to(x)
         eps = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32)).to(x)
         scale, std = (part[:, None, None, None] for part in (self.sde.scale(t), self.sde.std(t)))
         errors = (std * model(scale * x + std * eps, t) + eps).square().flatten(1)

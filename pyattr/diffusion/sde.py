@@ -47,6 +47,15 @@ class VarianceExploding:
         twice = 2 * math.log(self.sigma)
         return (torch.expm1(twice * t) / twice).sqrt()
 
+    def noise_level(self, t: Tensor) -> Tensor:
+        """``log(std / scale)`` at t."""
+        return self.std(t).log()
+
+    def time_at(self, level: Tensor) -> Tensor:
+        """t at a noise level."""
+        twice = 2 * math.log(self.sigma)
+        return torch.log1p(twice * (2 * level).exp()) / twice
+
     @property
     def prior_std(self) -> float:
         """Of the distribution N(0, std^2) that the process is taken to end in."""
@@ -105,6 +114,16 @@ class VariancePreserving:
     def std(self, t: Tensor) -> Tensor:
         """Of the noise at t."""
         return (-torch.expm1(2 * self._log_scale(t))).sqrt()
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """``log(std / scale)`` at t."""
+        return torch.expm1(-2 * self._log_scale(t)).log() / 2
+
+    def time_at(self, level: Tensor) -> Tensor:
+        """t at a noise level."""
+        faded = torch.logaddexp(torch.zeros_like(level), 2 * level) / 2  # -log scale, a square function of t
+        half = self.beta_min / 2
+        return 2 * faded / (half + (half**2 + (self.beta_max - self.beta_min) * faded).sqrt())
 
     @property
     def prior_std(self) -> float:

@@ -202,6 +202,25 @@ def test_metasmoothness_compares_three_trainings(net, rows):
     assert found.loss == pytest.approx(-float(fitted.values(rows).mean()))
 
 
+def test_metasmoothness_is_taken_up_where_it_was(net, rows, tmp_path):
+    recipe, calls = Recipe(6, 2, FAST), []
+    whole = metasmoothness(net, squares, rows, recipe, seed=3)
+
+    def stopped(done, total, stage):
+        if done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        metasmoothness(net, squares, rows, recipe, seed=3, directory=tmp_path, progress=stopped)
+    again = metasmoothness(
+        net, squares, rows, recipe, seed=3, directory=tmp_path, progress=lambda *call: calls.append(call)
+    )
+    assert again == whole
+    assert [done for done, _, _ in calls] == list(range(6, 13)) + list(range(12, 19))  # the first training was there
+    with pytest.raises(ValueError, match="holds another training"):
+        metasmoothness(net, squares, rows, recipe, seed=4, directory=tmp_path)
+
+
 def test_a_training_that_does_not_see_its_items_is_smooth(net, rows):
     found = metasmoothness(net, lambda model, rows, rng: 0 * squares(model, rows, rng), rows, Recipe(3, 2, FAST))
     assert (found.value, found.linearity, found.change) == (1.0, 1.0, 0.0)
@@ -217,7 +236,8 @@ def test_the_search_prefers_smooth_recipes_that_train(net, rows):
     assert order[0].loss < order[1].loss
     assert order[2].value < 0.9 < min(order[0].value, order[1].value)
     assert calls[-1] == (270, 270, "metasmoothness")
-    assert [done for done, _, _ in calls] == list(range(1, 271))
+    counts = [done for done, _, _ in calls]
+    assert counts == sorted(counts) and set(counts) == set(range(271))
 
 
 def test_a_recipe_that_diverges_comes_last(net, rows):

@@ -205,10 +205,10 @@ def test_damaged_scores_are_named(out, fails):
     ("arguments", "line"),
     [
         (
-            ["attribute", "--method", "magic"],
+            ["attribute", "--method", "guess"],
             "Invalid value for --method: must be one of dtrak, das, probed-das, trak, journey-trak, relative-influence, "
             "renormalized-influence, gradient-dot, gradient-cosine, tracincp, gas, nda, pixels, clip-similarity, "
-            "empirical-influence, datamodel, got magic",
+            "empirical-influence, datamodel, magic, got guess",
         ),
         (
             ["attribute", "--limit", "3"],

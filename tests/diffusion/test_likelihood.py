@@ -59,15 +59,45 @@ class GaussianScore:
 
 @pytest.mark.parametrize("name", SDES)
 @pytest.mark.parametrize("solver", ["rk4", "rk45"])
-def test_gaussian_data_have_their_closed_form(name, solver):
+@pytest.mark.parametrize("spacing", ["noise", "time"])
+def test_gaussian_data_have_their_closed_form(name, solver, spacing):
     sde = SDES[name]
     score = GaussianScore(sde, 4)
     x = torch.randn(2, 2, 2, dtype=torch.float64)
-    found = log_likelihood(score, x, sde, solver=solver, steps=60, rtol=1e-8, atol=1e-9, start=START, at_a_time=4)
+    options = {"steps": 60, "spacing": spacing, "rtol": 1e-8, "atol": 1e-9, "start": START, "at_a_time": 4}
+    found = log_likelihood(score, x, sde, solver=solver, **options)
     wanted = score.log_prob(x, START)
     torch.testing.assert_close(found.log_prob, wanted, rtol=1e-6, atol=1e-6)
     assert torch.equal(found.log_prob, found.prior + found.integral)
     assert found.noise.shape == x.shape
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_noise_levels_are_those_of_their_times(name):
+    sde = SDES[name]
+    t = torch.tensor([1e-5, 1e-3, 0.1, 0.5, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(sde.noise_level(t), (sde.std(t) / sde.scale(t)).log())
+    torch.testing.assert_close(sde.time_at(sde.noise_level(t)), t, rtol=1e-9, atol=0)
+
+
+def test_noise_levels_of_a_constant_beta():
+    sde, t = VariancePreserving(3.0, 3.0), torch.tensor([0.25, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(sde.noise_level(t), (3 * t).expm1().log() / 2)
+    torch.testing.assert_close(sde.time_at(sde.noise_level(t)), t)
+
+
+def test_equal_steps_of_noise_resolve_what_equal_steps_of_time_cannot():
+    """Data hardly wider than the least noise, as pixels are: the score is steep at small times."""
+    sde = SDES["wide"]
+    score = GaussianScore(sde, 4)
+    score.variances = torch.full((4,), 1e-6, dtype=torch.float64)
+    x = score.mean + 1e-3 * torch.randn(2, 4, dtype=torch.float64)
+    wanted = score.log_prob(x, 1e-5)
+    found = {
+        spacing: log_likelihood(score, x, sde, steps=20, spacing=spacing).log_prob for spacing in ("noise", "time")
+    }
+    torch.testing.assert_close(found["noise"], wanted, rtol=0, atol=0.02)
+    assert (found["time"] - wanted).abs().min() > 100
 
 
 def test_steps_converge_at_the_order_of_their_method():
@@ -182,9 +212,10 @@ def test_the_adjoint_gives_the_derivatives_of_the_solver_in_the_limit(solver):
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     tensors = [x, *net.parameters()]
     weights = torch.tensor([1.0, -0.4], dtype=torch.float64)
-    exact = log_likelihood(net, x, sde, steps=60, gradient="backprop").log_prob
+    options = {"steps": 60, "spacing": "time"}
+    exact = log_likelihood(net, x, sde, gradient="backprop", **options).log_prob
     wanted = torch.autograd.grad((exact * weights).sum(), tensors)
-    found = log_likelihood(net, x, sde, solver=solver, steps=60, rtol=1e-9, atol=1e-9, gradient="adjoint").log_prob
+    found = log_likelihood(net, x, sde, solver=solver, rtol=1e-9, atol=1e-9, gradient="adjoint", **options).log_prob
     slopes = torch.autograd.grad((found * weights).sum(), tensors)
     for ours, theirs in zip(slopes, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -193,7 +224,7 @@ def test_the_adjoint_gives_the_derivatives_of_the_solver_in_the_limit(solver):
 def test_hutchinson_is_differentiable_too():
     sde, net = SDES["exploding"], Net(3)
     x = torch.randn(2, 3, dtype=torch.float64)
-    options = {"divergence": "hutchinson", "probes": 2, "steps": 40}
+    options = {"divergence": "hutchinson", "probes": 2, "steps": 40, "spacing": "time"}
     found = [
         torch.autograd.grad(log_likelihood(net, x, sde, gradient=kind, **options).log_prob.sum(), net.first.weight)[0]
         for kind in ("backprop", "adjoint")
@@ -201,7 +232,8 @@ def test_hutchinson_is_differentiable_too():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
-def test_a_gradient_may_be_taken_in_tensors_that_are_no_module():
+@pytest.mark.parametrize("spacing", ["noise", "time"])
+def test_a_gradient_may_be_taken_in_tensors_that_are_no_module(spacing):
     sde = SDES["exploding"]
     factor = torch.tensor(-0.4, dtype=torch.float64, requires_grad=True)
     x = torch.randn(1, 2, dtype=torch.float64)
@@ -209,8 +241,9 @@ def test_a_gradient_may_be_taken_in_tensors_that_are_no_module():
     def score(x, t):
         return factor * x
 
-    found = log_likelihood(score, x, sde, steps=50, gradient="adjoint", parameters=[factor]).log_prob
-    wanted = log_likelihood(score, x, sde, steps=50, gradient="backprop").log_prob
+    options = {"steps": 80, "spacing": spacing, "start": 0.05}
+    found = log_likelihood(score, x, sde, gradient="adjoint", parameters=[factor], **options).log_prob
+    wanted = log_likelihood(score, x, sde, gradient="backprop", **options).log_prob
     torch.testing.assert_close(found, wanted)
     (ours,), (theirs,) = (torch.autograd.grad(value.sum(), factor) for value in (found, wanted))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
@@ -274,6 +307,7 @@ def test_standard_deviations_of_the_exploding_process():
     [
         ({"divergence": "trace"}, "divergence must be one of exact, hutchinson, got 'trace'"),
         ({"solver": "rk5"}, "solver must be one of euler, heun, rk4, rk45, got 'rk5'"),
+        ({"spacing": "log"}, "spacing must be one of noise, time, got 'log'"),
         ({"probe": "sign"}, "probe must be one of rademacher, gaussian, got 'sign'"),
         ({"gradient": "both"}, "gradient must be one of None, backprop, adjoint, got 'both'"),
         ({"start": 0.0}, r"start must lie in \(0, 1\), got 0.0"),

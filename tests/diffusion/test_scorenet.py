@@ -37,6 +37,11 @@ def test_odd_embeddings():
         ScoreNet(embedding=3)
 
 
+def test_a_spacing_that_there_is_not():
+    with pytest.raises(ValueError, match="ScoreLoss: spacing must be one of noise, time, got 'log'"):
+        ScoreLoss(VarianceExploding(), spacing="log")
+
+
 class Shrink(nn.Module):
     """The exact score of images that are all zero: ``-x / std^2``."""
 
@@ -68,5 +73,11 @@ def test_what_the_loss_sees():
     torch.testing.assert_close(mean, found / 6)
     shifted = ScoreLoss(sde, start=0.5, low=-1.0)(Shrink(sde), images, np.random.default_rng(4))
     torch.testing.assert_close(shifted, 6 * (torch.tensor([-1.0, -0.6, 1.0]) / sde.std(t)) ** 2, rtol=1e-3, atol=1e-6)
+    first, last = sde.noise_level(torch.tensor([0.5, 1.0], dtype=torch.float64))
+    level = first + (last - first) * torch.from_numpy(np.random.default_rng(4).random(3))
+    even = ScoreLoss(sde, start=0.5, spacing="noise")(Shrink(sde), images, np.random.default_rng(4))
+    torch.testing.assert_close(
+        even, (6 * (torch.tensor([0.0, 0.2, 1.0]) / level.exp()) ** 2).float(), rtol=1e-3, atol=1e-6
+    )
     same = ScoreLoss(sde, start=0.5)(Shrink(sde), images.float() / 255, np.random.default_rng(4))
     torch.testing.assert_close(same, found)

@@ -86,7 +86,7 @@ class LogLikelihood:
     Args:
         sde: the forward process of the score.
         score: makes the score of the trained model, such as ``lambda model: NoiseScore(model, schedule)``; None: it is one.
-        solver, steps, divergence, probes, at_a_time: see :func:`pyattr.diffusion.log_likelihood`.
+        solver, steps, spacing, divergence, probes, at_a_time: see :func:`pyattr.diffusion.log_likelihood`.
         low, high: the range that the model's images have.
         bits: minus bits per dimension in place of nats.
         seed: of dequantisation and of the probes of "hutchinson".
@@ -96,6 +96,7 @@ class LogLikelihood:
     score: object = None
     solver: str = "rk4"
     steps: int = 20
+    spacing: str = "noise"
     divergence: str = "exact"
     probes: int = 1
     at_a_time: int = 32
@@ -119,6 +120,7 @@ class LogLikelihood:
             ids=same if self.divergence == "hutchinson" else None,
             solver=self.solver,
             steps=self.steps,
+            spacing=self.spacing,
             at_a_time=self.at_a_time,
             gradient="backprop" if torch.is_grad_enabled() else None,
         ).log_prob

@@ -1,6 +1,5 @@
 """MAGIC: how a function of the trained model changes with the weight of each training item, through all of its training."""
 
-import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...diffusion.checkpoint import identity
 from ...diffusion.images import evaluating
 from ...diffusion.progress import Pace, Progress, silent
 from ...diffusion.storage import DamagedFileError, load_tensors, save_tensors, tensors_hash
-from .replay import SAVE_SECONDS, Replay
-from .rows import Rows, as_rows, named, take
+from .replay import SAVE_SECONDS, Replay, settings_of
+from .rows import Rows, as_rows, take
 from .schemes import choose
 from .training import Adam, Loss, State, WeightedTraining, check_numbers, check_weights
 
@@ -129,13 +127,7 @@ class MAGIC:
         scheme = choose(training.steps, training.state_bytes, **self._checkpointing)
         settings = {}
         if self.directory is not None:
-            settings = {
-                **self._recipe,
-                "optimiser": dataclasses.asdict(self._recipe["optimiser"]),
-                **{f"initial {name}": value for name, value in identity(self._start).items()},
-                "train": tensors_hash(named(train)),
-                "weights": tensors_hash({"weights": weights}),
-            }
+            settings = settings_of(self._start, train, weights, self._recipe)
         self._replay = Replay(
             training, weights, scheme, directory=self.directory, settings=settings, progress=self.progress
         )

@@ -1,15 +1,17 @@
 """A training whose states can be had again from the last to the first: kept, or made once more and compared."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...diffusion.checkpoint import numbered
+from ...diffusion.checkpoint import identity, numbered
 from ...diffusion.progress import Pace, Progress, silent
-from ...diffusion.storage import DamagedFileError, differences, load_record, load_tensors, save_tensors
+from ...diffusion.storage import DamagedFileError, differences, load_record, load_tensors, save_tensors, tensors_hash
+from .rows import Rows, named
 from .schemes import Scheme
 from .training import State, WeightedTraining
 
@@ -188,6 +190,24 @@ class Replay:
             self._states[step] = path
         if newest:  # a loss has no name that one could compare
             self._check(1, self._advance(self.training.initial(), 0)[0])
+
+
+def settings_of(start: nn.Module, train: Rows, weights: Tensor, recipe: dict) -> dict:
+    """What identifies a training, for its directory.
+
+    Args:
+        start: the model that it starts with.
+        train: the N items.
+        weights: w, [N].
+        recipe: steps, batch_size, optimiser, seed.
+    """
+    return {
+        **recipe,
+        "optimiser": dataclasses.asdict(recipe["optimiser"]),
+        **{f"initial {name}": value for name, value in identity(start).items()},
+        "train": tensors_hash(named(train)),
+        "weights": tensors_hash({"weights": weights}),
+    }
 
 
 def _mark(state: State) -> int:

@@ -1,15 +1,19 @@
 """Whether a recipe of training is smooth enough in the weights of its items for derivatives to foretell removals."""
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...diffusion.progress import Progress, silent
+from .replay import Replay, settings_of
 from .rows import as_rows, take
+from .schemes import Scheme
 from .training import Adam, Loss, WeightedTraining, check_numbers, check_weights
 
 _DIRECTION, _HELD = 0x6D646972, 0x6D68656C  # key word 1 of the direction, and of the draws of the final loss
@@ -62,6 +66,7 @@ def metasmoothness(
     h: float = 0.1,
     seed: int = 0,
     direction: Tensor | None = None,
+    directory: str | os.PathLike | None = None,
     progress: Progress = silent,
 ) -> Smoothness:
     """Compare trainings with weights 1, 1 + h v and 1 + 2 h v.
@@ -77,15 +82,17 @@ def metasmoothness(
         h: of the size of what is to be foretold.
         seed: of the training, and of v.
         direction: v, [N]; standard normal if None.
+        directory: where the trainings keep their states, so that interrupted ones go on to the same bits; None: in memory.
         progress: stage "metasmoothness" (steps of three trainings).
 
     Returns:
         :class:`Smoothness`. A training that did not move at all counts as smooth; one that diverged has NaN.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument is not as above, or the directory holds other trainings.
+        RuntimeError: a training that is taken up comes out otherwise than before.
 
-    Extra memory: five vectors of P, and what a step takes.
+    Extra memory: nine vectors of P, and what a step takes.
 
     Source: Engstrom et al., "Optimizing ML Training with Metagradient Descent", 2025, section 3.
     """
@@ -100,11 +107,19 @@ def metasmoothness(
     ends = []
     try:
         for number in range(3):
-            state = training.initial()
-            for step in range(training.steps):
-                state, _ = training.advance(state, step, 1 + number * h * v)
-                progress(number * training.steps + step + 1, 3 * training.steps, "metasmoothness")
-            ends.append(state.theta)
+            weights, where, settings = 1 + number * h * v, None, None
+            if directory is not None:
+                where = Path(directory) / f"training-{number}"
+                where.mkdir(parents=True, exist_ok=True)
+                settings = settings_of(model, train, weights, {**recipe.settings, "seed": seed})
+
+            def within(done: int, of: int, stage: str, before: int = number * recipe.steps) -> None:
+                progress(before + done, 3 * recipe.steps, "metasmoothness")
+
+            # With one state to spare none is laid down but the last, and with a directory one a minute.
+            plain = Scheme("binomial", recipe.steps)
+            replay = Replay(training, weights, plain, directory=where, settings=settings, progress=within)
+            ends.append(replay.train().theta)
     except FloatingPointError:
         return Smoothness(recipe, np.nan, np.nan, np.nan, np.inf)
     first, second = (ends[1] - ends[0]).double(), (ends[2] - ends[1]).double()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import torch
+
 from ... import diffusion
 from ...attribution import Readout
 from ...datasets import ImageDataset
-from ..options import HISTORY, MethodOptions, PatchOptions, PixelOptions, PoolOptions, ScoreOptions
+from ..options import HISTORY, MagicOptions, MethodOptions, PatchOptions, PixelOptions, PoolOptions, ScoreOptions
 from ..stages import SCHEDULE, Checkpoint
 from ..workspace import Workspace
 from .base import Scoring, listed
 from .ensembles import EnsembleScoring
 from .gradients import ChangeScoring, GradientScoring, HistoryScoring, JourneyScoring, evenly_spaced
+from .magic import MagicScoring
 from .patches import PatchScoring
 from .probes import ProbedScoring
 from .retraining import RetrainingScoring
@@ -28,6 +31,7 @@ def scoring_of(
     *,
     model: Checkpoint | None = None,
     readout: Readout | None = None,
+    device: torch.device | None = None,
 ) -> Scoring:
     """The scoring of a method's options.
 
@@ -35,11 +39,14 @@ def scoring_of(
         model_key: what tells the model from others; None where the method needs none.
         model: where the model lies, which says of what training it is; for the methods of several checkpoints, of those too.
         readout: what is read out of the scores; None: what the method has for its own.
+        device: where a method that trains a model of its own does so; None: on the CPU.
 
     Raises:
         WorkspaceError, ValueError, ImportError, RuntimeError: an option is not possible, or what it names cannot be had.
     """
     common = (workspace, model_key, data, options, schedule)
+    if isinstance(options, MagicOptions):
+        return MagicScoring(workspace, data, options, device=device or torch.device("cpu"), readout=readout)
     if isinstance(options, ScoreOptions):
         training = None if model is None else model.training
         if options.method in HISTORY:
