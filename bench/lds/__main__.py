@@ -22,7 +22,7 @@ from pyattr.report.numbers import write_results
 
 from . import ablations, build, costs, deletion, scores, tables
 from .methods import Materials
-from .problem import PROBLEMS
+from .problem import PROBLEMS, TIMESTEPS
 
 STAGES = ("draw", "main", "evaluation", "retraining", "scores", "ablations", "deletion", "costs", "tables")
 GROUPS = ("similarity", "patches", "10", "changes", "100", "retrained")
@@ -36,6 +36,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the original images, .npz (draw)")
     parser.add_argument("--work", type=Path, help="where training states and features are kept (all others)")
     parser.add_argument("--workers", type=int, default=2, help="processes that train, a thread each")
+    parser.add_argument(
+        "--timesteps",
+        type=int,
+        default=TIMESTEPS,
+        help="that losses average over (evaluation, retraining); others than the default go to a file of their own",
+    )
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="of methods (scores)")
     parser.add_argument("--ablate", nargs="+", choices=list(ablations.GROUPS), default=list(ablations.GROUPS))
     given = parser.parse_args()
@@ -64,7 +70,9 @@ def main() -> None:
                 write_results(problem.folder / "ablations" / f"{group}.json", ablations.judged(materials, group))
         else:
             torch.set_num_threads(1)  # of each worker; results depend on it in the last bit
-            build.retrain(problem, given.stage, given.work / problem.name, given.workers, display.progress)
+            build.retrain(
+                problem, given.stage, given.work / problem.name, given.workers, display.progress, given.timesteps
+            )
 
 
 if __name__ == "__main__":

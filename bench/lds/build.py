@@ -80,19 +80,26 @@ def queries(problem: Problem) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([found["validation_images"], found["generated_images"]]))
 
 
-def retrain(problem: Problem, pool: str, work: Path, workers: int, progress: Progress) -> GroundTruth:
-    """Train on the subsets and keep the losses: "evaluation", or "retraining", of which four networks are kept too."""
+def retrain(
+    problem: Problem, pool: str, work: Path, workers: int, progress: Progress, timesteps: int | None = None
+) -> GroundTruth:
+    """Train on the subsets and keep the losses: "evaluation", or "retraining", of which four networks are kept too.
+
+    Losses over another number of timesteps than the problem's go to a file of their own, which the tables do not read.
+    """
+    timesteps = timesteps or settings.TIMESTEPS
+    kept_as = pool if timesteps == settings.TIMESTEPS else f"{pool}-{timesteps}"
     found = images(problem)
     evaluation = pool == "evaluation"
     truth = build_ground_truth(
-        work / pool,
+        work / kept_as,
         problem.network,
         torch.from_numpy(found["train_images"]),
         queries(problem),
         problem.masks(found["train_labels"], pool),
         schedule=SCHEDULE,
         seeds=problem.seeds if evaluation else 1,
-        timesteps=settings.TIMESTEPS,
+        timesteps=timesteps,
         seed=settings.SEED if evaluation else settings.SEED + 1,
         steps=settings.SUBSET_STEPS,
         keep_models=not evaluation,
@@ -100,9 +107,9 @@ def retrain(problem: Problem, pool: str, work: Path, workers: int, progress: Pro
         progress=progress,
         **settings.TRAINING,
     )
-    truth.save(problem.folder / f"{pool}.safetensors")
-    if not evaluation:
+    truth.save(problem.folder / f"{kept_as}.safetensors")
+    if kept_as == "retraining":
         for member in range(settings.MEMBERS):
             name = f"model-{member:04d}-00.safetensors"
-            shutil.copyfile(work / pool / "models" / name, problem.folder / MODELS / f"half-{member}.safetensors")
+            shutil.copyfile(work / kept_as / "models" / name, problem.folder / MODELS / f"half-{member}.safetensors")
     return truth

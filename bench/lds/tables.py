@@ -34,6 +34,8 @@ PAIRS = (
     ("d-trak-100-tuned", "trak-100-tuned"),
     ("trak-100-tuned", "raw-pixel-cosine"),
     ("d-trak-100-tuned", "raw-pixel-cosine"),
+    ("trak-100-tuned", "raw-pixel-cosine-centred"),
+    ("d-trak-100-tuned", "raw-pixel-cosine-centred"),
     ("d-trak-100-tuned", "nda"),
 )
 READOUTS = {

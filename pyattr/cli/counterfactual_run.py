@@ -39,6 +39,8 @@ STATES = (
 def counterfactual(out: Path, options: CounterfactualOptions, machine: Machine) -> None:
     """Retrain, sample and compare in an output folder."""
     matplotlib()
+    if not out.is_dir():  # a session would make it
+        raise WorkspaceError(f"no trained model in {out}: run `pyattr train SOURCE --out {out}` first")
     with session(out, machine) as work:
         job = _Job(work, options)
         work.plan(job.steps)
@@ -187,7 +189,7 @@ class _Job:
             if name not in there:
                 raise WorkspaceError(
                     f"no scores by {name} in {out / 'scores.npz'}, which has {', '.join(there)}: "
-                    f"run `pyattr attribute --out {out} --method {name}` first"
+                    f"run `pyattr attribute --out {out} {' '.join(f'--method {each}' for each in (*there, name))}` first"
                 )
         read = {name: settings["methods"][there[name]]["readout"]["name"] for name in asked}
         if "head" in read.values():

@@ -12,13 +12,16 @@ import torch
 
 from .. import diffusion
 from ..datasets import ImageDataset
+from ..diffusion.storage import differences
 from ..diffusion.train import check_options as check_training
-from ..evaluation import build_ground_truth, subsets
+from ..evaluation import GroundTruth, build_ground_truth, subsets
 from .lds_table import IMAGES, QUERIES
 from .options import DataOptions, Machine, TrainOptions
 from .run import session
 from .stages import SCHEDULE, Step, check_fits, queries_of_data, write_npz
 from .workspace import Workspace, WorkspaceError, write_json
+
+ASKED = "asked"  # in the settings of the ground truth: the options that it was made by
 
 
 @dataclass(frozen=True)
@@ -75,15 +78,16 @@ def build(
             network = diffusion.unet(training.network, channels=images.shape[0], size=images.shape[1])
         parameters = sum(p.numel() for p in network.parameters())
         taken = {name: getattr(options, name) for name in ("timesteps", "num_noises")}
+        asked_for = {"fraction": options.fraction, **taken, **dataclasses.asdict(training)}
+        path = work.workspace.folder / f"{options.pool}.safetensors"
+        _check_replaced(path, asked_for, masks, options)
         step = _Building(
             work.workspace,
             {
                 "data": images.fingerprint(),
                 "labels": None if images.labels is None else images.labels.tolist(),
                 "queries": dataclasses.replace(images, images=stacked).fingerprint(),
-                "fraction": options.fraction,
-                **taken,
-                **dataclasses.asdict(training),
+                **asked_for,
             },
             options,
             f"{options.subsets} subsets of {masks[0].sum():,} images, {options.seeds} models of {training.network} "
@@ -110,11 +114,31 @@ def build(
                 **taken,
                 **recipe,
             )
-        path = work.workspace.folder / f"{options.pool}.safetensors"
+        truth = dataclasses.replace(truth, settings={**truth.settings, ASKED: asked_for})
         truth.save(path)
         spread = truth.outputs().std(0).mean() / truth.outputs().mean()
         work.display.say(f"done; losses of a query vary by {spread:.1%} between subsets")
         work.display.say(f"ground truth  {path}")
+
+
+def _check_replaced(path: Path, asked: dict, masks: np.ndarray, options: GroundTruthOptions) -> None:
+    """Refuse to put another ground truth, or a smaller one, in the place of one that took hours."""
+    if not path.exists():
+        return
+    there = GroundTruth.open(path)
+    if ASKED not in there.settings:
+        raise WorkspaceError(f"{path} was not made by this command: choose another folder")
+    if differ := differences(there.settings[ASKED], asked):
+        raise WorkspaceError(f"{path} holds a ground truth of other options ({differ}): choose another folder")
+    subsets_there, seeds_there = there.losses.shape[1:3]
+    if options.subsets < subsets_there or options.seeds < seeds_there:
+        raise WorkspaceError(
+            f"{path} holds more than is asked for, {subsets_there} subsets and {seeds_there} models of each: "
+            "ask for as many or more, or choose another folder"
+        )
+    same_images = masks.shape[1] == there.masks.shape[1]  # others are refused with the queries
+    if same_images and not np.array_equal(masks[:subsets_there], there.masks):
+        raise WorkspaceError(f"{path} holds a ground truth of other subsets (other labels?): choose another folder")
 
 
 def _masks(images: ImageDataset, options: GroundTruthOptions, seed: int) -> np.ndarray:

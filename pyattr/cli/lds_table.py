@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,11 @@ from .display import Display
 from .lds_pictures import draw
 from .options import readout_word
 from .score_files import ARCHIVE, ScoreFile, score_files, without_readout
-from .workspace import WorkspaceError, read_json
+from .workspace import WorkspaceError
 
 TRUTH, SCORES, QUERIES, IMAGES = "evaluation.safetensors", "scores", "queries.json", "images.npz"
 WIDTH = 180  # of a table that goes to a file
+DEFAULT_TARGET = "simple"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Found:
 class Asked:
     """What of it is to be shown; see the options of the command."""
 
-    targets: tuple[str, ...]
+    targets: tuple[str, ...]  # none: the first that there is, or `simple`
     readouts: tuple[str, ...]
     percent: float
     against: str | None
@@ -125,7 +127,9 @@ def table(there_is: Found, asked: Asked, threads: int | None) -> None:
     if not console.is_terminal:
         console = Console(width=WIDTH)
     readouts = {name: Readout(name, asked.percent if name == "head" else None) for name in asked.readouts}
+    _check_places(asked)
     truth = GroundTruth.open(there_is.truth)
+    targets = asked.targets or (DEFAULT_TARGET if DEFAULT_TARGET in truth.targets else truth.targets[0],)
     groups = _groups(there_is.queries, len(truth.query_ids))
     results: dict[str, Any] = {"subsets": len(truth.masks), "images": truth.masks.shape[1], "targets": {}}
     for name, file in there_is.files.items():
@@ -133,7 +137,7 @@ def table(there_is: Found, asked: Asked, threads: int | None) -> None:
     apart = without_readout({name: file.plain for name, file in there_is.files.items()}, asked.readouts)
     with Display(console) as display:
         boards = []
-        for target in asked.targets:
+        for target in targets:
             truth.outputs(target)  # refused before any work
             board = Scoreboard(truth, target, readouts, groups)
             rows = _rows(board, there_is, asked, display)
@@ -163,19 +167,37 @@ def table(there_is: Found, asked: Asked, threads: int | None) -> None:
             console.print(f"picture  {path}", highlight=False, soft_wrap=True)
 
 
+def _check_places(asked: Asked) -> None:
+    """Refuse, before the work, files that could not be written."""
+    if asked.json is not None:
+        folder = asked.json.parent
+        if asked.json.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise WorkspaceError(f"--json must be a file in a folder that can be written to, got {asked.json}")
+    if asked.plots is not None:
+        nearest = asked.plots.absolute()
+        while not nearest.exists():
+            nearest = nearest.parent
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise WorkspaceError(f"--plots must be a folder that can be written to, got {asked.plots}")
+
+
 def _groups(path: Path | None, count: int) -> dict[str, np.ndarray]:
     if path is None:
         return {"all": np.arange(count)}
-    ranges = read_json(path)
-    if ranges is None:
-        raise WorkspaceError(f"{path} does not exist")
+    expected = f'{path} must hold ranges of the {count} queries, as in {{"validation": [0, {count}]}}'
+    try:
+        ranges = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise WorkspaceError(f"{path} does not exist") from None
+    except ValueError:
+        raise WorkspaceError(f"{expected}, got no JSON") from None
+    if ranges == {}:
+        raise WorkspaceError(f"{expected}, got none")
     groups = {}
     for name, given in ranges.items() if isinstance(ranges, dict) else [("", ranges)]:
-        whole = isinstance(given, list) and len(given) == 2 and all(isinstance(end, int) for end in given)
+        whole = isinstance(given, list) and len(given) == 2 and all(type(end) is int for end in given)  # True is an int
         if not (whole and 0 <= given[0] < given[1] <= count):
-            raise WorkspaceError(
-                f'{path} must hold ranges of the {count} queries, as in {{"validation": [0, {count}]}}, got {name} {given}'
-            )
+            raise WorkspaceError(f"{expected}, got {name} {given}")
         groups[name] = np.arange(*given)
     return groups
 

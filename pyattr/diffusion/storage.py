@@ -101,10 +101,19 @@ def _metadata(path: str | os.PathLike) -> dict[str, str]:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except safetensors.SafetensorError as error:
+        if not _begins_as_one(Path(path)):  # a sound file of another kind, and not ours to have deleted
+            raise DamagedFileError(f"{path} is no safetensors file ({error})") from None
         raise DamagedFileError(f"{path} is damaged ({error}): delete it and make it again") from None
     if not {"record", "sha256"} <= metadata.keys():
         raise DamagedFileError(f"{path} was not written by pyattr: it carries no checksum")
     return metadata
+
+
+def _begins_as_one(path: Path) -> bool:
+    """By its name, or by the brace after the length of its header; too short to tell: yes."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return path.suffix == ".safetensors" or len(start) < 9 or start[8:] == b"{"
 
 
 def differences(made: dict, asked: dict) -> str:

@@ -179,7 +179,7 @@ def _chosen(settings: dict) -> dict:
 
 
 def distinguishing(rows: Sequence[Row], *, group: str | None = None) -> dict[tuple[str, str], str]:
-    """By name and readout, the settings in which the rows that have them are not all alike, in words; and how one was tuned.
+    """By name and readout, in words, the settings that not all rows with them agree in, and what was chosen, and how.
 
     How a value was chosen is told where that is not alike either.
 
@@ -196,12 +196,13 @@ def distinguishing(rows: Sequence[Row], *, group: str | None = None) -> dict[tup
             values.setdefault(key, set()).add(word)
             ways.setdefault(key, set()).add(way)
     tuned = {(row.name, row.readout): [row.tuned] if row.tuned else [] for row in rows}
+    chosen = {(row.name, row.readout): set(row.chosen.get(group, {})) for row in rows}
     found = {}
     for row, settings in told.items():
         words = [
             f"{key}={word}{way if len(ways[key]) > 1 else ''}"
             for key, (word, way) in settings.items()
-            if len(values[key]) > 1
+            if len(values[key]) > 1 or key in chosen[row]
         ]
         found[row] = ", ".join([*words, *tuned[row]])
     return found

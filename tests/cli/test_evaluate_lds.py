@@ -1,5 +1,6 @@
 """`pyattr evaluate lds`: the table, its numbers and pictures, from files that were made here."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -144,6 +145,10 @@ def test_a_setting_is_chosen_on_other_queries(problem, tmp_path, succeeds):
         assert row["lds"] == pytest.approx(100 * expected.mean, rel=1e-4)
         assert row["interval"] == pytest.approx([100 * end for end in expected.interval], rel=1e-4)
         assert row["tuned"] == "tuned on other queries" and "tuned on other queries" in told
+        # Told though there is no other row with a lambda to tell it from.
+        chosen = row["settings"]["lambda"]
+        assert chosen in (list(expected.chosen), expected.chosen[0])
+        assert f"lambda={chosen if isinstance(chosen, list) else format(chosen, 'g')}, tuned on other queries" in told
         assert row["curve"] == [
             [0.1, pytest.approx(100 * expected.curve[0.1], rel=1e-4)],
             [1.0, pytest.approx(100 * expected.curve[1.0], rel=1e-4)],
@@ -340,7 +345,6 @@ def test_refusals(problem, pyattr, arguments, line):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["x", "--target", "l3"], "--target: must be one of simple, elbo, square, l1, linf, got l3"),
         (["x", "--readout", "mean"], "--readout: must be one of signed, squared, signed-squared, head, got mean"),
         (["x", "--percent", "3"], "--percent: goes with --readout head, got 3 alone"),
         (["x", "--percent", "3", "-r", "squared"], "--percent: goes with --readout head, got 3 alone"),
@@ -376,6 +380,11 @@ def test_what_lies_in_the_folder_is_checked(problem, tmp_path, pyattr):
     fails(
         f'{tmp_path / "queries.json"} must hold ranges of the 6 queries, as in {{"validation": [0, 6]}}, got a [0, 7]'
     )
+    for text, got in (("{}", "none"), ('{"a": [true, 3]}', "a [True, 3]"), ("PK", "no JSON")):
+        (tmp_path / "queries.json").write_text(text)
+        fails(
+            f'{tmp_path / "queries.json"} must hold ranges of the 6 queries, as in {{"validation": [0, 6]}}, got {got}'
+        )
     (tmp_path / "queries.json").write_text('{"a": [0, 6]}')
     (tmp_path / "images.npz").write_bytes(b"PK")
     fails(f"{tmp_path / 'images.npz'} is damaged or missing: put it back or delete it")
@@ -388,3 +397,37 @@ def test_what_lies_in_the_folder_is_checked(problem, tmp_path, pyattr):
         tmp_path / "scores" / "a.safetensors"
     )
     fails("Scores: A scored other training images than those of the ground truth, or in another order")
+
+
+def test_places_that_cannot_be_written_to_are_refused_before_the_work(problem, tmp_path, pyattr):
+    (tmp_path / "file").touch()
+
+    def fails(line, *options):
+        result = pyattr("evaluate", "lds", problem, *options)
+        assert (result.exit_code, result.stderr, result.stdout) == (1, f"pyattr: {line}\n", "")
+
+    missing = tmp_path / "none" / "x.json"
+    fails(f"--json must be a file in a folder that can be written to, got {missing}", "--json", missing)
+    fails(f"--json must be a file in a folder that can be written to, got {tmp_path}", "--json", tmp_path)
+    inside = tmp_path / "file" / "plots"
+    fails(f"--plots must be a folder that can be written to, got {inside}", "--plots", inside)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_file_of_another_kind_is_not_called_damaged(problem, tmp_path, pyattr):
+    np.savez(tmp_path / "images.npz", train_images=TRAIN)
+    result = pyattr("evaluate", "lds", "--truth", tmp_path / "images.npz", problem / "scores" / "pixel.safetensors")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"pyattr: {tmp_path / 'images.npz'} is no safetensors file (")
+    assert "delete" not in result.stderr
+
+
+def test_targets_are_those_of_the_file(problem, tmp_path, succeeds, pyattr):
+    truth = GroundTruth.open(problem / "evaluation.safetensors")
+    path, scores = tmp_path / "truth.safetensors", problem / "scores" / "pixel.safetensors"
+    dataclasses.replace(truth, targets=("margin", "nll")).save(path)
+    told = succeeds("evaluate", "lds", "--truth", path, scores, "--target", "nll")
+    assert "target nll" in told
+    assert "target margin" in succeeds("evaluate", "lds", "--truth", path, scores)
+    result = pyattr("evaluate", "lds", "--truth", path, scores, "--target", "simple")
+    assert result.stderr == "pyattr: GroundTruth: target must be one of margin, nll, got 'simple'\n"

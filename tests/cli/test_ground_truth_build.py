@@ -102,7 +102,7 @@ def test_killed_in_the_middle(made, tmp_path):
     assert record == wanted_record and all(torch.equal(tensors[name], wanted[name]) for name in wanted)
 
 
-def test_more_subsets_and_another_pool(made, tmp_path, succeeds):
+def test_more_subsets_and_another_pool(made, tmp_path, succeeds, pyattr):
     whole, _, arguments = made
     out = tmp_path / "out"
     shutil.copytree(whole, out)
@@ -111,6 +111,13 @@ def test_more_subsets_and_another_pool(made, tmp_path, succeeds):
     assert "3 of 4 models found" in told and losses_of(out).items() >= before.items() and len(losses_of(out)) == 4
     more = GroundTruth.open(out / "evaluation.safetensors")
     np.testing.assert_array_equal(more.losses[:, :3], first.losses)
+    fewer = pyattr("evaluate", "lds", "build", out, *arguments)
+    assert (fewer.exit_code, fewer.stderr) == (
+        1,
+        f"pyattr: {out / 'evaluation.safetensors'} holds more than is asked for, 4 subsets and 1 models of each: "
+        "ask for as many or more, or choose another folder\n",
+    )
+    np.testing.assert_array_equal(GroundTruth.open(out / "evaluation.safetensors").losses, more.losses)
     succeeds("evaluate", "lds", "build", out, *arguments, "--pool", "retraining")
     other = GroundTruth.open(out / "retraining.safetensors")
     assert not any((mask == more.masks).all(1).any() for mask in other.masks)
@@ -128,6 +135,9 @@ def test_refusals(made, images, tmp_path, pyattr):
     fails(1, f"{whole} holds the ground truth of other images or queries: choose another folder", *one, *OPTIONS)
     turned = [*arguments[:2], *arguments[4:6], *arguments[2:4], *OPTIONS]
     fails(1, f"{whole} holds the ground truth of other images or queries: choose another folder", *turned)
+    path = whole / "evaluation.safetensors"
+    other = f"{path} holds a ground truth of other options (steps was 2, now 3): choose another folder"
+    fails(1, other, *arguments, "--steps", 3)
     fails(2, "Invalid value for --pool: must be one of evaluation, retraining, got test", *one, "--pool", "test")
     twice = "Invalid value for --queries: each needs a name of its own, as in validation=SOURCE, got queries twice"
     fails(2, twice, *one, "--queries", images)
