@@ -75,9 +75,13 @@ class GroundTruth:
         """
         images = as_examples(images, op, "train")
         if len(images) != self.masks.shape[1]:
-            raise ValueError(f"{op}: train must be the {self.masks.shape[1]} images of the pool, got {len(images)}")
+            raise ValueError(
+                f"{op}: train must be the {self.masks.shape[1]} images of the ground truth, got {len(images)}"
+            )
         if self.images is not None and examples_hash(images) != self.images:
-            raise ValueError(f"{op}: train must be the images of the pool, in their order and dtype, got others")
+            raise ValueError(
+                f"{op}: train must be the images of the ground truth, in their order and dtype, got others"
+            )
 
     def rows(self, queries, op: str) -> np.ndarray:
         """Where queries lie in the columns of :meth:`outputs`.
@@ -90,21 +94,23 @@ class GroundTruth:
             [Q'] int64. Images that are there several times are taken in the order in which they come.
 
         Raises:
-            ValueError: a query is not among those of the pool, or these are unknown.
+            ValueError: a query is not among those of the ground truth, or these are unknown.
         """
         return self.rows_of(query_hashes(queries, op), op)
 
     def rows_of(self, hashes: Sequence[str], op: str) -> np.ndarray:
         """:meth:`rows` of queries that are known by what identifies them, see :func:`image_hashes`."""
         if self.queries is None:
-            raise ValueError(f"{op}: pool must say which queries it has the losses of, got one that does not")
+            raise ValueError(
+                f"{op}: the ground truth must say which queries it has the losses of, got one that does not"
+            )
         places, met, rows = {}, Counter(), []
         for row, query in enumerate(self.queries):
             places.setdefault(query, []).append(row)
         for number, query in enumerate(hashes):
             if met[query] == len(places.get(query, ())):
                 raise ValueError(
-                    f"{op}: queries must be among those of the pool, in their dtype; number {number} is not"
+                    f"{op}: queries must be among those of the ground truth, in their dtype; number {number} is not"
                 )
             rows.append(places[query][met[query]])
             met[query] += 1

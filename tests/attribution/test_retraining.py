@@ -125,15 +125,15 @@ def test_others_than_those_of_the_pool_are_refused(method):
     made, name = method(random_pool()[0]), method.__name__
     with pytest.raises(RuntimeError, match=f"{name}: fit must be called before scores"):
         made.scores(QUERIES)
-    with pytest.raises(ValueError, match=f"{name}: train must be the 6 images of the pool, got 5"):
+    with pytest.raises(ValueError, match=f"{name}: train must be the 6 images of the ground truth, got 5"):
         made.fit(IMAGES[:5])
     with pytest.raises(
-        ValueError, match=f"{name}: train must be the images of the pool, in their order and dtype, got o"
+        ValueError, match=f"{name}: train must be the images of the ground truth, in their order and dtype, got o"
     ):
         made.fit(IMAGES.flip(0))
     made.fit(IMAGES)
     with pytest.raises(
-        ValueError, match=f"{name}: queries must be among those of the pool, in their dtype; number 1 is"
+        ValueError, match=f"{name}: queries must be among those of the ground truth, in their dtype; number 1 is"
     ):
         made.scores(torch.cat([QUERIES[:1], IMAGES[:1]]))
 

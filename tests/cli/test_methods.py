@@ -351,9 +351,9 @@ def test_methods_of_retrained_models(images, tmp_path, succeeds, fails, arrays, 
         assert words in page, words
     # Refused before anything is written.
     new = ["attribute", "--out", tmp_path / "new", "--pool", pool, "-m", "datamodel"]
-    fails("Datamodel: train must be the 24 images of the pool, got 12",
+    fails("Datamodel: train must be the 24 images of the ground truth, got 12",
           *new, "--data", images, "--limit", 12, "--queries", images / "light")  # fmt: skip
-    fails("Datamodel: queries must be among those of the pool, in their dtype; number 0 is not",
+    fails("Datamodel: queries must be among those of the ground truth, in their dtype; number 0 is not",
           *new, "--data", images, "--queries", images / "dark")  # fmt: skip
     fails("GroundTruth: target must be one of simple, elbo, got 'l2'",
           *new, "--data", images, "--queries", images / "light", "--target", "l2")  # fmt: skip

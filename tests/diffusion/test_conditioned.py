@@ -249,7 +249,7 @@ def test_ground_truth(images, tmp_path):
     assert EmpiricalInfluence(told).fit(examples).scores(asked).shape == (2, 6)
     with pytest.raises(ValueError, match="number 0 is not"):
         told.rows(Conditioned(queries, [0, 1]), "test")
-    with pytest.raises(ValueError, match="train must be the images of the pool"):
+    with pytest.raises(ValueError, match="train must be the images of the ground truth"):
         EmpiricalInfluence(told).fit(Conditioned(images, [0] * 6))
     with pytest.raises(ValueError, match="losses that were made otherwise: mirrored was"):
         build_ground_truth(tmp_path / "told", Told, Conditioned(images, [1] * 6, images), asked, masks, **options)

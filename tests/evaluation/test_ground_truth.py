@@ -84,12 +84,12 @@ def test_queries_are_found_by_their_pixels():
     samples = Samples(QUERIES[:1], torch.arange(1), QUERIES[:1, None].float(), None, torch.arange(1), {})
     np.testing.assert_array_equal(made.rows(samples, "op"), [0])
     with pytest.raises(
-        ValueError, match="op: queries must be among those of the pool, in their dtype; number 2 is not"
+        ValueError, match="op: queries must be among those of the ground truth, in their dtype; number 2 is not"
     ):
         made.rows(QUERIES[[0, 0, 0]], "op")
     with pytest.raises(ValueError, match="number 0 is not"):
         made.rows(QUERIES.float() / 255, "op")
-    with pytest.raises(ValueError, match="op: pool must say which queries it has the losses of"):
+    with pytest.raises(ValueError, match="op: the ground truth must say which queries it has the losses of"):
         truth(queries=None).rows(QUERIES, "op")
 
 
@@ -97,10 +97,10 @@ def test_training_images_are_checked():
     truth().check_images(IMAGES, "op")
     truth(images=None).check_images(IMAGES.flip(0), "op")
     with pytest.raises(
-        ValueError, match="op: train must be the images of the pool, in their order and dtype, got others"
+        ValueError, match="op: train must be the images of the ground truth, in their order and dtype, got others"
     ):
         truth().check_images(IMAGES.flip(0), "op")
-    with pytest.raises(ValueError, match="op: train must be the 4 images of the pool, got 3"):
+    with pytest.raises(ValueError, match="op: train must be the 4 images of the ground truth, got 3"):
         truth(images=None).check_images(IMAGES[:3], "op")
 
 

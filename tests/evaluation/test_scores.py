@@ -110,7 +110,7 @@ def test_scores_of_something_else():
         scores().rows_in(truth(images=data_hash(IMAGES.flip(0))))
     with pytest.raises(ValueError, match=other):
         scores(matrix=MATRIX[:, :3]).rows_in(truth(images=None))
-    with pytest.raises(ValueError, match="Scores: D-TRAK: queries must be among those of the pool"):
+    with pytest.raises(ValueError, match="Scores: D-TRAK: queries must be among those of the ground truth"):
         scores(queries=("a", "b", "c")).rows_in(truth())
     assert scores(queries=("a", "b", "c")).rows_in(truth(queries=None)).tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="Scores: D-TRAK scored 2 queries, and the ground truth has 3"):
