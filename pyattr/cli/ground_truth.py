@@ -12,8 +12,12 @@ import torch
 
 from .. import diffusion
 from ..datasets import ImageDataset
-from ..diffusion.train import check_options as check_training
-from ..evaluation import build_ground_truth, subsets
+from ..diffusion.members import Recipe, training_options
+from ..diffusion.storage import data_hash, differences
+from ..evaluation import GroundTruth, build_ground_truth, subsets
+from ..evaluation.ground_truth import image_hashes
+from ..evaluation.retrained import QueryLosses
+from ..evaluation.subset_models import recipe_settings
 from .lds_table import IMAGES, QUERIES
 from .options import DataOptions, Machine, TrainOptions
 from .run import session
@@ -69,7 +73,9 @@ def build(
             for name, value in dataclasses.asdict(training).items()
             if name not in ("network", "dropout", "seed")
         }
-        check_training(seed=training.seed, **{name: value for name, value in recipe.items() if name != "flip"})
+        trained = Recipe(
+            training.network, SCHEDULE, training_options(recipe, training.seed, "train"), training.seed, "train"
+        )
         masks = _masks(images, options, training.seed)
         with torch.device("meta"):  # only to count, and to fail before the work
             network = diffusion.unet(training.network, channels=images.shape[0], size=images.shape[1])
@@ -91,6 +97,8 @@ def build(
             f"losses of {len(stacked):,} queries at {options.timesteps} timesteps",
             parameters,
         )
+        path = work.workspace.folder / f"{options.pool}.safetensors"
+        _check_found(path, images, stacked, masks, options.seeds, recipe_settings(trained, QueryLosses(**taken)))
         _write_queries(work.workspace.folder, images, asked)
         work.plan([step])
         work.begin(step)
@@ -110,7 +118,6 @@ def build(
                 **taken,
                 **recipe,
             )
-        path = work.workspace.folder / f"{options.pool}.safetensors"
         truth.save(path)
         spread = truth.outputs().std(0).mean() / truth.outputs().mean()
         work.display.say(f"done; losses of a query vary by {spread:.1%} between subsets")
@@ -126,6 +133,38 @@ def _masks(images: ImageDataset, options: GroundTruthOptions, seed: int) -> np.n
     return subsets(
         len(images), options.subsets, fraction=options.fraction, labels=images.labels, pool=options.pool, seed=seed
     )
+
+
+def _check_found(
+    path: Path, images: ImageDataset, queries: np.ndarray, masks: np.ndarray, seeds: int, recipe: dict
+) -> None:
+    """Refuse to replace a ground truth by one that is made otherwise or of fewer models; by more of the same is meant.
+
+    Raises:
+        WorkspaceError: the message says what differs.
+        DamagedFileError, ValueError: what lies there cannot be read.
+    """
+    if not path.exists():
+        return
+    made = GroundTruth.open(path)
+    known = made.images == data_hash(torch.from_numpy(images.images))
+    if not known or made.queries != tuple(image_hashes(torch.from_numpy(queries))):
+        raise WorkspaceError(f"{path.parent} holds the ground truth of other images or queries: choose another folder")
+    (count, _), there_are = made.masks.shape, made.losses.shape[2]
+    common = min(count, len(masks))
+    differ = differences(
+        {
+            **{name: made.settings.get(name) for name in recipe},
+            "images of a subset": int(made.masks[0].sum()),
+            "subsets": count,
+            "seeds": there_are,
+        },
+        {**recipe, "images of a subset": int(masks[0].sum()), "subsets": common, "seeds": min(there_are, seeds)},
+    )
+    if not differ and not np.array_equal(made.masks[:common], masks[:common]):
+        differ = "its subsets are others, drawn by other labels"
+    if differ:
+        raise WorkspaceError(f"{path} was made otherwise: {differ}; choose another folder")
 
 
 def _write_queries(folder: Path, images: ImageDataset, asked: Mapping[str, np.ndarray]) -> None:

@@ -26,11 +26,11 @@ TRAINING_PASSES = 3  # of an image in a training step: forward, and twice as muc
 class QueryLosses:
     """How the losses of queries under a model are computed; see :func:`~pyattr.evaluation.build_ground_truth`."""
 
-    timesteps: int
-    num_noises: int
-    noise_seed: int
-    targets: tuple[str, ...]
-    rows_per_pass: int
+    timesteps: int = 100
+    num_noises: int = 1
+    noise_seed: int = 0
+    targets: tuple[str, ...] = TARGETS
+    rows_per_pass: int = 256
 
     def check(self, schedule: Schedule, op: str) -> None:
         """Refuse what cannot be.

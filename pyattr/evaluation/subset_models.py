@@ -194,12 +194,8 @@ def build_ground_truth(
     mirrored = images.mirrored if options["flip"] and isinstance(images, Conditioned) else None
     hashes = tuple(image_hashes(queries))
     settings = {
-        "model": model if isinstance(model, str) else None,
+        **recipe_settings(recipe, evaluation),
         "initial": [identity(recipe.build(s, tuple(images.shape[1:]))) for s in range(seeds)],
-        "schedule": dataclasses.asdict(schedule),
-        "training": {name: value for name, value in options.items() if name not in PACE},
-        "seed": seed,
-        "evaluation": dataclasses.asdict(evaluation),
         "images": examples_hash(images),
         "queries": tensors_hash({**pack(queries, "queries"), "ids": query_ids}),
         **({} if mirrored is None else {"mirrored": data_hash(mirrored)}),
@@ -225,6 +221,17 @@ def build_ground_truth(
     )
     made.save(directory / RESULT)
     return made
+
+
+def recipe_settings(recipe: Recipe, evaluation: QueryLosses) -> dict:
+    """What the settings of a ground truth say of how its models are trained and their losses taken, before any is built."""
+    return {
+        "model": recipe.model if isinstance(recipe.model, str) else None,
+        "schedule": dataclasses.asdict(recipe.schedule),
+        "training": {name: value for name, value in recipe.training.items() if name not in PACE},
+        "seed": recipe.seed,
+        "evaluation": dataclasses.asdict(evaluation),
+    }
 
 
 def _as_masks(masks, num_images: int) -> np.ndarray:

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from pyattr.diffusion import DamagedFileError
 from pyattr.diffusion.storage import load_tensors
 from pyattr.evaluation import GroundTruth, Scores, subsets
 
@@ -116,9 +118,100 @@ def test_more_subsets_and_another_pool(made, tmp_path, succeeds):
     assert not any((mask == more.masks).all(1).any() for mask in other.masks)
 
 
+def everything(out):
+    return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("given", "differ"),
+    [
+        (["--subsets", 4, "--steps", 3], "training.steps was 2, now 3"),
+        (["--network", "cifar"], 'model was "mnist-small", now "cifar"'),
+        (
+            ["--learning-rate", 0.5, "--flip"],
+            "training.flip was false, now true; training.learning_rate was 0.0001, now 0.5",
+        ),
+        (["--timesteps", 4, "--noises", 2], "evaluation.num_noises was 1, now 2; evaluation.timesteps was 2, now 4"),
+        (["--seed", 1], "seed was 0, now 1"),
+        (["--fraction", 0.25], "images of a subset was 12, now 6"),
+        (["--seeds", 2, "--subsets", 3], "subsets was 4, now 3"),
+        (["--seeds", 1], "seeds was 2, now 1"),
+    ],
+)
+def test_a_finished_ground_truth_is_not_replaced_by_another(grown, fails_in, given, differ):
+    fails_in(grown, f"{grown}/evaluation.safetensors was made otherwise: {differ}; choose another folder", *given)
+
+
+@pytest.fixture(scope="module")
+def grown(made, tmp_path_factory, succeeds):
+    """A copy of the folder with a subset and a seed more."""
+    whole, _, arguments = made
+    out = tmp_path_factory.mktemp("grown") / "out"
+    shutil.copytree(whole, out)
+    succeeds("evaluate", "lds", "build", out, *arguments, "--subsets", 4, "--seeds", 2)
+    return out
+
+
+@pytest.fixture(scope="module")
+def fails_in(made, pyattr):
+    """With the arguments that made a folder and others, of four subsets and two seeds where these do not say, building in
+    it fails, and leaves all as it was."""
+
+    def run(out, line, *given):
+        before = everything(out)
+        result = pyattr("evaluate", "lds", "build", out, *made[2], "--subsets", 4, "--seeds", 2, *given)
+        assert (result.exit_code, result.stderr) == (1, f"pyattr: {line}\n")
+        assert everything(out) == before
+
+    return run
+
+
+def test_a_ground_truth_of_other_labels_or_images_is_not_replaced(grown, images, tmp_path, fails_in):
+    """The folder's other files need not lie there."""
+    (tmp_path / "out").mkdir()
+    shutil.copy(grown / "evaluation.safetensors", tmp_path / "out")
+    path = tmp_path / "out" / "evaluation.safetensors"
+    files = sorted(images.rglob("*.png"))
+    for name, labels, line in (
+        ("labels", [0] * 20 + [1] * 4, f"{path} was made otherwise: its subsets are others, drawn by other labels; choose "
+         "another folder"),
+        ("turned", [0] * 12 + [1] * 12, f"{tmp_path}/out holds the ground truth of other images or queries: choose another "
+         "folder"),
+    ):  # fmt: skip
+        pixels = np.stack([np.asarray(Image.open(file)) for file in files])
+        np.savez(tmp_path / f"{name}.npz", images=pixels[::-1] if name == "turned" else pixels, labels=labels)
+        fails_in(tmp_path / "out", line, "--data", tmp_path / f"{name}.npz")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DamagedFileError) as error:
+        GroundTruth.open(path)
+    fails_in(tmp_path / "out", error.value)
+
+
+def test_unfinished_work_of_another_recipe_lies_beside(made, tmp_path, succeeds, fails_in):
+    whole, _, arguments = made
+    out, other = tmp_path / "out", [*arguments, "--steps", 1]
+    shutil.copytree(whole, out)
+    succeeds("evaluate", "lds", "build", tmp_path / "other", *other)
+    (stage,) = (tmp_path / "other").glob("ground-truth-evaluation-*")
+    (stage / "losses-0001-00.safetensors").unlink()
+    (stage / "stage.json").unlink()
+    shutil.copytree(stage, out / stage.name)
+    # What is finished stays and may grow, whatever else was begun.
+    finished = f"{out}/evaluation.safetensors was made otherwise: training.steps was 2, now 1; choose another folder"
+    fails_in(out, finished, "--steps", 1)
+    succeeds("evaluate", "lds", "build", out, *arguments)
+    assert (out / "evaluation.safetensors").read_bytes() == (whole / "evaluation.safetensors").read_bytes()
+    # Without it either goes on, and the first to end decides.
+    (out / "evaluation.safetensors").unlink()
+    assert "2 of 3 models found" in succeeds("evaluate", "lds", "build", out, *other)
+    assert GroundTruth.open(out / "evaluation.safetensors").settings["training"]["steps"] == 1
+    begun = f"{out}/evaluation.safetensors was made otherwise: training.steps was 1, now 2; choose another folder"
+    fails_in(out, begun)
+
+
 def test_refusals(made, images, tmp_path, pyattr):
     whole, _, arguments = made
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
+    before = everything(whole)
 
     def fails(code, line, *given):
         result = pyattr("evaluate", "lds", "build", whole, *given)
@@ -134,4 +227,4 @@ def test_refusals(made, images, tmp_path, pyattr):
     named = "Invalid value for --queries: a name is of letters, digits, - and _, and not train, got train"
     fails(2, named, "--data", images, "--queries", f"train={images}")
     fails(1, "--fraction must leave a part of the 24 training images, got 1", *arguments, "--fraction", 1)
-    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"} == before
+    assert everything(whole) == before
