@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..diffusion import DamagedFileError
 from ..files import whole_file
 
 
@@ -192,6 +193,22 @@ def read_json(path: Path) -> Any:
         return None
     except ValueError as error:
         raise WorkspaceError(f"{path} is damaged: delete it and run again") from error
+
+
+@contextlib.contextmanager
+def named_file(path: Path, wanted: str) -> Iterator[None]:
+    """Inside, a file that the user named is read: should it be another than wanted, nobody is told to delete it.
+
+    Args:
+        wanted: what it must be, as the message begins.
+
+    Raises:
+        WorkspaceError: instead of a DamagedFileError; says what the file is.
+    """
+    try:
+        yield
+    except DamagedFileError as error:
+        raise WorkspaceError(f"{wanted}, got {path}, which is {error.found}" if error.found else str(error)) from error
 
 
 def write_json(path: Path, content: Any) -> None:

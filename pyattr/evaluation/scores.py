@@ -167,7 +167,7 @@ class Scores:
         """
         tensors, record = load_tensors(path)
         if record.get("kind") != "scores":
-            raise ValueError(f"Scores: {path} does not hold scores")
+            raise ValueError(f"Scores: {path} does not hold scores: it is a file of kind {record.get('kind')!r}")
         matrix = (tensors["scores"].float() * tensors["factors"][:, None]).numpy()  # exact
         told = {name: record[name] for name in _RECORDED if name in record}
         return cls(matrix, **{name: tuple(value) if name in _TUPLES else value for name, value in told.items()})

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from pyattr.diffusion.storage import data_hash
@@ -376,6 +377,8 @@ def test_what_lies_in_the_folder_is_checked(problem, tmp_path, pyattr):
     fails(
         f'{tmp_path / "queries.json"} must hold ranges of the 6 queries, as in {{"validation": [0, 6]}}, got a [0, 7]'
     )
+    (tmp_path / "queries.json").write_text('{"a": [0, 6')
+    fails(f"{tmp_path / 'queries.json'} is damaged: delete it and run again")
     (tmp_path / "queries.json").write_text('{"a": [0, 6]}')
     (tmp_path / "images.npz").write_bytes(b"PK")
     fails(f"{tmp_path / 'images.npz'} is damaged or missing: put it back or delete it")
@@ -384,7 +387,57 @@ def test_what_lies_in_the_folder_is_checked(problem, tmp_path, pyattr):
         f"{tmp_path / 'images.npz'} must hold the training images and queries of the ground truth: put them back or delete it"
     )
     assert not (tmp_path / "plots").exists()
+    truth = tmp_path / "evaluation.safetensors"
+    truth.write_bytes((content := truth.read_bytes())[:-1] + b"x")
+    fails(f"{truth} is damaged (its checksum does not match): delete it and make it again")
+    truth.write_bytes(content)
     Scores.of("A", MATRICES["pixel"][1], TRAIN.flip(0), ASKED, signed=True, settings={}).save(
         tmp_path / "scores" / "a.safetensors"
     )
     fails("Scores: A scored other training images than those of the ground truth, or in another order")
+
+
+def test_nobody_is_told_to_delete_what_they_named(problem, tmp_path, fails):
+    """Files of another kind, and damaged ones, are said to be what they are."""
+    truth, pixel = problem / "evaluation.safetensors", problem / "scores" / "pixel.safetensors"
+    archive, other, mine = problem / "images.npz", tmp_path / "other.safetensors", tmp_path / "mine.safetensors"
+    safetensors.torch.save_file({"x": torch.zeros(1)}, other)
+    mine.write_bytes(truth.read_bytes()[:-1] + b"x")
+    command = ["evaluate", "lds", "--truth"]
+    wanted = "--truth must be a ground truth, as `pyattr evaluate lds build` writes it, got"
+    fails(f"{wanted} {archive}, which is an .npz archive", *command, archive, pixel)
+    fails(f"{wanted} {other}, which is a safetensors file that pyattr did not write", *command, other, pixel)
+    fails(f"{wanted} {mine}, which is damaged (its checksum does not match)", *command, mine, pixel)
+    fails(f"GroundTruth: {pixel} does not hold a ground truth: it is a file of kind 'scores'", *command, pixel, pixel)
+    wanted = "scores must be files of pyattr.evaluation.Scores or archives of `pyattr attribute`, got"
+    queries = problem / "queries.json"
+    (tmp_path / "cut.safetensors").write_bytes(queries.read_bytes())
+    told = f"{tmp_path}/cut.safetensors, which is a JSON file"
+    fails(f"{wanted} {told}", *command, truth, tmp_path / "cut.safetensors")
+    mine.write_bytes(pixel.read_bytes()[:-1] + b"x")
+    fails(f"{wanted} {mine}, which is damaged (its checksum does not match)", *command, truth, mine)
+    for path, told in ((archive, "an .npz archive"), (truth, "a safetensors file"), (tmp_path / "text", "no JSON")):
+        if path.name == "text":
+            path.write_text("validation: 0 to 4")
+        wanted = f'{path} must hold ranges of the 6 queries, as in {{"validation": [0, 6]}}, got {told}'
+        fails(wanted, *command, truth, pixel, "--queries", path)
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        ("{}", "{}"),
+        ("[[0, 6]]", "[[0, 6]]"),
+        ("null", "null"),
+        ('{"a": [true, 3]}', "a [true, 3]"),
+        ('{"a": [0, true]}', "a [0, true]"),
+        ('{"a": [0, 3], "b": [3, 3]}', "b [3, 3]"),
+        ('{"a": [0.0, 3]}', "a [0.0, 3]"),
+        ('{"a": 3}', "a 3"),
+    ],
+)
+def test_ranges_that_are_none(problem, tmp_path, fails, content, got):
+    path = tmp_path / "ranges.json"
+    path.write_text(content)
+    line = f'{path} must hold ranges of the 6 queries, as in {{"validation": [0, 6]}}, got {got}'
+    fails(line, "evaluate", "lds", problem, "--queries", path)

@@ -359,3 +359,6 @@ def test_methods_of_retrained_models(images, tmp_path, succeeds, fails, arrays, 
           *new, "--data", images, "--queries", images / "light", "--target", "l2")  # fmt: skip
     fails(f"--pool must be a file of pyattr.evaluation.build_ground_truth, got {tmp_path}/none",
           *new[:4], tmp_path / "none", *new[5:], "--data", images, "--queries", images)  # fmt: skip
+    np.savez(tmp_path / "d.npz", images=train)
+    fails(f"--pool must be a file of pyattr.evaluation.build_ground_truth, got {tmp_path}/d.npz, which is an .npz archive",
+          *new[:4], tmp_path / "d.npz", *new[5:], "--data", images, "--queries", images)  # fmt: skip

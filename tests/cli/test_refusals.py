@@ -194,6 +194,17 @@ def test_damaged_files_are_named(out, pyattr, fails):
     assert result.exit_code == 1 and f"{checkpoint} is damaged" in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_nobody_is_told_to_delete_the_checkpoint_they_named(out, images, tmp_path, fails):
+    command = ["generate", "--out", out, "--checkpoint"]
+    wanted = "--checkpoint must be a file or folder that `pyattr train` wrote, got"
+    np.savez(tmp_path / "d.npz", x=np.zeros(2))
+    fails(f"{wanted} {tmp_path}/d.npz, which is an .npz archive", *command, tmp_path / "d.npz")
+    checkpoint = max(next(out.glob("train-*")).glob("checkpoint-*"))
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(checkpoint.read_bytes()[:-1] + b"x")
+    fails(f"{wanted} {copy}, which is damaged (its checksum does not match)", *command, copy)
+
+
 def test_damaged_scores_are_named(out, fails):
     path = next(out.glob("dtrak-scores-*")) / "scores.npz"
     path.write_bytes(path.read_bytes()[:-30])
