@@ -25,7 +25,7 @@ from .display import Display
 from .lds_pictures import draw
 from .options import readout_word
 from .score_files import ARCHIVE, ScoreFile, score_files, without_readout
-from .workspace import WorkspaceError, named_file, read_json
+from .workspace import WorkspaceError, check_writable, named_file, read_json
 
 TRUTH, SCORES, QUERIES, IMAGES = "evaluation.safetensors", "scores", "queries.json", "images.npz"
 WIDTH = 180  # of a table that goes to a file
@@ -52,7 +52,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Asked:
-    """What of it is to be shown; see the options of the command."""
+    """What of it is to be shown; see the options of the command. No targets: the simple loss, or the first there is."""
 
     targets: tuple[str, ...]
     readouts: tuple[str, ...]
@@ -122,8 +122,11 @@ def _files(named: Sequence[tuple[str, Path]]) -> dict[str, ScoreFile]:
 
 def table(there_is: Found, asked: Asked, threads: int | None) -> None:
     """Print a table for each target and group of queries; write numbers and pictures where they are asked for."""
+    if asked.json is not None:
+        check_writable("--json", asked.json)
     if asked.plots is not None:
         matplotlib()
+        check_writable("--plots", asked.plots, folder=True)
     if threads is not None:
         torch.set_num_threads(threads)
     console = Console()
@@ -131,6 +134,12 @@ def table(there_is: Found, asked: Asked, threads: int | None) -> None:
         console = Console(width=WIDTH)
     readouts = {name: Readout(name, asked.percent if name == "head" else None) for name in asked.readouts}
     truth = _truth(there_is)
+    targets = asked.targets or (("simple",) if "simple" in truth.targets else truth.targets[:1])
+    for target in targets:
+        if target not in truth.targets:
+            raise WorkspaceError(
+                f"--target must be one of {', '.join(truth.targets)} of {there_is.truth}, got {target}"
+            )
     groups = _groups(there_is, len(truth.query_ids))
     results: dict[str, Any] = {"subsets": len(truth.masks), "images": truth.masks.shape[1], "targets": {}}
     for name, file in there_is.files.items():
@@ -138,8 +147,7 @@ def table(there_is: Found, asked: Asked, threads: int | None) -> None:
     apart = without_readout({name: file.plain for name, file in there_is.files.items()}, asked.readouts)
     with Display(console) as display:
         boards = []
-        for target in asked.targets:
-            truth.outputs(target)  # refused before any work
+        for target in targets:
             board = Scoreboard(truth, target, readouts, groups)
             rows = _rows(board, there_is, asked, display)
             boards.append((board, rows, {name: _reference(name, rows, asked) for name in groups}))
