@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy_runs import SCORE, TRAIN
 
 from pyattr import attribution, diffusion
 from pyattr.cli.options import DataOptions, SampleOptions, TrainOptions
@@ -18,10 +19,6 @@ from pyattr.cli.stages import Sampling, Training, load_data
 from pyattr.cli.workspace import Workspace
 from pyattr.datasets import load
 from pyattr.diffusion.train import WEIGHTINGS
-
-TRAIN = ["--steps", "3", "--batch-size", "8", "--ema", "0.9", "--threads", "1", "--device", "cpu"]
-SCORE = ["--num-timesteps", "2", "--proj-dim", "16", "--batch-size", "8", "--threads", "1", "--device", "cpu"]
-
 
 # Bad input
 
