@@ -80,29 +80,38 @@ def queries(problem: Problem) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([found["validation_images"], found["generated_images"]]))
 
 
-def retrain(problem: Problem, pool: str, work: Path, workers: int, progress: Progress) -> GroundTruth:
-    """Train on the subsets and keep the losses: "evaluation", or "retraining", of which four networks are kept too."""
+def retrain(
+    problem: Problem, pool: str, work: Path, workers: int, progress: Progress, timesteps: int | None = None
+) -> GroundTruth:
+    """Train on the subsets and keep the losses: "evaluation", or "retraining", of which four networks are kept too.
+
+    Args:
+        timesteps: evenly spaced ones that losses are means over. Of another number than the benchmark's the outcome lies in a
+            file that is named by it, and so do the losses of each model: what the tables rest on stays.
+    """
     found = images(problem)
     evaluation = pool == "evaluation"
+    other = timesteps is not None and timesteps != settings.TIMESTEPS
+    name = f"{pool}-{timesteps}" if other else pool
     truth = build_ground_truth(
-        work / pool,
+        work / name,
         problem.network,
         torch.from_numpy(found["train_images"]),
         queries(problem),
         problem.masks(found["train_labels"], pool),
         schedule=SCHEDULE,
         seeds=problem.seeds if evaluation else 1,
-        timesteps=settings.TIMESTEPS,
+        timesteps=timesteps if other else settings.TIMESTEPS,
         seed=settings.SEED if evaluation else settings.SEED + 1,
         steps=settings.SUBSET_STEPS,
-        keep_models=not evaluation,
+        keep_models=not evaluation and not other,  # they would be the same
         workers=workers,
         progress=progress,
         **settings.TRAINING,
     )
-    truth.save(problem.folder / f"{pool}.safetensors")
-    if not evaluation:
+    truth.save(problem.folder / f"{name}.safetensors")
+    if not evaluation and not other:
         for member in range(settings.MEMBERS):
-            name = f"model-{member:04d}-00.safetensors"
-            shutil.copyfile(work / pool / "models" / name, problem.folder / MODELS / f"half-{member}.safetensors")
+            model = f"model-{member:04d}-00.safetensors"
+            shutil.copyfile(work / pool / "models" / model, problem.folder / MODELS / f"half-{member}.safetensors")
     return truth
