@@ -2,7 +2,7 @@
 
 python -m bench.lds draw cifar2 --data cifar2.npz
 python -m bench.lds main cifar2 --work FOLDER
-python -m bench.lds evaluation cifar2 --work FOLDER
+python -m bench.lds evaluation cifar2 --work FOLDER [--timesteps 1000]
 python -m bench.lds retraining cifar2 --work FOLDER
 python -m bench.lds scores cifar2 --work FOLDER
 python -m bench.lds ablations cifar2 --work FOLDER
@@ -22,9 +22,10 @@ from pyattr.report.numbers import write_results
 
 from . import ablations, build, costs, deletion, scores, tables
 from .methods import Materials
-from .problem import PROBLEMS, TIMESTEPS
+from .problem import PROBLEMS, SCHEDULE, TIMESTEPS
 
 STAGES = ("draw", "main", "evaluation", "retraining", "scores", "ablations", "deletion", "costs", "tables")
+RETRAINING = ("evaluation", "retraining")
 GROUPS = ("similarity", "patches", "10", "changes", "100", "retrained")
 
 
@@ -44,10 +45,21 @@ def main() -> None:
     )
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="of methods (scores)")
     parser.add_argument("--ablate", nargs="+", choices=list(ablations.GROUPS), default=list(ablations.GROUPS))
+    parser.add_argument(
+        "--timesteps",
+        type=int,
+        help=f"evenly spaced ones that losses are means over, {SCHEDULE.num_timesteps} for all; of others than the default, "
+        f"{TIMESTEPS}, in files named by them, as evaluation-{SCHEDULE.num_timesteps}.safetensors ({' and '.join(RETRAINING)})",
+    )
     given = parser.parse_args()
     wanted = {"draw": "data", "tables": None}.get(given.stage, "work")
     if wanted and getattr(given, wanted) is None:
         parser.error(f"{given.stage} needs --{wanted}")
+    if given.timesteps is not None:
+        if given.stage not in RETRAINING:
+            parser.error(f"--timesteps goes with {' or '.join(RETRAINING)}, got {given.stage}")
+        if not 1 <= given.timesteps <= SCHEDULE.num_timesteps:
+            parser.error(f"--timesteps must lie in [1, {SCHEDULE.num_timesteps}], got {given.timesteps}")
     problem = PROBLEMS[given.problem]
     with Display(Console()) as display:
         if given.stage == "draw":
@@ -70,9 +82,8 @@ def main() -> None:
                 write_results(problem.folder / "ablations" / f"{group}.json", ablations.judged(materials, group))
         else:
             torch.set_num_threads(1)  # of each worker; results depend on it in the last bit
-            build.retrain(
-                problem, given.stage, given.work / problem.name, given.workers, display.progress, given.timesteps
-            )
+            work = given.work / problem.name
+            build.retrain(problem, given.stage, work, given.workers, display.progress, given.timesteps)
 
 
 if __name__ == "__main__":

@@ -85,31 +85,33 @@ def retrain(
 ) -> GroundTruth:
     """Train on the subsets and keep the losses: "evaluation", or "retraining", of which four networks are kept too.
 
-    Losses over another number of timesteps than the problem's go to a file of their own, which the tables do not read.
+    Args:
+        timesteps: evenly spaced ones that losses are means over. Of another number than the benchmark's the outcome lies in a
+            file that is named by it, and so do the losses of each model: what the tables rest on stays.
     """
-    timesteps = timesteps or settings.TIMESTEPS
-    kept_as = pool if timesteps == settings.TIMESTEPS else f"{pool}-{timesteps}"
     found = images(problem)
     evaluation = pool == "evaluation"
+    other = timesteps is not None and timesteps != settings.TIMESTEPS
+    name = f"{pool}-{timesteps}" if other else pool
     truth = build_ground_truth(
-        work / kept_as,
+        work / name,
         problem.network,
         torch.from_numpy(found["train_images"]),
         queries(problem),
         problem.masks(found["train_labels"], pool),
         schedule=SCHEDULE,
         seeds=problem.seeds if evaluation else 1,
-        timesteps=timesteps,
+        timesteps=timesteps if other else settings.TIMESTEPS,
         seed=settings.SEED if evaluation else settings.SEED + 1,
         steps=settings.SUBSET_STEPS,
-        keep_models=not evaluation,
+        keep_models=not evaluation and not other,  # they would be the same
         workers=workers,
         progress=progress,
         **settings.TRAINING,
     )
-    truth.save(problem.folder / f"{kept_as}.safetensors")
-    if kept_as == "retraining":
+    truth.save(problem.folder / f"{name}.safetensors")
+    if not evaluation and not other:
         for member in range(settings.MEMBERS):
-            name = f"model-{member:04d}-00.safetensors"
-            shutil.copyfile(work / kept_as / "models" / name, problem.folder / MODELS / f"half-{member}.safetensors")
+            model = f"model-{member:04d}-00.safetensors"
+            shutil.copyfile(work / pool / "models" / model, problem.folder / MODELS / f"half-{member}.safetensors")
     return truth

@@ -19,10 +19,11 @@ from .methods import Found, Materials
 from .problem import Problem
 
 TUNED = "tuned on other queries"
+GROUPS = ("validation", "generated")
 
 
 def parts() -> tuple[slice, slice]:
-    """Where validation images and generated ones stand among the queries."""
+    """Where validation images and generated ones, the groups, stand among the queries."""
     last = settings.VALIDATION + settings.GENERATED
     return slice(0, settings.VALIDATION), slice(settings.VALIDATION, last)
 
@@ -42,17 +43,14 @@ def write(problem: Problem, work: Path, groups: list[str], progress: Progress) -
         for found in _methods(materials, group):
             stem = _file_name(found.name) + (f"-{group}" if group.isdigit() else "")
             queries, told = materials.queries[found.queries], dict(found.settings)
-            if found.grid is None:
-                kinds = {"": (found.scores, told)}
-            else:
+            kinds = {"": (found.scores, told, {})}
+            if found.grid is not None:
+                matrix, choice = tuned_scores(found, truth)
                 others = other_settings(told, "lambda")
-                kinds = {
-                    "": (found.scores, told),
-                    "-tuned": (tuned_scores(found, truth), {**others, **tuned_by(truth)}),
-                }
-            for ending, (scores, record) in kinds.items():
+                kinds["-tuned"] = (matrix, {**others, **tuned_by(truth)}, {"lambda": choice})
+            for ending, (scores, record, choices) in kinds.items():
                 name = found.name + (", tuned" if ending else "")
-                more = {"signed": found.signed, "settings": record, "pool": found.pool}
+                more = {"signed": found.signed, "settings": record, "pool": found.pool, "tuned": choices}
                 kept = Scores.of(name, scores, materials.images, queries, **more)
                 kept.save(folder / f"{stem}{ending}.safetensors")
 
@@ -67,23 +65,29 @@ def truth_hash(truth: GroundTruth) -> str:
     return tensors_hash({"losses": torch.from_numpy(truth.losses)})[:16]
 
 
-def tuned_scores(found: Found, truth: GroundTruth) -> Tensor:
-    """The scores of half of the validation (or generated) queries at the lambda that is best for the other half, [Q, N]."""
+def tuned_scores(found: Found, truth: GroundTruth) -> tuple[Tensor, dict]:
+    """The scores of half of the validation (or generated) queries at the lambda that is best for the other half, [Q, N].
+
+    Returns:
+        The scores, and what was chosen as :attr:`pyattr.evaluation.Scores.tuned` tells it of a setting.
+    """
     outputs = truth.outputs()[:, found.queries]
     rows = np.arange(truth.losses.shape[4])[found.queries]
     scores = torch.empty_like(found.scores)
-    for part in parts():
+    choice: dict = {"grid": [], "chosen": {}}
+    for group, part in zip(GROUPS, parts(), strict=True):
         inside = np.isin(rows, np.arange(len(truth.query_ids))[part])
         if not inside.any():
             continue
         grid = ((value, matrix[torch.from_numpy(inside)]) for value, matrix in found.grid())
         tuned = tune_on_split(grid, truth.masks, outputs[:, inside])
+        choice["grid"], choice["chosen"][group] = list(tuned.curve), list(tuned.chosen)
         for value, matrix in found.grid():
             for fold, best in enumerate(tuned.chosen):
                 if value == best:
                     mine = np.flatnonzero(inside)[tuned.folds == fold]
                     scores[mine] = matrix[mine]
-    return scores
+    return scores, choice
 
 
 def _methods(materials: Materials, group: str) -> Iterator[Found]:

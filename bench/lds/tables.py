@@ -20,11 +20,11 @@ from pyattr.report.lds import lds_bars
 from ..machine import ROOT
 from . import ablation_tables, costs, deletion
 from .problem import Problem
-from .scores import parts
+from .scores import GROUPS, parts
 
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("lds-benchmark", "attribution")))
 PICTURES = ROOT / "docs" / "images"
-GROUPS, ALL = ("validation", "generated"), "all"
+ALL = "all"
 # By file: the order of the published benchmarks, and what stands against it at few timesteps.
 CHANCE = ("trak-10", "trak-100")
 PAIRS = (

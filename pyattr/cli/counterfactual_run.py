@@ -39,8 +39,8 @@ STATES = (
 def counterfactual(out: Path, options: CounterfactualOptions, machine: Machine) -> None:
     """Retrain, sample and compare in an output folder."""
     matplotlib()
-    if not out.is_dir():  # a session would make it
-        raise WorkspaceError(f"no trained model in {out}: run `pyattr train SOURCE --out {out}` first")
+    if not out.exists():  # a name that was mistyped makes no folder
+        raise _without_model(out)
     with session(out, machine) as work:
         job = _Job(work, options)
         work.plan(job.steps)
@@ -63,6 +63,10 @@ def counterfactual(out: Path, options: CounterfactualOptions, machine: Machine) 
         work.display.say(f"numbers  {folder / 'counterfactual.json'}")
         for picture in pictures:
             work.display.say(f"picture  {picture}")
+
+
+def _without_model(out: Path) -> WorkspaceError:
+    return WorkspaceError(f"no trained model in {out}: run `pyattr train SOURCE --out {out}` first")
 
 
 class _Retraining(Step):
@@ -140,7 +144,7 @@ class _Job:
         workspace, out = work.workspace, work.workspace.folder
         trained = workspace.existing(workspace.recall("train").get("stage", "."))
         if trained is None:
-            raise WorkspaceError(f"no trained model in {out}: run `pyattr train SOURCE --out {out}` first")
+            raise _without_model(out)
         generated = workspace.existing(workspace.recall("generate").get("stage", "."))
         if generated is None or generated.settings["model"] != trained.key:
             raise WorkspaceError(f"no images of this model in {out}: run `pyattr generate --out {out}` first")
@@ -185,12 +189,14 @@ class _Job:
         keys = [f"scores_{number}" if number > 1 else "scores" for number in range(1, len(arrays["methods"]) + 1)]
         there = {each["method"]: number for number, each in enumerate(settings["methods"])}
         asked = self.options.methods or tuple(there)
-        for name in asked:
-            if name not in there:
-                raise WorkspaceError(
-                    f"no scores by {name} in {out / 'scores.npz'}, which has {', '.join(there)}: "
-                    f"run `pyattr attribute --out {out} {' '.join(f'--method {each}' for each in (*there, name))}` first"
-                )
+        missing = [name for name in asked if name not in there]
+        if missing:
+            # The file holds the methods of one call: one that named the missing alone would leave the others out.
+            every = " ".join(f"--method {name}" for name in (*there, *missing))
+            raise WorkspaceError(
+                f"no scores by {', '.join(missing)} in {out / 'scores.npz'}, which has {', '.join(there)}: "
+                f"run `pyattr attribute --out {out} {every}` first"
+            )
         read = {name: settings["methods"][there[name]]["readout"]["name"] for name in asked}
         if "head" in read.values():
             raise WorkspaceError(

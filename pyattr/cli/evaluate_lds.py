@@ -11,7 +11,6 @@ from typer.core import TyperGroup
 from .commands import DATA_HELP, TRAIN, Device, Limit, Root, Seed, Size, Threads, _data
 from .options import READOUTS, Machine, TrainOptions, readout_name, readout_word
 
-TARGETS = ("simple", "elbo", "square", "l1", "linf")  # of pyattr.evaluation.build_ground_truth
 PERCENT = 5.0  # of the images in the head
 POOLS = ("evaluation", "retraining")
 TABLE = "table"
@@ -54,7 +53,8 @@ def table(
         typer.Option(
             "--target",
             "-t",
-            help=f"Of the ground truth; those of build are {', '.join(TARGETS)}; several: a table each; default: simple.",
+            help="Of the losses that the ground truth has (of `lds build`: simple, elbo, square, l1, linf); several: a table "
+            "each; default: simple, or the first there is.",
         ),
     ] = None,
     readout: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -18,13 +19,14 @@ from rich.text import Text
 from ..attribution.readouts import Readout
 from ..evaluation import GroundTruth
 from ..evaluation.scoreboard import Row, Scoreboard, distinguishing, other_settings
+from ..files import file_kind
 from ..report.grid import matplotlib
 from ..report.numbers import write_results
 from .display import Display
 from .lds_pictures import draw
 from .options import readout_word
 from .score_files import ARCHIVE, ScoreFile, score_files, without_readout
-from .workspace import WorkspaceError
+from .workspace import WorkspaceError, check_writable, named_file, read_json
 
 TRUTH, SCORES, QUERIES, IMAGES = "evaluation.safetensors", "scores", "queries.json", "images.npz"
 WIDTH = 180  # of a table that goes to a file
@@ -40,17 +42,19 @@ class Found:
         files: of scores, by the name of the row.
         queries: JSON with ranges of queries, or None.
         images: an .npz with the images, or None.
+        named: those of them that the user named, not the folder they lie in.
     """
 
     truth: Path
     files: dict[str, ScoreFile]
     queries: Path | None
     images: Path | None
+    named: tuple[Path | None, ...]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What of it is to be shown; see the options of the command."""
+    """What of it is to be shown; see the options of the command. No targets: the simple loss, or the first there is."""
 
     targets: tuple[str, ...]  # none: the first that there is, or `simple`
     readouts: tuple[str, ...]
@@ -71,7 +75,7 @@ def found(places: Sequence[Path], truth: Path | None, queries: Path | None) -> F
     if truth is not None:
         if not places:
             raise WorkspaceError("no scores to judge: give files of scores after --truth FILE")
-        return Found(truth, _files([(_row(place), _file(place)) for place in places]), queries, None)
+        return Found(truth, _files([(_row(place), _file(place)) for place in places]), queries, None, (truth, queries))
     if len(places) != 1 or not places[0].is_dir():
         given = ", ".join(map(str, places)) if places else "nothing"
         raise WorkspaceError(
@@ -91,8 +95,9 @@ def found(places: Sequence[Path], truth: Path | None, queries: Path | None) -> F
             f"{folder} holds no scores: run `pyattr attribute --out {folder}`, or keep some in {home} by "
             "pyattr.evaluation.Scores.save"
         )
-    queries = queries or (folder / QUERIES if (folder / QUERIES).is_file() else None)
-    return Found(folder / TRUTH, _files(named), queries, folder / IMAGES if (folder / IMAGES).is_file() else None)
+    ranges = queries or (folder / QUERIES if (folder / QUERIES).is_file() else None)
+    images = folder / IMAGES if (folder / IMAGES).is_file() else None
+    return Found(folder / TRUTH, _files(named), ranges, images, (queries,))
 
 
 def _file(place: Path) -> Path:
@@ -119,18 +124,25 @@ def _files(named: Sequence[tuple[str, Path]]) -> dict[str, ScoreFile]:
 
 def table(there_is: Found, asked: Asked, threads: int | None) -> None:
     """Print a table for each target and group of queries; write numbers and pictures where they are asked for."""
+    if asked.json is not None:
+        check_writable("--json", asked.json)
     if asked.plots is not None:
         matplotlib()
+        check_writable("--plots", asked.plots, folder=True)
     if threads is not None:
         torch.set_num_threads(threads)
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
     readouts = {name: Readout(name, asked.percent if name == "head" else None) for name in asked.readouts}
-    _check_places(asked)
-    truth = GroundTruth.open(there_is.truth)
-    targets = asked.targets or (DEFAULT_TARGET if DEFAULT_TARGET in truth.targets else truth.targets[0],)
-    groups = _groups(there_is.queries, len(truth.query_ids))
+    truth = _truth(there_is)
+    targets = asked.targets or (("simple",) if "simple" in truth.targets else truth.targets[:1])
+    for target in targets:
+        if target not in truth.targets:
+            raise WorkspaceError(
+                f"--target must be one of {', '.join(truth.targets)} of {there_is.truth}, got {target}"
+            )
+    groups = _groups(there_is, len(truth.query_ids))
     results: dict[str, Any] = {"subsets": len(truth.masks), "images": truth.masks.shape[1], "targets": {}}
     for name, file in there_is.files.items():
         file.check(name, truth)
@@ -138,7 +150,6 @@ def table(there_is: Found, asked: Asked, threads: int | None) -> None:
     with Display(console) as display:
         boards = []
         for target in targets:
-            truth.outputs(target)  # refused before any work
             board = Scoreboard(truth, target, readouts, groups)
             rows = _rows(board, there_is, asked, display)
             boards.append((board, rows, {name: _reference(name, rows, asked) for name in groups}))
@@ -167,37 +178,33 @@ def table(there_is: Found, asked: Asked, threads: int | None) -> None:
             console.print(f"picture  {path}", highlight=False, soft_wrap=True)
 
 
-def _check_places(asked: Asked) -> None:
-    """Refuse, before the work, files that could not be written."""
-    if asked.json is not None:
-        folder = asked.json.parent
-        if asked.json.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise WorkspaceError(f"--json must be a file in a folder that can be written to, got {asked.json}")
-    if asked.plots is not None:
-        nearest = asked.plots.absolute()
-        while not nearest.exists():
-            nearest = nearest.parent
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise WorkspaceError(f"--plots must be a folder that can be written to, got {asked.plots}")
+def _truth(there_is: Found) -> GroundTruth:
+    wanted = "--truth must be a ground truth, as `pyattr evaluate lds build` writes it"
+    with named_file(there_is.truth, wanted) if there_is.truth in there_is.named else contextlib.nullcontext():
+        return GroundTruth.open(there_is.truth)
 
 
-def _groups(path: Path | None, count: int) -> dict[str, np.ndarray]:
+def _groups(there_is: Found, count: int) -> dict[str, np.ndarray]:
+    path = there_is.queries
     if path is None:
         return {"all": np.arange(count)}
-    expected = f'{path} must hold ranges of the {count} queries, as in {{"validation": [0, {count}]}}'
+    if not path.exists():
+        raise WorkspaceError(f"{path} does not exist")
+    wanted = f'{path} must hold ranges of the {count} queries, as in {{"validation": [0, {count}]}}, got'
     try:
-        ranges = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise WorkspaceError(f"{path} does not exist") from None
-    except ValueError:
-        raise WorkspaceError(f"{expected}, got no JSON") from None
-    if ranges == {}:
-        raise WorkspaceError(f"{expected}, got none")
+        ranges = read_json(path)
+    except WorkspaceError:
+        if path not in there_is.named:
+            raise
+        raise WorkspaceError(f"{wanted} {file_kind(path) or 'no JSON'}") from None
+    if not isinstance(ranges, dict) or not ranges:
+        raise WorkspaceError(f"{wanted} {json.dumps(ranges)}")
     groups = {}
-    for name, given in ranges.items() if isinstance(ranges, dict) else [("", ranges)]:
-        whole = isinstance(given, list) and len(given) == 2 and all(type(end) is int for end in given)  # True is an int
+    for name, given in ranges.items():
+        # In Python, true and false are integers.
+        whole = isinstance(given, list) and [type(end) for end in given] == [int, int]
         if not (whole and 0 <= given[0] < given[1] <= count):
-            raise WorkspaceError(f"{expected}, got {name} {given}")
+            raise WorkspaceError(f"{wanted} {name} {json.dumps(given)}")
         groups[name] = np.arange(*given)
     return groups
 

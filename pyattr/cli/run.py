@@ -436,7 +436,7 @@ def _trained(workspace: Workspace) -> Stage | None:
 def _model(workspace: Workspace, checkpoint: Path | None) -> tuple[Checkpoint, Stage | None]:
     """The checkpoint asked for or the one trained in the folder, and in the latter case the stage that trained it."""
     if checkpoint is not None:
-        return Checkpoint(checkpoint), None
+        return Checkpoint(checkpoint, named=True), None
     trained = _trained(workspace)
     if trained is None:
         raise WorkspaceError(

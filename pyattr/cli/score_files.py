@@ -14,10 +14,11 @@ from ..evaluation.ground_truth import subset_hashes
 from ..evaluation.scoreboard import AS_THEY_ARE, CHOSEN
 from ..evaluation.scores import plain
 from .stages import read_npz
-from .workspace import WorkspaceError
+from .workspace import WorkspaceError, named_file
 
 ARCHIVE = "scores.npz"
 _REMEDY = "make it again by `pyattr attribute`"
+_WANTED = "scores must be files of pyattr.evaluation.Scores or archives of `pyattr attribute`"
 # Options that are another setting's name or move scores by rounding alone, and what follows from the others.
 _LEFT_OUT = (
     "name",
@@ -70,10 +71,11 @@ class ScoreFile:
         """The scores.
 
         Raises:
-            WorkspaceError, FileNotFoundError, DamagedFileError, ValueError: the file holds none, or is damaged.
+            WorkspaceError, FileNotFoundError, ValueError: the file holds none, or is damaged.
         """
         if self.number is None:
-            return Scores.open(self.path)
+            with named_file(self.path, _WANTED):
+                return Scores.open(self.path)
         key = f"scores_{self.number + 1}" if self.number else "scores"
         found = read_npz(self.path, {key, "query_hashes", "images_hash"}, remedy=_REMEDY)
         return Scores(
@@ -103,10 +105,11 @@ def score_files(path: Path, name: str) -> dict[str, ScoreFile]:
     """What a file holds, by the names of the rows: ``name``, or ``name/METHOD`` where an archive has several methods.
 
     Raises:
-        WorkspaceError, FileNotFoundError, DamagedFileError: it holds no scores, or is damaged.
+        WorkspaceError, FileNotFoundError: it holds no scores, or is damaged.
     """
     if path.suffix != ".npz":
-        record = load_record(path)
+        with named_file(path, _WANTED):
+            record = load_record(path)
         method, asked = record.get("method"), frozenset(record.get("asked", ()))
         signed = record.get("signed", True)
         return {name: ScoreFile(path, method, record.get("settings", {}), signed, method, asked=asked)}

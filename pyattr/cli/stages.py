@@ -29,7 +29,7 @@ from ..files import whole_file
 from ..report import Timing
 from .display import Display
 from .options import DataOptions, KeepOptions, SampleOptions, TrainOptions
-from .workspace import Stage, Workspace, WorkspaceError
+from .workspace import Stage, Workspace, WorkspaceError, named_file
 
 SCHEDULE = diffusion.Schedule()  # of every model made here
 NEWEST = KeepOptions()
@@ -164,6 +164,7 @@ class Checkpoint:
     Args:
         path: the file or folder.
         key: what tells this model from others; by default a hash of the file.
+        named: whether the user named it, see :func:`~pyattr.cli.workspace.named_file`.
 
     Attributes:
         file: the checkpoint itself, the newest of a folder.
@@ -174,15 +175,16 @@ class Checkpoint:
         DamagedFileError, ValueError: it is not a model's.
     """
 
-    def __init__(self, path: str | os.PathLike, key: str | None = None):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike, key: str | None = None, *, named: bool = False):
+        self.path, self._named = Path(path), named
         found = diffusion.checkpoints(self.path) if self.path.is_dir() else {0: self.path}
         self.file = found[max(found)] if found else self.path
         if not self.file.is_file():
             raise WorkspaceError(
                 f"no checkpoint at {self.path}: give a file or folder that `pyattr train` wrote, or train a model first"
             )
-        self.schedule, self._images = trained_with(self.file)
+        with self._reading():
+            self.schedule, self._images = trained_with(self.file)
         if self.schedule is None:
             raise WorkspaceError(
                 f"{self.file} does not say with which noise schedule its model was trained: "
@@ -213,7 +215,12 @@ class Checkpoint:
 
     def run(self, device: torch.device) -> nn.Module:
         """The model."""
-        return diffusion.load_model(self.file).to(device)
+        with self._reading():
+            return diffusion.load_model(self.file).to(device)
+
+    def _reading(self) -> contextlib.AbstractContextManager[None]:
+        wanted = "--checkpoint must be a file or folder that `pyattr train` wrote"
+        return named_file(self.file, wanted) if self._named else contextlib.nullcontext()
 
     def history(self) -> dict[int, Checkpoint]:
         """The checkpoints of this model's training up to itself by their steps, rising; as many as were kept.
@@ -225,7 +232,9 @@ class Checkpoint:
         own = next((step for step, path in found.items() if path.name == self.file.name), None)
         if own is None:
             return {0: self}
-        history = {step: Checkpoint(path) for step, path in found.items() if step < own} | {own: self}
+        history = {step: Checkpoint(path, named=self._named) for step, path in found.items() if step < own} | {
+            own: self
+        }
         for checkpoint in history.values():
             if checkpoint.schedule != self.schedule:
                 raise WorkspaceError(

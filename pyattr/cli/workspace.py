@@ -13,12 +13,14 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..diffusion import DamagedFileError
 from ..files import whole_file
 
 
@@ -192,6 +194,50 @@ def read_json(path: Path) -> Any:
         return None
     except ValueError as error:
         raise WorkspaceError(f"{path} is damaged: delete it and run again") from error
+
+
+def check_writable(option: str, path: Path, *, folder: bool = False) -> None:
+    """Refuse at the start what could not be written at the end; nothing is left behind.
+
+    Args:
+        option: that names the path.
+        path: a file in a folder that is there; or a folder, which is made when missing, with those above it.
+        folder: which of the two.
+
+    Raises:
+        WorkspaceError: it cannot be written; the message names the path as it was given.
+    """
+    home = path.absolute()
+    while folder and not home.exists():
+        home = home.parent
+    try:
+        if not folder and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=home if folder else home.parent):
+            pass
+    except OSError as error:
+        wanted = (
+            "folder that can be made and written to"
+            if folder
+            else "file in a folder that is there and can be written to"
+        )
+        raise WorkspaceError(f"{option} must be a {wanted}, got {path} ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def named_file(path: Path, wanted: str) -> Iterator[None]:
+    """Inside, a file that the user named is read: should it be another than wanted, nobody is told to delete it.
+
+    Args:
+        wanted: what it must be, as the message begins.
+
+    Raises:
+        WorkspaceError: instead of a DamagedFileError; says what the file is.
+    """
+    try:
+        yield
+    except DamagedFileError as error:
+        raise WorkspaceError(f"{wanted}, got {path}, which is {error.found}" if error.found else str(error)) from error
 
 
 def write_json(path: Path, content: Any) -> None:

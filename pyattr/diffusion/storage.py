@@ -11,11 +11,24 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..files import whole_file
+from ..files import file_kind, whole_file
 
 
 class DamagedFileError(RuntimeError):
-    """A file is not what was written; the message names it and says what to do."""
+    """A file is not what was written; the message names it and says what to do.
+
+    Attributes:
+        found: what it is instead, in words, for messages to those who named the file; empty: the message says it.
+    """
+
+    def __init__(self, message: str, found: str = ""):
+        super().__init__(message)
+        self.found = found
+
+
+def _damaged(path: str | os.PathLike, why: object) -> DamagedFileError:
+    found = f"damaged ({why})"
+    return DamagedFileError(f"{path} is {found}: delete it and make it again", found)
 
 
 def tensors_hash(tensors: dict[str, Tensor]) -> str:
@@ -90,7 +103,7 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
     metadata = _metadata(path)
     tensors = safetensors.torch.load_file(path)
     if tensors_hash(tensors) != metadata["sha256"]:
-        raise DamagedFileError(f"{path} is damaged (its checksum does not match): delete it and make it again")
+        raise _damaged(path, "its checksum does not match")
     return tensors, json.loads(metadata["record"])
 
 
@@ -101,11 +114,14 @@ def _metadata(path: str | os.PathLike) -> dict[str, str]:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except safetensors.SafetensorError as error:
-        if not _begins_as_one(Path(path)):  # a sound file of another kind, and not ours to have deleted
-            raise DamagedFileError(f"{path} is no safetensors file ({error})") from None
-        raise DamagedFileError(f"{path} is damaged ({error}): delete it and make it again") from None
+        kind = file_kind(path)
+        if kind in (None, "a safetensors file"):  # ours, cut short or overwritten
+            raise _damaged(path, error) from None
+        raise DamagedFileError(f"{path} is no safetensors file of pyattr: it is {kind}", kind) from None
     if not {"record", "sha256"} <= metadata.keys():
-        raise DamagedFileError(f"{path} was not written by pyattr: it carries no checksum")
+        raise DamagedFileError(
+            f"{path} was not written by pyattr: it carries no checksum", "a safetensors file that pyattr did not write"
+        )
     return metadata
 
 

@@ -140,7 +140,9 @@ class GroundTruth:
         """
         tensors, record = load_tensors(path)
         if record.get("kind") != "ground truth":
-            raise ValueError(f"GroundTruth: {path} does not hold a ground truth")
+            raise ValueError(
+                f"GroundTruth: {path} does not hold a ground truth: it is a file of kind {record.get('kind')!r}"
+            )
         targets, queries = tuple(record["targets"]), record["queries"]
         return cls(
             **{name: tensors[name].numpy() for name in _ARRAYS},

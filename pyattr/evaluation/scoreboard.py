@@ -181,7 +181,8 @@ def _chosen(settings: dict) -> dict:
 def distinguishing(rows: Sequence[Row], *, group: str | None = None) -> dict[tuple[str, str], str]:
     """By name and readout, in words, the settings that not all rows with them agree in, and what was chosen, and how.
 
-    How a value was chosen is told where that is not alike either.
+    What was chosen for the group is told always, of several values in the order of the folds; how a value was chosen by the
+    method itself, where that is not alike either.
 
     Args:
         rows: any.
@@ -195,16 +196,15 @@ def distinguishing(rows: Sequence[Row], *, group: str | None = None) -> dict[tup
         for key, (word, way) in settings.items():
             values.setdefault(key, set()).add(word)
             ways.setdefault(key, set()).add(way)
-    tuned = {(row.name, row.readout): [row.tuned] if row.tuned else [] for row in rows}
-    chosen = {(row.name, row.readout): set(row.chosen.get(group, {})) for row in rows}
     found = {}
-    for row, settings in told.items():
+    for row in rows:
+        settings = told[row.name, row.readout]
         words = [
             f"{key}={word}{way if len(ways[key]) > 1 else ''}"
             for key, (word, way) in settings.items()
-            if len(values[key]) > 1 or key in chosen[row]
+            if len(values[key]) > 1 or key in row.chosen.get(group, {})
         ]
-        found[row] = ", ".join([*words, *tuned[row]])
+        found[row.name, row.readout] = ", ".join([*words, row.tuned] if row.tuned else words)
     return found
 
 
@@ -221,4 +221,6 @@ def _words(settings: dict) -> dict[str, tuple[str, str]]:
 def _word(value: object) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, list) and all(isinstance(each, float) for each in value):
+        return f"[{', '.join(f'{each:g}' for each in value)}]"
     return f"{value:g}" if isinstance(value, float) else json.dumps(value)

@@ -35,6 +35,9 @@ class Scores:
         images: what identifies the training images and their order, as in :class:`~pyattr.evaluation.GroundTruth`.
         queries: [Q] what identifies each query.
         asked: what identifies the subsets whose models the method asked; a ground truth with one of them is no judge of it.
+        tuned: of scores at values that a ground truth chose, by setting: the "grid" of values, and those "chosen" for each
+            group of queries, in the order of the folds of :func:`~pyattr.evaluation.two_folds`. JSON-serialisable; no setting,
+            as it follows from them.
 
     Raises:
         ValueError: the shapes do not go together.
@@ -47,6 +50,7 @@ class Scores:
     images: str
     queries: tuple[str, ...]
     asked: tuple[str, ...] = ()
+    tuned: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.matrix.ndim != 2 or self.matrix.dtype != np.float32:
@@ -72,6 +76,7 @@ class Scores:
         signed: bool,
         settings: dict,
         pool: GroundTruth | None = None,
+        tuned: dict | None = None,
     ) -> "Scores":
         """The scores of a method with what identifies their rows and columns.
 
@@ -80,7 +85,7 @@ class Scores:
             scores: [Q, N] real.
             images: the training images in the order of the columns, [N, C, H, W] in the dtype that the ground truth saw.
             queries: likewise in the order of the rows, [Q, C, H, W] or :class:`~pyattr.diffusion.Samples`.
-            signed, settings: see :class:`Scores`.
+            signed, settings, tuned: see :class:`Scores`.
             pool: of :class:`~pyattr.attribution.EmpiricalInfluence` and :class:`~pyattr.attribution.Datamodel`, and of nothing
                 else: whose subsets' models they asked.
 
@@ -96,7 +101,7 @@ class Scores:
             )
         asked = () if pool is None else tuple(subset_hashes(pool.masks))
         hashes = tuple(query_hashes(queries, "Scores"))
-        return cls(matrix, method, signed, settings, examples_hash(images), hashes, asked)
+        return cls(matrix, method, signed, settings, examples_hash(images), hashes, asked, tuned or {})
 
     def take(self, rows) -> "Scores":
         """Those of some queries.
@@ -167,11 +172,11 @@ class Scores:
         """
         tensors, record = load_tensors(path)
         if record.get("kind") != "scores":
-            raise ValueError(f"Scores: {path} does not hold scores")
+            raise ValueError(f"Scores: {path} does not hold scores: it is a file of kind {record.get('kind')!r}")
         matrix = (tensors["scores"].float() * tensors["factors"][:, None]).numpy()  # exact
         told = {name: record[name] for name in _RECORDED if name in record}
         return cls(matrix, **{name: tuple(value) if name in _TUPLES else value for name, value in told.items()})
 
 
 _TUPLES = ("queries", "asked")
-_RECORDED = ("method", "signed", "settings", "images", *_TUPLES)
+_RECORDED = ("method", "signed", "settings", "images", "tuned", *_TUPLES)

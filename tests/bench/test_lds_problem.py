@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import pickle
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from bench.lds import __main__ as command
 from bench.lds import ablations, build, costs, deletion, methods, problem, scores, tables
 from bench.lds.problem import PROBLEMS
-from pyattr.attribution import DTRAK
+from pyattr.attribution import DTRAK, TRAK
 from pyattr.diffusion import checkpoints, load_model
 from pyattr.diffusion.progress import silent
 from pyattr.diffusion.storage import data_hash
@@ -116,7 +118,24 @@ def test_everything_is_made_and_goes_on(digits, tmp_path, monkeypatch):
     kept = GroundTruth.open(small.folder / "evaluation.safetensors")
     assert np.array_equal(again.losses, truth.losses) and np.array_equal(kept.losses, truth.losses)
 
+    # Of other timesteps there is a file of its own, of losses of the same models; all else stays.
+    before = {path: path.read_bytes() for path in small.folder.rglob("*") if path.is_file()}
+    for stage, committed in (("evaluation", truth), ("retraining", pool)):
+        other = build.retrain(small, stage, tmp_path / "work", 1, silent, timesteps=3)
+        assert other.settings["evaluation"]["timesteps"] == 3 and other.losses.shape == committed.losses.shape
+        assert {**other.settings, "evaluation": None} == {**committed.settings, "evaluation": None}
+        assert not np.array_equal(other.losses, committed.losses)
+        assert np.array_equal(GroundTruth.open(small.folder / f"{stage}-3.safetensors").losses, other.losses)
+        (small.folder / f"{stage}-3.safetensors").unlink()
+    assert {path: path.read_bytes() for path in small.folder.rglob("*") if path.is_file()} == before
+    # The benchmark's own number is no other.
+    assert np.array_equal(
+        build.retrain(small, "evaluation", tmp_path / "work", 1, silent, timesteps=2).losses, truth.losses
+    )
+    assert {path for path in small.folder.rglob("*") if path.is_file()} == before.keys()
+
     scores.write(small, tmp_path / "work", ["similarity", "2", "retrained"], silent)
+    made = methods.Materials(small, tmp_path / "work", silent)
     found = {path.stem: Scores.open(path) for path in (small.folder / "scores").iterdir()}
     assert len(found) == 6 + 4 + 2 * 5 + 2
     for name, given in found.items():
@@ -126,6 +145,18 @@ def test_everything_is_made_and_goes_on(digits, tmp_path, monkeypatch):
     chosen = {"lambda": found["trak-2"].settings["lambda"], "chosen": {"lambda": "automatically"}}
     assert found["trak-2"].settings == {"timesteps": 2, "D": 64, **chosen}
     assert found["trak-2-tuned"].settings["lambda"] == scores.TUNED and "chosen" not in found["trak-2-tuned"].settings
+    # Which lambdas there were, and which of them each half of the queries took: its scores are those at that lambda.
+    method = TRAK(made.model, problem.SCHEDULE, **made.options(2, "simple")).fit(made.images)
+    lambdas = [float(method.eigenvalues[0]) * value for value in methods.LAMBDAS]
+    at = dict(method.scores_grid(made.queries, lambdas))
+    told = found["trak-2-tuned"].tuned["lambda"]
+    assert told["grid"] == lambdas and told["chosen"].keys() == {"validation", "generated"}
+    for group, start, end in (("validation", 0, 10), ("generated", 10, 13)):
+        for fold, value in enumerate(told["chosen"][group]):
+            rows = start + np.flatnonzero(two_folds(end - start) == fold)
+            np.testing.assert_allclose(found["trak-2-tuned"].matrix[rows], at[value][rows], rtol=1e-3, atol=1e-6)
+    assert list(found["journey-trak-2-tuned"].tuned["lambda"]["chosen"]) == ["generated"]
+    assert all((given.tuned != {}) == name.endswith("-tuned") for name, given in found.items())
 
     for module, name, value in (
         (ablations, "TIMESTEPS", (1, 2)),
@@ -251,9 +282,13 @@ def test_each_half_of_the_queries_is_scored_at_the_lambda_that_is_best_for_the_o
         settings={},
     )
     found = scores.Found("some", grid[0][1], lambda: iter(grid))
-    tuned = scores.tuned_scores(found, truth)
+    tuned, choice = scores.tuned_scores(found, truth)
     # Each half takes what suits the other, which is wrong for itself.
     assert np.array_equal(tuned.numpy(), -right)
+    assert choice == {"grid": [1.0, 2.0], "chosen": {"validation": [2.0, 1.0], "generated": [1.0, 2.0]}}
+    some = scores.Found("some", grid[0][1][8:], lambda: ((v, m[8:]) for v, m in grid), queries=slice(8, 14))
+    tuned, choice = scores.tuned_scores(some, truth)
+    assert np.array_equal(tuned.numpy(), -right[8:]) and choice["chosen"] == {"generated": [1.0, 2.0]}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -283,3 +318,35 @@ def test_the_documents_hold_the_tables_of_the_committed_scores(name):
         text = page.read_text()
         assert tables.fill(text, PROBLEMS[name], rows) == text
     assert f"<!-- lds:{name} -->\n| method" in (tables.ROOT / "docs" / "lds-benchmark.md").read_text()
+
+
+def test_timesteps_of_the_stages_that_retrain(monkeypatch, capsys, tmp_path):
+    given = []
+    monkeypatch.setattr(build, "retrain", lambda problem, stage, *rest: given.append((problem.name, stage, rest[-1])))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bench.lds", *map(str, arguments)])
+        command.main()
+
+    for stage, more, expected in (
+        ("evaluation", [], None), ("evaluation", ["--timesteps", 1000], 1000), ("retraining", ["--timesteps", 7], 7)
+    ):  # fmt: skip
+        run(stage, "mnist", "--work", tmp_path, *more)
+        assert given.pop() == ("mnist", stage, expected)
+    for stage, number, line in (
+        ("evaluation", 1001, "--timesteps must lie in [1, 1000], got 1001"),
+        ("evaluation", 0, "--timesteps must lie in [1, 1000], got 0"),
+        ("scores", 1000, "--timesteps goes with evaluation or retraining, got scores"),
+    ):
+        with pytest.raises(SystemExit):
+            run(stage, "mnist", "--work", tmp_path, "--timesteps", number)
+        assert capsys.readouterr().err.endswith(f"error: {line}\n") and not given
+
+
+def test_both_pixel_methods_are_compared():
+    """D-TRAK and TRAK stand against pixels as they are and with the mean image taken off, in both data sets."""
+    for name in NAMES:
+        lines = tables.differences(tables.judged(PROBLEMS[name])).splitlines()
+        for method in ("TRAK", "D-TRAK"):
+            for pixels in ("raw pixel, cosine", "raw pixel, cosine, centred"):
+                assert sum(line.startswith(f"| {method}, tuned, K=100 above {pixels} |") for line in lines) == 1

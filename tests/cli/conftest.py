@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from toy_runs import SCORE, TRAIN
 from typer.testing import CliRunner
 
 from pyattr.cli import app
 
-TRAIN = ["--steps", "3", "--batch-size", "8", "--ema", "0.9", "--threads", "1", "--device", "cpu"]
 ENSEMBLE = ["--steps", "2", "--batch-size", "4", "--timesteps", "21", "--threads", "1"]
-SCORE = ["--num-timesteps", "2", "--proj-dim", "16", "--batch-size", "8", "--threads", "1", "--device", "cpu"]
 
 
 def _pyattr(*arguments):
@@ -104,6 +104,21 @@ def followed(images, tmp_path_factory):
     _succeeds("train", images, "--out", out, *TRAIN, "--checkpoint-every", 1, "--keep-checkpoints", 3)
     _succeeds("generate", "--out", out, "-n", 2, "--steps", 2, "--trajectory", "--device", "cpu")
     return out
+
+
+@pytest.fixture(scope="module")
+def copied(followed, tmp_path_factory):
+    """An output folder with checkpoints, where features stay from test to test."""
+    out = tmp_path_factory.mktemp("copied") / "out"
+    shutil.copytree(followed, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def train(images):
+    """The training images in the order of the command line, [N, 1, 8, 8] uint8."""
+    files = sorted((images / "dark").iterdir()) + sorted((images / "light").iterdir())
+    return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])[:, None])
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import torch
 from PIL import Image
+from toy_runs import SCORE, TRAIN
 
 from pyattr import attribution, diffusion
 from pyattr.cli.options import DataOptions, PatchOptions
@@ -14,9 +15,6 @@ from pyattr.cli.scoring import PatchScoring, listed
 from pyattr.cli.stages import load_data
 from pyattr.cli.workspace import Workspace
 from pyattr.diffusion.storage import load_tensors
-
-TRAIN = ["--steps", "3", "--batch-size", "8", "--ema", "0.9", "--threads", "1", "--device", "cpu"]
-SCORE = ["--num-timesteps", "2", "--proj-dim", "16", "--batch-size", "8", "--threads", "1", "--device", "cpu"]
 
 
 def shown(page):

@@ -120,17 +120,24 @@ def test_refusals(out, images, tmp_path, fails, succeeds):
         "vgg",
         code=2,
     )
-    fails(
-        f"no scores by trak in {out}/scores.npz, which has dtrak, pixels: "
-        f"run `pyattr attribute --out {out} --method dtrak --method pixels --method trak` first",
-        *command, "-m", "trak",
-    )  # fmt: skip
+    # A call that scored the missing methods alone would drop the others.
+    for missing in (["trak"], ["trak", "das"]):
+        named = " ".join(f"--method {name}" for name in ("dtrak", "pixels", *missing))
+        fails(
+            f"no scores by {', '.join(missing)} in {out}/scores.npz, which has dtrak, pixels: "
+            f"run `pyattr attribute --out {out} {named}` first",
+            *command, "-m", "pixels", *(each for name in missing for each in ("-m", name)),
+        )  # fmt: skip
     fails("--remove must be less than the number of training images, 24, got 24", *command, "-r", 24)
     fails("--queries must be at most the number of generated images, 3, got 4", *command, "--queries", 4)
     empty = tmp_path / "empty"
     empty.mkdir()
     other = ["evaluate", "counterfactual", "--out", empty]
     fails(f"no trained model in {empty}: run `pyattr train SOURCE --out {empty}` first", *other)
+    mistyped = tmp_path / "new" / "mistyped"
+    line = f"no trained model in {mistyped}: run `pyattr train SOURCE --out {mistyped}` first"
+    fails(line, "evaluate", "counterfactual", "--out", mistyped)
+    assert not mistyped.parent.exists()
     with np.load(out / "scores.npz") as archive:
         found = dict(archive)
     settings = json.loads(found["settings"].item())

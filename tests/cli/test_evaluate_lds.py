@@ -6,54 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from lds_problem import ASKED, GROUPS, IMAGES, MATRICES, QUERIES, TRAIN, make, noisy
 
-from pyattr.diffusion.storage import data_hash
-from pyattr.evaluation import GroundTruth, Scores, lds, lds_difference, subsets, tune_on_split, two_folds
-from pyattr.evaluation.ground_truth import image_hashes
-
-SUBSETS, IMAGES, QUERIES = 12, 16, 6
-GROUPS = {"validation": [0, 4], "generated": [4, 6]}
-PIXELS = np.random.default_rng(0).integers(0, 256, (IMAGES + QUERIES, 1, 8, 8), dtype=np.uint8)
-TRAIN, ASKED = torch.from_numpy(PIXELS[:IMAGES]), torch.from_numpy(PIXELS[IMAGES:])
-
-
-def noisy(seed, much):
-    true = np.random.default_rng(1).standard_normal((QUERIES, IMAGES))
-    return (true + much * np.random.default_rng(seed).standard_normal(true.shape)).astype(np.float32)
-
-
-MATRICES = {
-    "dtrak/1": ("D-TRAK", noisy(2, 0.3), {"lambda": 0.1, "D": 64}),
-    "dtrak/2": ("D-TRAK", noisy(3, 1.0), {"lambda": 1.0, "D": 64}),
-    "dtrak/3": ("D-TRAK", noisy(4, 1.5), {"lambda": 10.0, "D": 64}),
-    "pixel": ("Raw pixel", noisy(5, 4.0), {}),
-}
-
-
-def save(folder, name, rows=slice(None)):
-    method, matrix, settings = MATRICES[name]
-    path = folder / "scores" / f"{name}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Scores.of(method, matrix, TRAIN, ASKED, signed=True, settings=settings).take(rows).save(path)
-    return path
+from pyattr.evaluation import GroundTruth, Scores, lds, lds_difference, read_dattri, tune_on_split, two_folds
 
 
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("problem")
-    masks, rng = subsets(IMAGES, SUBSETS), np.random.default_rng(6)
-    exact = -(masks @ noisy(0, 0).T)
-    losses = np.stack([exact + rng.standard_normal(exact.shape), exact + 5 * rng.standard_normal(exact.shape)])
-    truth = GroundTruth(
-        masks, losses[:, :, None, None], ("simple", "elbo"), np.arange(QUERIES), data_hash(TRAIN),
-        tuple(image_hashes(ASKED)), {},
-    )  # fmt: skip
-    truth.save(folder / "evaluation.safetensors")
-    (folder / "queries.json").write_text(json.dumps(GROUPS))
-    np.savez(folder / "images.npz", train_images=TRAIN, validation_images=ASKED[:4], generated_images=ASKED[4:])
-    for name in MATRICES:
-        save(folder, name, rows=slice(4, None) if name == "dtrak/3" else slice(None))
-    return folder
+    return make(tmp_path_factory.mktemp("problem"))
 
 
 def files(problem):
@@ -121,6 +81,52 @@ def test_files_instead_of_a_folder(problem, tmp_path, succeeds):
     assert "generated: 2 queries" in succeeds(
         "evaluate", "lds", "table", "--truth", truth, pixel, "--queries", problem / "queries.json"
     )
+
+
+def test_targets_are_those_of_the_ground_truth(problem, tmp_path, succeeds, fails):
+    """One that dattri made has a loss of its own, as has one of bergson."""
+    truth, pixel = GroundTruth.open(problem / "evaluation.safetensors"), problem / "scores" / "pixel.safetensors"
+    torch.save(torch.from_numpy(-truth.outputs("elbo")), tmp_path / "target_values_lds.pt")
+    torch.save(torch.from_numpy(np.stack([mask.nonzero()[0] for mask in truth.masks])), tmp_path / "indices_lds.pt")
+    path = tmp_path / "dattri.safetensors"
+    read_dattri(tmp_path, num_images=IMAGES).save(path)
+    command = ["evaluate", "lds", pixel, "--json", tmp_path / "x.json", "--truth"]
+    assert "12 subsets, target loss" in succeeds(*command, path)
+    (row,) = numbers(tmp_path / "x.json", "loss").values()
+    expected = lds(Scores.open(pixel).matrix, truth.masks, truth.outputs("elbo"))
+    assert row["lds"] == pytest.approx(100 * expected.mean, rel=1e-4)
+    succeeds(*command, path, "-t", "loss", "--plots", tmp_path / "plots")
+    assert (tmp_path / "plots" / "lds-loss.png").exists()
+    fails(f"--target must be one of loss of {path}, got simple", *command, path, "-t", "simple")
+    # The simple loss wherever it stands, and else the first.
+    for targets, default in ((("elbo", "simple"), "simple"), (("l1", "elbo"), "l1")):
+        dataclasses.replace(truth, targets=targets).save(path)
+        succeeds(*command, path)
+        assert list(json.loads((tmp_path / "x.json").read_text())["targets"]) == [default]
+
+
+@pytest.mark.parametrize("on_benchmark", [False, True])
+def test_what_was_chosen_is_told_of_a_single_row(problem, tmp_path, succeeds, on_benchmark):
+    """Each half of the validation queries suits its own file; one file suits all generated ones."""
+    folds, paths = two_folds(4), [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for number, path in enumerate(paths):
+        matrix = -noisy(0, 0)
+        suited = np.append(folds == number, [number == 0] * 2)
+        matrix[suited] *= -1
+        settings = {"lambda": [0.1 + 0.2, 12345.678][number]}
+        Scores.of("X", matrix, TRAIN, ASKED, signed=True, settings=settings).save(path)
+    told = succeeds(
+        "evaluate", "lds", "--truth", problem / "evaluation.safetensors", *paths, "--queries", problem / "queries.json",
+        "--tune", "lambda", *(["--tune-on-benchmark"] if on_benchmark else []),
+    )  # fmt: skip
+    lines = [" ".join(line.split()) for line in told.splitlines() if line.startswith("X ")]
+    if on_benchmark:
+        assert any(f"X lambda={value}, tuned on the benchmark" in lines[0] for value in ("0.3", "12345.7"))
+        assert "X lambda=0.3, tuned on the benchmark" in lines[1]
+    else:
+        # What suits the second half is chosen for the first.
+        assert "X lambda=[12345.7, 0.3], tuned on other queries" in lines[0]
+        assert "X lambda=0.3, tuned on other queries" in lines[1]
 
 
 def test_a_setting_is_chosen_on_other_queries(problem, tmp_path, succeeds):
@@ -316,118 +322,3 @@ def test_a_pool_is_no_judge_of_what_it_taught(problem, tmp_path, fails):
         "of `pyattr evaluate lds build --pool retraining`",
         "evaluate", "lds", "--truth", problem / "evaluation.safetensors", path,
     )  # fmt: skip
-
-
-NOTHING = (
-    "give a folder that holds evaluation.safetensors and scores/, as in `pyattr evaluate lds FOLDER`, or --truth FILE and "
-    "files of scores; got "
-)
-OF_VALIDATION = "of the queries validation: give one of dtrak/1, dtrak/2"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        ([], NOTHING + "nothing"),
-        (["nowhere"], NOTHING + "nowhere"),
-        (["--truth", "x"], "no scores to judge: give files of scores after --truth FILE"),
-        (["{0}", "--target", "l1"], "GroundTruth: target must be one of simple, elbo, got 'l1'"),
-        (["{0}", "--tune", "eta"], "--tune eta: no two files of scores differ in that setting alone"),
-        (["{0}", "--against", "D-TRAK"], f"--against D-TRAK names several rows {OF_VALIDATION}"),
-        (["{0}", "--against", "TRAK"], f"--against TRAK names no row {OF_VALIDATION}, pixel"),
-    ],
-)
-def test_refusals(problem, pyattr, arguments, line):
-    result = pyattr("evaluate", "lds", *(argument.format(problem) for argument in arguments))
-    assert (result.exit_code, result.stderr) == (1, f"pyattr: {line}\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (["x", "--readout", "mean"], "--readout: must be one of signed, squared, signed-squared, head, got mean"),
-        (["x", "--percent", "3"], "--percent: goes with --readout head, got 3 alone"),
-        (["x", "--percent", "3", "-r", "squared"], "--percent: goes with --readout head, got 3 alone"),
-        (["x", "--tune-on-benchmark"], "--tune-on-benchmark: say which setting is chosen: give --tune"),
-    ],
-)
-def test_options_that_are_wrong(pyattr, arguments, line):
-    result = pyattr("evaluate", "lds", *arguments)
-    assert (result.exit_code, result.stderr) == (2, f"pyattr: Invalid value for {line}\n")
-
-
-def test_build_is_a_command_and_no_folder(pyattr, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "build").mkdir()
-    result = pyattr("evaluate", "lds", "build")
-    assert (result.exit_code, result.stderr) == (2, "pyattr: Missing argument 'OUT'.\n")
-    assert "build holds no evaluation.safetensors" in pyattr("evaluate", "lds", "./build").stderr
-
-
-def test_what_lies_in_the_folder_is_checked(problem, tmp_path, pyattr):
-    def fails(line):
-        result = pyattr("evaluate", "lds", tmp_path, "--plots", tmp_path / "plots")
-        assert (result.exit_code, result.stderr) == (1, f"pyattr: {line}\n")
-
-    fails(f"{tmp_path} holds no evaluation.safetensors: make it by `pyattr evaluate lds build {tmp_path} ...`")
-    (tmp_path / "evaluation.safetensors").write_bytes((problem / "evaluation.safetensors").read_bytes())
-    fails(
-        f"{tmp_path} holds no scores: run `pyattr attribute --out {tmp_path}`, or keep some in {tmp_path / 'scores'} by "
-        "pyattr.evaluation.Scores.save"
-    )
-    save(tmp_path, "pixel")
-    (tmp_path / "queries.json").write_text('{"a": [0, 7]}')
-    fails(
-        f'{tmp_path / "queries.json"} must hold ranges of the 6 queries, as in {{"validation": [0, 6]}}, got a [0, 7]'
-    )
-    for text, got in (("{}", "none"), ('{"a": [true, 3]}', "a [True, 3]"), ("PK", "no JSON")):
-        (tmp_path / "queries.json").write_text(text)
-        fails(
-            f'{tmp_path / "queries.json"} must hold ranges of the 6 queries, as in {{"validation": [0, 6]}}, got {got}'
-        )
-    (tmp_path / "queries.json").write_text('{"a": [0, 6]}')
-    (tmp_path / "images.npz").write_bytes(b"PK")
-    fails(f"{tmp_path / 'images.npz'} is damaged or missing: put it back or delete it")
-    np.savez(tmp_path / "images.npz", train_images=TRAIN)
-    fails(
-        f"{tmp_path / 'images.npz'} must hold the training images and queries of the ground truth: put them back or delete it"
-    )
-    assert not (tmp_path / "plots").exists()
-    Scores.of("A", MATRICES["pixel"][1], TRAIN.flip(0), ASKED, signed=True, settings={}).save(
-        tmp_path / "scores" / "a.safetensors"
-    )
-    fails("Scores: A scored other training images than those of the ground truth, or in another order")
-
-
-def test_places_that_cannot_be_written_to_are_refused_before_the_work(problem, tmp_path, pyattr):
-    (tmp_path / "file").touch()
-
-    def fails(line, *options):
-        result = pyattr("evaluate", "lds", problem, *options)
-        assert (result.exit_code, result.stderr, result.stdout) == (1, f"pyattr: {line}\n", "")
-
-    missing = tmp_path / "none" / "x.json"
-    fails(f"--json must be a file in a folder that can be written to, got {missing}", "--json", missing)
-    fails(f"--json must be a file in a folder that can be written to, got {tmp_path}", "--json", tmp_path)
-    inside = tmp_path / "file" / "plots"
-    fails(f"--plots must be a folder that can be written to, got {inside}", "--plots", inside)
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
-
-
-def test_a_file_of_another_kind_is_not_called_damaged(problem, tmp_path, pyattr):
-    np.savez(tmp_path / "images.npz", train_images=TRAIN)
-    result = pyattr("evaluate", "lds", "--truth", tmp_path / "images.npz", problem / "scores" / "pixel.safetensors")
-    assert result.exit_code == 1
-    assert result.stderr.startswith(f"pyattr: {tmp_path / 'images.npz'} is no safetensors file (")
-    assert "delete" not in result.stderr
-
-
-def test_targets_are_those_of_the_file(problem, tmp_path, succeeds, pyattr):
-    truth = GroundTruth.open(problem / "evaluation.safetensors")
-    path, scores = tmp_path / "truth.safetensors", problem / "scores" / "pixel.safetensors"
-    dataclasses.replace(truth, targets=("margin", "nll")).save(path)
-    told = succeeds("evaluate", "lds", "--truth", path, scores, "--target", "nll")
-    assert "target nll" in told
-    assert "target margin" in succeeds("evaluate", "lds", "--truth", path, scores)
-    result = pyattr("evaluate", "lds", "--truth", path, scores, "--target", "simple")
-    assert result.stderr == "pyattr: GroundTruth: target must be one of margin, nll, got 'simple'\n"

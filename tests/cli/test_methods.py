@@ -2,12 +2,11 @@
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from toy_runs import SCHEDULE, SCORE, SETTINGS
 
 from pyattr import attribution, diffusion, evaluation
 from pyattr.attribution import Readout
@@ -15,26 +14,6 @@ from pyattr.cli.options import FEATURES, METHODS, READOUTS, SIMILARITIES
 from pyattr.diffusion.losses import NAMES, Loss
 from pyattr.diffusion.storage import data_hash
 from pyattr.evaluation.ground_truth import image_hashes
-
-TRAIN = ["--steps", "3", "--batch-size", "8", "--ema", "0.9", "--threads", "1", "--device", "cpu"]
-SCORE = ["--num-timesteps", "2", "--proj-dim", "16", "--batch-size", "8", "--threads", "1", "--device", "cpu"]
-SETTINGS = {"num_timesteps": 2, "proj_dim": 16, "batch_size": 8, "query_noises": 1}
-SCHEDULE = diffusion.Schedule()
-
-
-@pytest.fixture(scope="module")
-def copied(followed, tmp_path_factory):
-    """An output folder with checkpoints and trajectories, where features stay from test to test."""
-    out = tmp_path_factory.mktemp("copied") / "out"
-    shutil.copytree(followed, out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def train(images):
-    """The training images in the order of the command line, [N, 1, 8, 8] uint8."""
-    files = sorted((images / "dark").iterdir()) + sorted((images / "light").iterdir())
-    return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])[:, None])
 
 
 @pytest.fixture
@@ -359,3 +338,6 @@ def test_methods_of_retrained_models(images, tmp_path, succeeds, fails, arrays, 
           *new, "--data", images, "--queries", images / "light", "--target", "l2")  # fmt: skip
     fails(f"--pool must be a file of pyattr.evaluation.build_ground_truth, got {tmp_path}/none",
           *new[:4], tmp_path / "none", *new[5:], "--data", images, "--queries", images)  # fmt: skip
+    np.savez(tmp_path / "d.npz", images=train)
+    fails(f"--pool must be a file of pyattr.evaluation.build_ground_truth, got {tmp_path}/d.npz, which is an .npz archive",
+          *new[:4], tmp_path / "d.npz", *new[5:], "--data", images, "--queries", images)  # fmt: skip

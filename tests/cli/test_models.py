@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_pipeline import SIZE, save_pipeline
+from toy_runs import SCHEDULE, SCORE, SETTINGS
 
 from pyattr import attribution, diffusion
 from pyattr.attribution import Readout
@@ -16,25 +17,6 @@ from pyattr.diffusion import latent
 from pyattr.diffusion.conditioned import examples_hash
 from pyattr.evaluation import GroundTruth, lds, subsets
 from pyattr.evaluation.ground_truth import image_hashes
-
-SCORE = ["--num-timesteps", "2", "--proj-dim", "16", "--batch-size", "8", "--threads", "1", "--device", "cpu"]
-SETTINGS = {"num_timesteps": 2, "proj_dim": 16, "batch_size": 8, "query_noises": 1}
-SCHEDULE = diffusion.Schedule()
-
-
-@pytest.fixture(scope="module")
-def copied(followed, tmp_path_factory):
-    """An output folder with checkpoints, where features stay from test to test."""
-    out = tmp_path_factory.mktemp("copied") / "out"
-    shutil.copytree(followed, out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def train(images):
-    """The training images in the order of the command line, [N, 1, 8, 8] uint8."""
-    files = sorted((images / "dark").iterdir()) + sorted((images / "light").iterdir())
-    return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])[:, None])
 
 
 def samples_of(out):

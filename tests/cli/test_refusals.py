@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy_runs import SCORE, TRAIN
 
 from pyattr import attribution, diffusion
 from pyattr.cli.options import DataOptions, SampleOptions, TrainOptions
@@ -18,10 +19,6 @@ from pyattr.cli.stages import Sampling, Training, load_data
 from pyattr.cli.workspace import Workspace
 from pyattr.datasets import load
 from pyattr.diffusion.train import WEIGHTINGS
-
-TRAIN = ["--steps", "3", "--batch-size", "8", "--ema", "0.9", "--threads", "1", "--device", "cpu"]
-SCORE = ["--num-timesteps", "2", "--proj-dim", "16", "--batch-size", "8", "--threads", "1", "--device", "cpu"]
-
 
 # Bad input
 
@@ -192,6 +189,17 @@ def test_damaged_files_are_named(out, pyattr, fails):
     checkpoint.write_bytes(b"nothing")
     result = pyattr("generate", "--out", out)
     assert result.exit_code == 1 and f"{checkpoint} is damaged" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_nobody_is_told_to_delete_the_checkpoint_they_named(out, images, tmp_path, fails):
+    command = ["generate", "--out", out, "--checkpoint"]
+    wanted = "--checkpoint must be a file or folder that `pyattr train` wrote, got"
+    np.savez(tmp_path / "d.npz", x=np.zeros(2))
+    fails(f"{wanted} {tmp_path}/d.npz, which is an .npz archive", *command, tmp_path / "d.npz")
+    checkpoint = max(next(out.glob("train-*")).glob("checkpoint-*"))
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(checkpoint.read_bytes()[:-1] + b"x")
+    fails(f"{wanted} {copy}, which is damaged (its checksum does not match)", *command, copy)
 
 
 def test_damaged_scores_are_named(out, fails):

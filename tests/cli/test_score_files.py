@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from toy_runs import SCORE
 
 from pyattr.attribution import readout
 from pyattr.diffusion import checkpoints
@@ -13,15 +13,7 @@ from pyattr.diffusion.storage import data_hash
 from pyattr.evaluation import GroundTruth, lds, subsets
 from pyattr.evaluation.ground_truth import image_hashes
 
-SCORE = ["--num-timesteps", "2", "--proj-dim", "16", "--batch-size", "8", "--threads", "1", "--device", "cpu"]
 ALONE = ["-m", "pixels", "--no-report", "--threads", "1", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def train(images):
-    """The training images in the order of the command line, [N, 1, 8, 8] uint8."""
-    files = sorted((images / "dark").iterdir()) + sorted((images / "light").iterdir())
-    return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])[:, None])
 
 
 @pytest.fixture

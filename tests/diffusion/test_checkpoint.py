@@ -1,3 +1,6 @@
+import re
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -70,6 +73,10 @@ def test_what_is_not_a_model_is_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(DamagedFileError, match=r"text\.safetensors is damaged"):
         load_model(tmp_path / "text.safetensors")
+    np.savez(tmp_path / "x.npz", x=np.zeros(2))
+    told = f"{tmp_path}/x.npz is no safetensors file of pyattr: it is an .npz archive"
+    with pytest.raises(DamagedFileError, match=f"^{re.escape(told)}$"):
+        load_model(tmp_path / "x.npz")
 
 
 def test_shared_weights_are_saved(tmp_path):

@@ -70,7 +70,7 @@ def test_files_that_are_damaged_or_something_else(tmp_path):
     with pytest.raises(DamagedFileError, match="is damaged"):
         GroundTruth.open(path)
     save_tensors(path, {"masks": torch.zeros(1)}, {"kind": "model"})
-    with pytest.raises(ValueError, match="does not hold a ground truth"):
+    with pytest.raises(ValueError, match="does not hold a ground truth: it is a file of kind 'model'"):
         GroundTruth.open(path)
     with pytest.raises(FileNotFoundError):
         GroundTruth.open(tmp_path / "none")

@@ -131,12 +131,22 @@ def test_a_method_is_not_judged_by_models_that_it_asked(tmp_path):
     assert alike.rows_in(truth(masks=masks)).tolist() == [0, 1, 2]
 
 
-def test_files_from_before_pools_were_told(tmp_path):
+def test_what_was_chosen_stays_beside_the_settings(tmp_path):
+    tuned = {"lambda": {"grid": [1 / 3, 2e-7], "chosen": {"validation": [2e-7, 1 / 3]}}}
+    made = Scores.of("TRAK, tuned", MATRIX, IMAGES, QUERIES, signed=True, settings={"D": 2}, tuned=tuned)
+    for found in (made, made.take([1]), saved(made, tmp_path / "scores.safetensors")):
+        assert found.tuned == tuned and found.settings == {"D": 2}
+    assert scores().tuned == {}
+
+
+@pytest.mark.parametrize("name", ["asked", "tuned"])
+def test_files_from_before_all_of_it_was_told(tmp_path, name):
     path = tmp_path / "scores.safetensors"
     scores().save(path)
     tensors, record = load_tensors(path)
-    save_tensors(path, tensors, {name: value for name, value in record.items() if name != "asked"})
-    assert Scores.open(path).asked == () and Scores.open(path).queries == scores().queries
+    assert name in record
+    save_tensors(path, tensors, {key: value for key, value in record.items() if key != name})
+    assert not getattr(Scores.open(path), name) and Scores.open(path).queries == scores().queries
 
 
 def test_files_that_are_damaged_or_something_else(tmp_path):

@@ -10,7 +10,7 @@ from ...evaluation.ground_truth import subset_hashes
 from ...report import Attribution
 from ..options import PoolOptions
 from ..stages import SCHEDULE, Queries, Step, read_npz, sha256, write_npz
-from ..workspace import WorkspaceError
+from ..workspace import WorkspaceError, named_file
 from .base import Scoring
 
 # method -> its class, and what it does, for people
@@ -41,10 +41,12 @@ class RetrainingScoring(Scoring):
     def __init__(self, workspace, model_key, data, options, schedule=SCHEDULE, **rest):
         super().__init__(workspace, model_key, data, options, schedule, **rest)
         path = Path(options.pool)
+        wanted = "--pool must be a file of pyattr.evaluation.build_ground_truth"
         if not path.is_file():
-            raise WorkspaceError(f"--pool must be a file of pyattr.evaluation.build_ground_truth, got {path}")
+            raise WorkspaceError(f"{wanted}, got {path}")
         kind, summary = _KINDS[options.method]
-        self.pool = GroundTruth.open(path)
+        with named_file(path, wanted):
+            self.pool = GroundTruth.open(path)
         self.method = kind(self.pool, target=options.target).fit(data.images)
         self.file = sha256(path)
         self.summary = summary.format(count=len(self.pool.masks))
