@@ -37,12 +37,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the original images, .npz (draw)")
     parser.add_argument("--work", type=Path, help="where training states and features are kept (all others)")
     parser.add_argument("--workers", type=int, default=2, help="processes that train, a thread each")
-    parser.add_argument(
-        "--timesteps",
-        type=int,
-        default=TIMESTEPS,
-        help="that losses average over (evaluation, retraining); others than the default go to a file of their own",
-    )
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="of methods (scores)")
     parser.add_argument("--ablate", nargs="+", choices=list(ablations.GROUPS), default=list(ablations.GROUPS))
     parser.add_argument(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,6 @@ from .workspace import WorkspaceError, check_writable, named_file, read_json
 
 TRUTH, SCORES, QUERIES, IMAGES = "evaluation.safetensors", "scores", "queries.json", "images.npz"
 WIDTH = 180  # of a table that goes to a file
-DEFAULT_TARGET = "simple"
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Found:
 class Asked:
     """What of it is to be shown; see the options of the command. No targets: the simple loss, or the first there is."""
 
-    targets: tuple[str, ...]  # none: the first that there is, or `simple`
+    targets: tuple[str, ...]
     readouts: tuple[str, ...]
     percent: float
     against: str | None

@@ -125,13 +125,6 @@ def _metadata(path: str | os.PathLike) -> dict[str, str]:
     return metadata
 
 
-def _begins_as_one(path: Path) -> bool:
-    """By its name, or by the brace after the length of its header; too short to tell: yes."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    return path.suffix == ".safetensors" or len(start) < 9 or start[8:] == b"{"
-
-
 def differences(made: dict, asked: dict) -> str:
     """What distinguishes two sets of settings, for an error message; empty when they are equal.
 

@@ -179,7 +179,7 @@ def _chosen(settings: dict) -> dict:
 
 
 def distinguishing(rows: Sequence[Row], *, group: str | None = None) -> dict[tuple[str, str], str]:
-    """By name and readout, in words, the settings that not all rows with them agree in, and what was chosen, and how.
+    """By name and readout, the settings in which the rows that have them are not all alike, in words; and how one was tuned.
 
     What was chosen for the group is told always, of several values in the order of the folds; how a value was chosen by the
     method itself, where that is not alike either.

@@ -95,15 +95,6 @@ def test_one_set_for_all_queries_by_default_a_fifth(out, succeeds):
     assert made.images.shape[:3] == (2, 1, 3) and (made.removed == made.removed[:, :, :1]).all()
 
 
-def test_a_folder_that_is_not_there_is_not_made(tmp_path, fails):
-    out = tmp_path / "mistyped"
-    fails(
-        f"no trained model in {out}: run `pyattr train SOURCE --out {out}` first",
-        "evaluate", "counterfactual", "--out", out,
-    )  # fmt: skip
-    assert not out.exists()
-
-
 def test_refusals(out, images, tmp_path, fails, succeeds):
     command = ["evaluate", "counterfactual", "--out", out]
     fails(
