@@ -75,7 +75,10 @@ def digits(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def images_of_kinds(test: Tensor, count: int) -> dict[str, Tensor]:
-    """Images of each kind, [count, 1, 28, 28] uint8: of the same digits, drawn at random, but for the noise."""
+    """Images of each kind, [count, 1, 28, 28] uint8: of the same digits, drawn at random, but for the noise.
+
+    The first are the same whatever the count.
+    """
     rng = np.random.Generator(np.random.Philox(key=[SEED, 0x6C696B65]))
     pairs = torch.from_numpy(rng.permutation(len(test))[: 2 * count])
     first, second = test[pairs[::2]], test[pairs[1::2]]
@@ -122,7 +125,7 @@ def run_train(args, display: Display) -> None:
 
 def run_converge(args, display: Display) -> None:
     """One digit and one image of noise by several numbers of steps along few directions, and one digit in full, timed."""
-    model, kinds = trained(args, display), images_of_kinds(digits(args.data)[1], IMAGES)
+    model, kinds = trained(args, display), images_of_kinds(digits(args.data)[1], args.images)
     images, numbers = torch.cat([kinds[kind][:1] for kind in ("digits", "noise")]), torch.tensor([0, 1])
     rows = []
     trials = [*TRIALS, ("rk45", None)]
@@ -147,13 +150,13 @@ def run_converge(args, display: Display) -> None:
 
 def run_evaluate(args, display: Display) -> None:
     """Bits of the images of this part, a file for each batch."""
-    model, kinds = trained(args, display), images_of_kinds(digits(args.data)[1], IMAGES)
-    batches = [(kind, first) for first in range(0, IMAGES, BATCH) for kind in KINDS][args.part[0] :: args.part[1]]
+    model, kinds = trained(args, display), images_of_kinds(digits(args.data)[1], args.images)
+    batches = [(kind, first) for first in range(0, args.images, BATCH) for kind in KINDS][args.part[0] :: args.part[1]]
     for done, (kind, first) in enumerate(batches):
         display.progress(done, len(batches), "batches")
         path = batch_file(args.work, kind, first)
-        if not _readable(path):
-            numbers = torch.arange(first, min(first + BATCH, IMAGES))
+        numbers = torch.arange(first, min(first + BATCH, args.images))
+        if not _holds(path, len(numbers)):
             begin = time.perf_counter()
             found = {name: bits(model, kinds[kind][numbers], numbers, name, **SOLVER) for name in ESTIMATES}
             save_tensors(path, found, {"kind": "bits", "images": kind, "seconds": time.perf_counter() - begin})
@@ -167,11 +170,13 @@ def batch_file(work: Path, kind: str, first: int) -> Path:
 
 def run_report(args, display: Display) -> None:
     """Every image's bits, their means and medians, and a picture."""
-    kinds = images_of_kinds(digits(args.data)[1], IMAGES)
+    kinds = images_of_kinds(digits(args.data)[1], args.images)
     found, seconds = {}, 0.0
     for kind in KINDS:
-        parts = [load_tensors(batch_file(args.work, kind, first)) for first in range(0, IMAGES, BATCH)]
-        found[kind] = {name: torch.cat([tensors[name] for tensors, _ in parts]).numpy() for name in ESTIMATES}
+        parts = [load_tensors(batch_file(args.work, kind, first)) for first in range(0, args.images, BATCH)]
+        found[kind] = {
+            name: torch.cat([tensors[name] for tensors, _ in parts])[: args.images].numpy() for name in ESTIMATES
+        }
         seconds += sum(record["seconds"] for _, record in parts)
     rows = {
         kind: {
@@ -187,7 +192,11 @@ def run_report(args, display: Display) -> None:
         {
             "bits per dimension": rows,
             "in the expected order": means == sorted(means),
-            "settings": {**TRAINING, "optimiser": vars(ADAM), **SOLVER, "probes": PROBES, "sigma": SDE.sigma},
+            "settings": {
+                "training": {**TRAINING, "optimiser": vars(ADAM)},
+                "solver": {**SOLVER, "probes": PROBES},
+                "sigma": SDE.sigma,
+            },
             "seconds of evaluation": seconds,
             "machine": describe(),
         },
@@ -200,7 +209,8 @@ def _plot(path: Path, found: dict[str, np.ndarray], kinds: dict[str, Tensor]) ->
     from matplotlib.figure import Figure
 
     figure = Figure((9, 1.1 * len(found) + 0.6), layout="constrained")
-    grid = figure.add_gridspec(len(found), SHOWN + 1, width_ratios=[SHOWN, *[1] * SHOWN])
+    shown = min(SHOWN, *map(len, kinds.values()))
+    grid = figure.add_gridspec(len(found), shown + 1, width_ratios=[SHOWN, *[1] * shown])
     low, high = (f(values.min() if f is min else values.max() for values in found.values()) for f in (min, max))
     margin = 0.05 * (high - low) + 1e-6
     for row, (kind, values) in enumerate(found.items()):
@@ -211,18 +221,19 @@ def _plot(path: Path, found: dict[str, np.ndarray], kinds: dict[str, Tensor]) ->
             xlim=(low - margin, high + margin), ylim=(-1, 1), yticks=[0], yticklabels=[f"{kind}, {values.mean():.2f}"]
         )
         axes.tick_params(labelbottom=row + 1 == len(found))
-        for column, image in enumerate(kinds[kind][:SHOWN], 1):
+        for column, image in enumerate(kinds[kind][:shown], 1):
             picture = figure.add_subplot(grid[row, column])
             picture.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=255)
             picture.set_axis_off()
-    figure.axes[-SHOWN - 1].set_xlabel("bits per dimension (the line and the number: the mean)")
+    axes.set_xlabel("bits per dimension (the line and the number: the mean)")
     with whole_file(path) as stream:
         figure.savefig(stream, format="png", dpi=110)
 
 
-def _readable(path: Path) -> bool:
+def _holds(path: Path, images: int) -> bool:
+    """Whether a file has the bits of so many images; fewer or more may have been asked for before."""
     try:
-        return path.is_file() and bool(load_tensors(path))
+        return path.is_file() and all(len(bits) >= images for bits in load_tensors(path)[0].values())
     except DamagedFileError:
         return False
 
@@ -234,6 +245,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the results: .json and .png files")
     parser.add_argument("--data", type=Path, required=True, help=f"an .npz of MNIST: {', '.join(ARRAYS)}")
     parser.add_argument("--work", type=Path, required=True, help="folder for the training's states and the batches")
+    parser.add_argument("--images", type=int, default=IMAGES, help="of each kind; more may be asked for later")
     parser.add_argument("--part", type=part, default=(0, 1), help="which of how many shares of the evaluation: 0/2")
     parser.add_argument("--threads", type=int, default=1, help="of torch; the same for all stages")
     args = parser.parse_args()

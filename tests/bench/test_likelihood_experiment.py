@@ -117,3 +117,16 @@ def test_an_archive_without_digits(run, tmp_path):
     np.savez(tmp_path / "other.npz", images=np.zeros((2, 28, 28), np.uint8))
     with pytest.raises(ValueError, match=r"--data must hold train_images, test_images, got .*other\.npz with images"):
         run("train", data="other.npz")
+
+
+def test_more_images_go_on_from_fewer(run, tmp_path):
+    run("train")
+    run("evaluate", "--images", "1")
+    run("evaluate", "--images", "3")
+    run("evaluate", "--images", "1")  # nothing to do, and nothing is lost
+    run("report", "--images", "3")
+    found = json.loads((tmp_path / "out" / "likelihood_mnist.json").read_text())["bits per dimension"]
+    assert all(len(found[kind]["exact"]["images"]) == 3 for kind in experiment.KINDS)
+    test = experiment.digits(tmp_path / "digits.npz")[1]
+    few, more = (experiment.images_of_kinds(test, count) for count in (1, 3))
+    assert all(torch.equal(few[kind], more[kind][:1]) for kind in experiment.KINDS)
