@@ -10,8 +10,9 @@ log-likelihood by the probability flow, its divergence along fixed random direct
     python -m bench.experiments.magic_mnist retrain OUT --data mnist.npz --work FOLDER   without 1%, without single items
     python -m bench.experiments.magic_mnist report  OUT --data mnist.npz --work FOLDER   numbers and pictures
 
-Each goes on from what lies in FOLDER, and ends at the same bits. Two processes share the trainings with ``--part 0/2`` and
-``--part 1/2``. Trained networks are kept, so a second phi costs no training.
+Each goes on from what lies in FOLDER, and ends at the same bits. Two processes share the trainings of ``search`` and
+``retrain`` with ``--part 0/2`` and ``--part 1/2``; ``search`` is then run once more without, to gather. Trained networks are
+kept, so a second phi costs no training but that of the items that only its scores single out.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from bench.experiments.magic_baselines import METHODS, baseline_scores
 from pyattr.attribution import MAGIC
-from pyattr.attribution.magic import Adam, LogLikelihood, NegativeLoss, Recipe, grid, search
+from pyattr.attribution.magic import Adam, LogLikelihood, NegativeLoss, Recipe, Smoothness, grid, search
 from pyattr.cli.display import Display
 from pyattr.diffusion import DamagedFileError, ScoreLoss, ScoreNet, VarianceExploding
 from pyattr.diffusion.storage import load_tensors, save_tensors
@@ -37,7 +38,7 @@ SDE = VarianceExploding()
 LOSS = ScoreLoss(SDE, mean=True)
 WIDTHS = (32, 64, 128, 256)
 RECIPE = Recipe(600, 64, Adam(learning_rate=2e-3, eps_root=1e-6, warmup=0.1))
-GRID = {"learning_rate": [5e-4, 2e-3, 5e-3], "eps_root": [1e-8, 1e-6, 1e-4]}
+GRID = {"learning_rate": [5e-4, 2e-3, 5e-3], "eps_root": [1e-8, 1e-6, 1e-4], "warmup": [0.1]}
 PHIS = {
     "loss": NegativeLoss(LOSS, draws=256),
     "likelihood": LogLikelihood(SDE, solver="rk4", steps=10, divergence="hutchinson", probes=16, bits=True),
@@ -87,13 +88,31 @@ def run_search(args, display: Display) -> None:
     """Metasmoothness of the recipes of the grid."""
     train, _ = digits(args.data)
     recipes = grid([RECIPE.steps], [RECIPE.batch_size], **GRID)
-    order = search(network(), LOSS, train, recipes, seed=SEED, progress=display.progress)
+    mine = recipes[args.part[0] :: args.part[1]]
+
+    def say(found: Smoothness) -> None:
+        display.say(f"{found.recipe.optimiser}: smoothness {found.value:.4f}, loss {found.loss:.5f}")
+
+    order = search(
+        network(),
+        LOSS,
+        train,
+        mine,
+        seed=SEED,
+        directory=args.work / "recipes",
+        progress=display.progress,
+        found=say,
+    )
+    if len(mine) < len(recipes):
+        display.say("These recipes are done. When every part is, search without --part writes the results.")
+        return
     rows = [
         {
             "learning_rate": found.recipe.optimiser.learning_rate,
             "eps_root": found.recipe.optimiser.eps_root,
             "smoothness": found.value,
             "linearity": found.linearity,
+            "change": found.change,
             "loss": found.loss,
         }
         for found in order

@@ -240,6 +240,34 @@ def test_the_search_prefers_smooth_recipes_that_train(net, rows):
     assert counts == sorted(counts) and set(counts) == set(range(271))
 
 
+def test_a_search_goes_on_and_takes_new_recipes_up(net, rows, tmp_path):
+    recipes = grid([30], [3], learning_rate=[1e-4, 0.01], eps_root=[1e-3])
+    whole = search(net, squares, rows, recipes, seed=3)
+    calls = []
+
+    def stop(done: int, of: int, stage: str) -> None:
+        calls.append(done)
+        if done == 100:  # in the second recipe
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(net, squares, rows, recipes, seed=3, directory=tmp_path, progress=stop)
+    calls.clear()
+    again = search(
+        net,
+        squares,
+        rows,
+        recipes[::-1],
+        seed=3,
+        directory=tmp_path,
+        progress=lambda done, of, stage: calls.append(done),
+    )
+    assert again == whole
+    assert len(set(calls)) < 100  # of 180 steps those of the first recipe were there
+    with pytest.raises(ValueError, match="holds another training"):
+        search(net, squares, rows, recipes, seed=4, directory=tmp_path)
+
+
 def test_a_recipe_that_diverges_comes_last(net, rows):
     recipes = [Recipe(3, 2, Adam(learning_rate=1e200, warmup=0, schedule="constant")), Recipe(3, 2, FAST)]
     order = search(net, squares, rows, recipes)

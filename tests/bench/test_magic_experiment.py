@@ -51,6 +51,8 @@ def run(tmp_path, monkeypatch):
 def test_the_experiment(run, tmp_path):
     torch.set_num_threads(1)
     out, work = tmp_path / "out", tmp_path / "work"
+    run("search", "--part", "0/2")
+    assert not (out / "magic_recipes.json").exists()
     run("search")
     found = json.loads((out / "magic_recipes.json").read_text())["recipes"]
     assert sorted(row["learning_rate"] for row in found) == [1e-3, 1e-2]

@@ -1,5 +1,6 @@
 """Whether a recipe of training is smooth enough in the weights of its items for derivatives to foretell removals."""
 
+import hashlib
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -147,6 +148,7 @@ def search(
     enough: float = 0.9,
     h: float = 0.1,
     seed: int = 0,
+    directory: str | os.PathLike | None = None,
     progress: Progress = silent,
     found: Callable[[Smoothness], None] | None = None,
 ) -> list[Smoothness]:
@@ -156,6 +158,8 @@ def search(
         model, loss, train, h, seed, progress: see :func:`metasmoothness`; progress counts the recipes' steps one after the
             other.
         recipes: what to try; see :func:`grid`.
+        directory: where each recipe's trainings keep their states, in a folder of their own, so that an interrupted search goes
+            on, and a later one with other recipes makes only the new ones; None: in memory.
         enough: the smoothness from which only the loss counts. Recipes below it follow by falling smoothness.
         found: called with each outcome as it comes.
 
@@ -163,7 +167,7 @@ def search(
         One for each recipe. The first is the one to use if its value is at least ``enough``, and else the smoothest.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or there are no recipes.
+        TypeError, ValueError: an argument is not as above, there are no recipes, or the directory holds other trainings.
     """
     if not recipes:
         raise ValueError("search: recipes must hold at least one recipe, got none")
@@ -174,7 +178,8 @@ def search(
         def within(done: int, of: int, stage: str, before: int = before) -> None:
             progress(before + done, total, stage)
 
-        outcomes.append(metasmoothness(model, loss, train, recipe, h=h, seed=seed, progress=within))
+        where = None if directory is None else Path(directory) / f"recipe-{_name(recipe)}"
+        outcomes.append(metasmoothness(model, loss, train, recipe, h=h, seed=seed, directory=where, progress=within))
         before += 3 * recipe.steps
         if found is not None:
             found(outcomes[-1])
@@ -196,6 +201,11 @@ def _loss(training: WeightedTraining, loss: Loss, theta: Tensor, seed: int) -> f
             rows = take(training.train, torch.arange(first, min(first + training.batch_size, count)), theta.device)
             total += float(training.call(theta, loss, rows, rng).double().sum())
     return total / count
+
+
+def _name(recipe: Recipe) -> str:
+    """The same for the same recipe, in any order of recipes."""
+    return hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
 
 
 def _rng(seed: int, purpose: int) -> np.random.Generator:
