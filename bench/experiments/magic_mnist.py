@@ -11,8 +11,9 @@ log-likelihood by the probability flow, its divergence along fixed random direct
     python -m bench.experiments.magic_mnist report  OUT --data mnist.npz --work FOLDER   numbers and pictures
 
 Each goes on from what lies in FOLDER, and ends at the same bits. Two processes share the trainings of ``search`` and
-``retrain`` with ``--part 0/2`` and ``--part 1/2``; ``search`` is then run once more without, to gather. Trained networks are
-kept, so a second phi costs no training but that of the items that only its scores single out.
+``retrain`` with ``--part 0/2`` and ``--part 1/2``; ``search`` is then run once more without, to gather. ``retrain`` may start
+beside ``scores``, and is then run once more for the single items. Trained networks are kept, so a second phi costs no training
+but that of the items that only its scores single out.
 """
 
 import argparse
@@ -131,12 +132,16 @@ def run_scores(args, display: Display) -> None:
 
 
 def run_retrain(args, display: Display) -> None:
-    """Networks without some of the items, those of this part."""
+    """Networks without some of the items, those of this part; without single ones once there are scores that choose them."""
     train, _ = digits(args.data)
-    scores, _ = load_tensors(args.work / f"scores-{args.phi}.safetensors")
     jobs = {f"subset-{number}": row for number, row in enumerate(subsets(len(train)))}
-    for item in singles(scores["magic"].numpy()):
-        jobs[f"single-{item}"] = np.arange(len(train)) == item
+    path = args.work / f"scores-{args.phi}.safetensors"
+    if path.exists():
+        scores, _ = load_tensors(path)
+        for item in singles(scores["magic"].numpy()):
+            jobs[f"single-{item}"] = np.arange(len(train)) == item
+    else:
+        display.say("There are no scores yet: only the random 1% are left out. Retrain again after scores.")
     mine = list(jobs)[args.part[0] :: args.part[1]]
     for number, name in enumerate(mine):
         path = args.work / f"network-{name}.safetensors"

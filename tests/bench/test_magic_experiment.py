@@ -56,6 +56,8 @@ def test_the_experiment(run, tmp_path):
     run("search")
     found = json.loads((out / "magic_recipes.json").read_text())["recipes"]
     assert sorted(row["learning_rate"] for row in found) == [1e-3, 1e-2]
+    run("retrain", "--part", "0/2")
+    assert sorted(path.name for path in work.glob("network-*")) == [f"network-subset-{n}.safetensors" for n in (0, 2)]
     run("scores")
     scores, _ = load_tensors(work / "scores-loss.safetensors")
     assert scores["magic"].shape == scores["trak 0.01"].shape == scores["d-trak 1"].shape == (2, 12)
@@ -64,7 +66,7 @@ def test_the_experiment(run, tmp_path):
     run("retrain")
     removed = magic_mnist.subsets(12)
     assert removed.sum(1).tolist() == [1, 1, 1]
-    assert len(list(work.glob("network-*"))) == 3 + len(magic_mnist.singles(scores["magic"].numpy())) > half > 0
+    assert len(list(work.glob("network-*"))) == 3 + len(magic_mnist.singles(scores["magic"].numpy())) > half > 2
     for phi in ("loss", "likelihood"):
         if phi == "likelihood":
             run("scores", "--phi", phi)
